@@ -1,0 +1,4446 @@
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef OSP_MPI
+#include <mpi.h>
+#endif
+
+static void abort_ranks(void);           // section 6
+// ============================================================================================================
+// 1. Tools: errors, memory, random numbers, time
+// ============================================================================================================
+
+// One line that says what, where and what to do; exit code 2 (bad use or bad input).
+__attribute__((noreturn, format(printf, 1, 2)))
+static void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("osp: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    abort_ranks();
+    exit(2);
+}
+
+// Host memory, zeroed.
+static void *xalloc(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) die("out of memory: %zu x %zu bytes asked for; use a smaller size or batch", count, size);
+    return p;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Random numbers without state: a hash of (seed, stream, index). Any number of threads or ranks, and a run resumed
+// in the middle, draw the same values, because a draw depends on nothing but its name.
+static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream * 0xD1B54A32D192ED03ull + 0x8CB92BA72F3D8DD7ull;
+    for (int round = 0; round < 2; round++) {                    // splitmix64's finaliser, once for the names ...
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        z ^= z >> 31;
+        if (round == 0) z += (index + 1) * 0x9E3779B97F4A7C15ull; // ... and once with the index
+    }
+    return z;
+}
+
+static double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {   // in (0, 1)
+    return ((double)(rng_bits(seed, stream, index) >> 11) + 0.5) * 0x1p-53;
+}
+
+static float rng_normal(uint64_t seed, uint64_t stream, uint64_t index) {     // Box-Muller
+    double u = rng_uniform(seed, stream, 2 * index), v = rng_uniform(seed, stream, 2 * index + 1);
+    return (float)(sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
+}
+// ============================================================================================================
+// 2. HiF8: an 8-bit float whose precision tapers (arXiv 2409.16626; spec §6)
+// ============================================================================================================
+// One byte: sign S, a prefix-coded "dot" that says how many exponent bits follow, exponent, mantissa.
+//
+//        7   6 5 4 3 2 1 0       |E|       mantissa bits    E's field: its sign, then |E| below its leading 1
+//      +---+---------------+
+//      | S | 1 1 s e e e m |   8 .. 15         1
+//      | S | 1 0 s e e m m |   4 ..  7         2
+//      | S | 0 1 s e m m m |   2 ..  3         3           value = ±2^E · 1.mmm
+//      | S | 0 0 1 s m m m |      1            3
+//      | S | 0 0 0 1 m m m |      0            3
+//      | S | 0 0 0 0 M M M |  −22 .. −16       0           value = ±2^(M−23), M = 1..7
+//      +---+---------------+
+//      0x00 zero, 0x80 NaN, 0x6F +Inf, 0xEF −Inf.   Largest 2^15, smallest 2^−22: 38 binades in 8 bits.
+//
+// Values near 1 get 3 mantissa bits, far ones fewer: a network's numbers cluster, so the bits sit where they are used.
+#ifdef __CUDACC__
+#define EVERYWHERE static inline __host__ __device__
+#else
+#define EVERYWHERE static inline
+#endif
+
+EVERYWHERE uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+EVERYWHERE float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+// Round to the nearest HiF8 value, ties away from zero ("TA"), on the bits of a float: keep m of the 23 mantissa bits
+// after adding half of the last one kept; a carry moves into the exponent by itself, which is just what rounding wants.
+EVERYWHERE float hif8_round(float x) {
+    uint32_t u = float_bits(x), a = u & 0x7FFFFFFFu;
+    int E = (int)(a >> 23) - 127, size = E < 0 ? -E : E;
+    uint32_t drop = 20u + (size > 3) + (size > 7) + (size > 15);       // 23 − m
+    drop = drop > 23u ? 23u : drop;
+    uint32_t r = (a + (1u << (drop - 1))) & (0u - (1u << drop));
+    r = a < 0x34800000u ? (a < 0x34000000u ? 0u : 0x34800000u) : r;    // [2^-23, 2^-22) -> 2^-22, below -> 0
+    r = a >= 0x47200000u ? 0x7F800000u : r;                            // >= 40960 = 1.25·2^15 -> Inf
+    r = a > 0x7F800000u ? a : r;                                       // NaN stays
+    return bits_float(r ? r | (u & 0x80000000u) : 0u);                 // there is one zero
+}
+
+// The code of the nearest value.
+static uint8_t hif8_encode(float x) {
+    uint32_t u = float_bits(hif8_round(x)), a = u & 0x7FFFFFFFu, sign = u >> 31 << 7;
+    if (a > 0x7F800000u) return 0x80;
+    if (a == 0x7F800000u) return (uint8_t)(sign | 0x6F);
+    if (a == 0) return 0x00;
+    int E = (int)(a >> 23) - 127, size = E < 0 ? -E : E;
+    uint32_t s = E < 0, mantissa = a >> 20 & 7;
+    if (E <= -16)  return (uint8_t)(sign | (uint32_t)(E + 23));
+    if (size == 0) return (uint8_t)(sign | 0x08 | mantissa);
+    if (size == 1) return (uint8_t)(sign | 0x10 | s << 3 | mantissa);
+    if (size <= 3) return (uint8_t)(sign | 0x20 | s << 4 | (uint32_t)(size - 2) << 3 | mantissa);
+    if (size <= 7) return (uint8_t)(sign | 0x40 | s << 4 | (uint32_t)(size - 4) << 2 | mantissa >> 1);
+    return (uint8_t)(sign | 0x60 | s << 4 | (uint32_t)(size - 8) << 1 | mantissa >> 2);
+}
+
+static float hif8_decode(uint8_t code) {
+    int c = code & 0x7F;
+    float sign = code & 0x80 ? -1.0f : 1.0f;
+    if (code == 0x80) return NAN;
+    if (c == 0) return 0.0f;
+    if (c == 0x6F) return sign * INFINITY;
+    if (c < 0x08) return sign * ldexpf(1.0f, c - 23);
+    int dot = c >= 0x60 ? 3 : c >= 0x40 ? 2 : c >= 0x20 ? 1 : 0;       // bits of |E| below its leading 1
+    int bits = dot == 3 ? 1 : dot == 2 ? 2 : 3;                        // mantissa bits
+    int size = c < 0x10 ? 0 : (1 << dot) + (c >> bits & ((1 << dot) - 1));
+    int negative = c < 0x10 ? 0 : c >> (bits + dot) & 1;
+    float mantissa = 1.0f + (float)(c & ((1 << bits) - 1)) / (float)(1 << bits);
+    return sign * ldexpf(mantissa, negative ? -size : size);
+}
+
+// Q(x; s) = hif8(x·k)/k, k = s/max|x|: a tensor scaled so that its largest magnitude meets the format at s (15 going
+// forward: the top of the 3-bit binades; 224 for gradients, whose small values matter more).
+EVERYWHERE float hif8_scale(float s, float amax) { return s / (amax < 1e-8f ? 1e-8f : amax); }
+// ============================================================================================================
+// Files: safetensors in and out
+// ============================================================================================================
+// Eight bytes hold n; then come n bytes of JSON, the header, and then the data:
+//
+//      {"__metadata__":{"dim":"64",..}, "NAME":{"dtype":"BF16","shape":[64,64],"data_offsets":[0,8192]}, ..}
+//
+// Whoever wrote the file, nothing outside it is read: numbers are checked for overflow, names are unique, the tensors
+// tile the data without hole or overlap, and the file ends where they end. HiF8 is a U8 tensor of codes and NAME.scale
+// = k, an F32; a value is hif8(code)/k, exactly Q(x; 15) of section 2. Data may start at any byte, so it is copied out,
+// never cast. Little-endian machines only.
+typedef struct {
+    const char *name;
+    char dtype[8];
+    int rank;
+    size_t shape[8], count, begin, bytes;  // count values in the data's bytes [begin, begin + bytes)
+    const uint8_t *data;
+} FileTensor;
+
+typedef struct { const char *key; const void *value; } Entry;
+static Entry entry(const char *key, const void *value) { Entry e = {key, value}; return e; }
+
+typedef struct {
+    const char *path;                      // the caller's string
+    uint8_t *map;                          // the whole file
+    size_t size;
+    char error[256];
+    FileTensor *tensors;                   // in the order of their data
+    int count;
+    char **keys, **values;                 // __metadata__, in the order of the file
+    int pairs;
+    Entry *by_name, *by_key;               // both again, sorted
+    char *header, *at;                     // a copy of the header, strings decoded in place; where the parser stands
+    const char *part;                      // and in which tensor
+} File;
+
+__attribute__((format(printf, 2, 3)))
+static bool complain(char error[256], const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error, 256, format, args);
+    va_end(args);
+    return false;
+}
+
+// ---- a strict reader of the JSON that a header can hold -----------------------------------------------------------
+// The copy ends with a 0, which no rule accepts: no step can leave it. Nothing recurses.
+static bool expected(File *f, const char *what) {
+    unsigned c = (unsigned char)*f->at;
+    char found[16];
+    snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02X", c);
+    return complain(f->error, "header%s%.100s, byte %zu of the file: found %s, expected %s", f->part ? ", tensor " : "",
+                    f->part ? f->part : "", (size_t)(f->at - f->header) + 8, found, what);
+}
+
+static char json_peek(File *f) {
+    while (*f->at == ' ' || *f->at == '\t' || *f->at == '\n' || *f->at == '\r') f->at++;
+    return *f->at;
+}
+
+static bool json_take(File *f, char c) {
+    char what[4] = {'\'', c, '\'', 0};
+    if (json_peek(f) != c) return expected(f, what);
+    f->at++;
+    return true;
+}
+
+// After an opening bracket (first) or an element: 1 if an element follows, 0 if the bracket closes, -1 if neither.
+static int json_more(File *f, char close, bool first) {
+    char c = json_peek(f);
+    if (first && c != close) return 1;
+    if (c != close && c != ',') { expected(f, close == '}' ? "',' or '}'" : "',' or ']'"); return -1; }
+    f->at++;
+    return c == ',';
+}
+
+static bool json_numbers(File *f, size_t *out, int *count, int most) {       // [a, b, ..]
+    int more = json_take(f, '[') ? json_more(f, ']', true) : -1;
+    for (*count = 0; more > 0; more = json_more(f, ']', false)) {
+        if (*count == most) return expected(f, "fewer numbers");
+        if (!isdigit((unsigned char)json_peek(f))) return expected(f, "a whole number");
+        if (*f->at == '0' && isdigit((unsigned char)f->at[1])) return expected(f, "no leading zero");
+        size_t n = 0;
+        for (; isdigit((unsigned char)*f->at); f->at++) {
+            size_t digit = (size_t)(*f->at - '0');
+            if (n > (SIZE_MAX - digit) / 10) return expected(f, "a number below 2^64");
+            n = n * 10 + digit;
+        }
+        out[(*count)++] = n;
+    }
+    return more == 0;
+}
+
+static bool json_hex(File *f, uint32_t *code) {                              // XXXX of \uXXXX
+    *code = 0;
+    for (int i = 0; i < 4; i++, f->at++) {
+        unsigned char c = (unsigned char)*f->at;
+        if (!isxdigit(c)) return expected(f, "four hexadecimal digits");
+        *code = *code * 16 + (uint32_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+    }
+    return true;
+}
+
+static bool json_escape(File *f, uint32_t *code) {                           // what stands after a backslash
+    const char *names = "\"\\/bfnrt", *hit = *f->at ? strchr(names, *f->at) : NULL;
+    uint32_t low = 0;
+    if (!hit && *f->at != 'u') return expected(f, "an escape");
+    f->at++;
+    if (hit) *code = (uint32_t)"\"\\/\b\f\n\r\t"[hit - names];
+    else if (!json_hex(f, code)) return false;
+    if (*code >> 10 == 0xD800 >> 10) {                                       // the first half of a surrogate pair
+        if (f->at[0] != '\\' || f->at[1] != 'u') return expected(f, "the second half of a surrogate pair");
+        f->at += 2;
+        if (!json_hex(f, &low)) return false;
+        *code = low >> 10 == 0xDC00 >> 10 ? 0x10000 + ((*code & 0x3FF) << 10 | (low & 0x3FF)) : 0;
+    }
+    return *code == 0 || *code >> 10 == 0xDC00 >> 10 ? expected(f, "a character before this") : true;
+}
+
+// Decoded in place, for no escape is shorter than its UTF-8. Only values of the metadata may hold control characters.
+static char *json_string(File *f, bool control) {
+    if (!json_take(f, '"')) return NULL;
+    char *start = f->at, *out = f->at;
+    while (*f->at != '"') {
+        uint32_t c = (unsigned char)*f->at;
+        bool plain = c != '\\';
+        if (c < 0x20) { expected(f, "'\"' before this"); return NULL; }
+        f->at++;
+        if (!plain && !json_escape(f, &c)) return NULL;
+        if (!control && (c < 0x20 || c == 0x7F)) { expected(f, "no control character before this"); return NULL; }
+        int tail = plain || c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;          // bytes after the first
+        *out++ = (char)(tail ? (0xF00u >> tail & 0xFFu) | c >> 6 * tail : c);
+        while (tail--) *out++ = (char)(0x80 | (c >> 6 * tail & 0x3F));
+    }
+    f->at++;
+    *out = 0;
+    return start;
+}
+
+// ---- the header ---------------------------------------------------------------------------------------------------
+static size_t dtype_bytes(const char *dtype) {                               // 0: unknown
+    static const char *names[] = {"U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "F16", "BF16", "I16", "U16", "F32", "I32",
+                                  "U32", "F64", "I64", "U64"};
+    for (int i = 0; i < 15; i++) if (strcmp(dtype, names[i]) == 0) return i < 5 ? 1 : i < 9 ? 2 : i < 12 ? 4 : 8;
+    return 0;
+}
+
+static bool parse_tensor(File *f, const char *name) {
+    FileTensor *t = &f->tensors[f->count++];
+    const char *dtype = NULL;
+    size_t offsets[2] = {0, 0};
+    int seen = 0, ends = 2, more = json_take(f, '{') ? json_more(f, '}', true) : -1;
+    for (t->name = name; more > 0; more = json_more(f, '}', false)) {
+        const char *key = json_string(f, false);
+        if (!key || !json_take(f, ':')) return false;
+        int field = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
+        if (!field || (seen & field)) return expected(f, "dtype, shape and data_offsets, each once");
+        seen |= field;
+        if (field == 1 ? !(dtype = json_string(f, false)) : field == 2 ? !json_numbers(f, t->shape, &t->rank, 8)
+                       : !json_numbers(f, offsets, &ends, 2)) return false;
+    }
+    if (more < 0) return false;
+    if (seen != 7 || ends != 2) return expected(f, "dtype, shape and two data_offsets before this");
+    if (!dtype_bytes(dtype))
+        return complain(f->error, "tensor %.100s: found dtype %.20s, expected F32, BF16, F16 or U8", name, dtype);
+    strcpy(t->dtype, dtype);
+    t->count = 1;
+    for (int i = 0; i < t->rank; t->count *= t->shape[i++])
+        if (t->shape[i] && t->count > SIZE_MAX / 8 / t->shape[i])
+            return complain(f->error, "tensor %.100s: its shape overflows 64 bits", name);
+    t->begin = offsets[0];
+    t->bytes = t->count * dtype_bytes(dtype);
+    if (offsets[0] <= offsets[1] && offsets[1] - offsets[0] == t->bytes) return true;
+    return complain(f->error, "tensor %.100s: found data_offsets [%zu,%zu], expected %zu bytes of %s", name,
+                    offsets[0], offsets[1], t->bytes, dtype);
+}
+
+static bool parse_metadata(File *f, size_t n) {
+    if (f->keys) return expected(f, "__metadata__ once");
+    f->keys = (char **)calloc(n / 5 + 1, sizeof(char *));                    // a pair takes 5 characters at least
+    f->values = (char **)calloc(n / 5 + 1, sizeof(char *));
+    if (!f->keys || !f->values) return complain(f->error, "no memory for %zu bytes of header", n);
+    int more = json_take(f, '{') ? json_more(f, '}', true) : -1;
+    for (; more > 0; more = json_more(f, '}', false), f->pairs++)
+        if (!(f->keys[f->pairs] = json_string(f, false)) || !json_take(f, ':')
+            || !(f->values[f->pairs] = json_string(f, true))) return false;
+    return more == 0;
+}
+
+static bool parse_header(File *f, const uint8_t *data, size_t n) {
+    f->header = f->at = (char *)malloc(n + 1);
+    f->tensors = (FileTensor *)calloc(n / 40 + 2, sizeof(FileTensor));       // a tensor takes 40 characters at least
+    if (!f->header || !f->tensors) return complain(f->error, "no memory for %zu bytes of header", n);
+    memcpy(f->header, data, n);
+    f->header[n] = 0;
+    int more = json_take(f, '{') ? json_more(f, '}', true) : -1;
+    for (; more > 0; more = json_more(f, '}', false), f->part = NULL) {
+        const char *name = f->part = json_string(f, false);
+        if (!name || !json_take(f, ':')) return false;
+        if (strcmp(name, "__metadata__") == 0 ? !parse_metadata(f, n) : !parse_tensor(f, name)) return false;
+    }
+    if (more < 0) return false;
+    return json_peek(f) || f->at != f->header + n ? expected(f, "only spaces after the last '}'") : true;
+}
+
+static int compare_entries(const void *a, const void *b) {
+    return strcmp(((const Entry *)a)->key, ((const Entry *)b)->key);
+}
+
+static int compare_places(const void *a, const void *b) {                    // an empty tensor before its neighbour
+    const FileTensor *s = (const FileTensor *)a, *t = (const FileTensor *)b;
+    if (s->begin != t->begin) return s->begin < t->begin ? -1 : 1;
+    return s->bytes != t->bytes ? (s->bytes < t->bytes ? -1 : 1) : strcmp(s->name, t->name);
+}
+
+static bool sort_entries(char error[256], Entry *table, int count) {
+    qsort(table, (size_t)count, sizeof *table, compare_entries);
+    for (int i = 1; i < count; i++)
+        if (!strcmp(table[i - 1].key, table[i].key)) return complain(error, "name %.100s stands twice", table[i].key);
+    return true;
+}
+
+static const void *lookup(const Entry *table, int count, const char *key) {
+    Entry wanted = entry(key, NULL);
+    if (!count) return NULL;
+    const Entry *hit = (const Entry *)bsearch(&wanted, table, (size_t)count, sizeof *table, compare_entries);
+    return hit ? hit->value : NULL;
+}
+
+// The tensors must tile the data, data[size]; their names and those of the metadata must differ.
+static bool check_layout(File *f, const uint8_t *data, size_t size) {
+    size_t end = 0;
+    qsort(f->tensors, (size_t)f->count, sizeof *f->tensors, compare_places);
+    for (int i = 0; i < f->count; end += f->tensors[i++].bytes) {
+        size_t begin = f->tensors[i].begin;
+        if (begin != end)
+            return complain(f->error, "tensor %.100s: found its data at %zu, expected %zu (%s)", f->tensors[i].name,
+                            begin, end, begin < end ? "an overlap" : "a hole");
+    }
+    if (end != size)
+        return complain(f->error, "%s: found %zu bytes, expected %zu, where tensor %.100s ends", end > size ?
+                        "cut short" : "too long", f->size, f->size - size + end,
+                        f->count ? f->tensors[f->count - 1].name : "(none)");
+    f->by_name = (Entry *)calloc((size_t)f->count + 1, sizeof(Entry));
+    f->by_key = (Entry *)calloc((size_t)f->pairs + 1, sizeof(Entry));
+    if (!f->by_name || !f->by_key) return complain(f->error, "no memory for %d tensors", f->count);
+    for (int i = 0; i < f->count; i++) {
+        f->tensors[i].data = data + f->tensors[i].begin;
+        f->by_name[i] = entry(f->tensors[i].name, &f->tensors[i]);
+    }
+    for (int i = 0; i < f->pairs; i++) f->by_key[i] = entry(f->keys[i], f->values[i]);
+    return sort_entries(f->error, f->by_name, f->count) && sort_entries(f->error, f->by_key, f->pairs);
+}
+
+static void file_close(File *f) {
+    free(f->header); free(f->tensors); free(f->keys); free(f->values); free(f->by_name); free(f->by_key);
+    if (f->map) munmap(f->map, f->size);
+    f->header = NULL; f->tensors = NULL; f->keys = f->values = NULL; f->by_name = f->by_key = NULL; f->map = NULL;
+    f->count = f->pairs = 0;
+}
+
+// f, whatever it held, from the bytes of a file, which must outlive it. False: f->error says what and where, and
+// nothing stays allocated.
+static bool parse_safetensors(File *f, const uint8_t *data, size_t size) {
+    uint64_t n = 0;
+    bool ok;
+    memset(f, 0, sizeof *f);
+    f->size = size;
+    if (size >= 8) memcpy(&n, data, 8);
+    if (size < 10 || n > 100000000 || (n <= size - 8 && (n < 2 || data[8] != '{')))
+        ok = complain(f->error, "not safetensors: found %zu bytes, of which %llu header, expected a header in { }",
+                      size, (unsigned long long)n);
+    else if (n > size - 8) ok = complain(f->error, "cut short: found %zu bytes, expected > %zu", size, (size_t)n + 7);
+    else ok = parse_header(f, data + 8, (size_t)n) && check_layout(f, data + 8 + n, size - 8 - (size_t)n);
+    if (!ok) file_close(f);
+    return ok;
+}
+
+// ---- reading ------------------------------------------------------------------------------------------------------
+static bool file_load(File *f, const char *path) {
+    struct stat s;
+    memset(f, 0, sizeof *f);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);                  // a pipe must not hang it
+    if (fd < 0 || fstat(fd, &s)) return complain(f->error, "%s", strerror(errno));
+    bool regular = S_ISREG(s.st_mode) && s.st_size > 0;
+    void *map = regular ? mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
+    int why = errno;
+    close(fd);
+    if (map == MAP_FAILED) return complain(f->error, "%s", regular ? strerror(why) : "empty or not a regular file");
+    bool ok = parse_safetensors(f, (const uint8_t *)map, (size_t)s.st_size);
+    f->path = path;
+    if (ok) f->map = (uint8_t *)map; else munmap(map, (size_t)s.st_size);
+    return ok;
+}
+
+static void file_open(File *f, const char *path) {
+    if (!file_load(f, path)) die("%s: %s; check the path, copy the file again or write it again", path, f->error);
+}
+
+static const char *file_meta(const File *f, const char *key) { return (const char *)lookup(f->by_key, f->pairs, key); }
+
+static const FileTensor *file_find(const File *f, const char *name) {
+    return (const FileTensor *)lookup(f->by_name, f->count, name);
+}
+
+// The tensor's bytes as they are, where it has this dtype and so many values.
+static bool read_raw(char error[256], void *out, const FileTensor *t, const char *dtype, size_t count) {
+    if (strcmp(t->dtype, dtype) || t->count != count)
+        return complain(error, "tensor %.100s: found %zu x %s, expected %zu x %s; write the file again", t->name,
+                        t->count, t->dtype, count, dtype);
+    if (count) memcpy(out, t->data, t->bytes);
+    return true;
+}
+
+// A half's exponent has bias 15, a float's 127: moved over, the number is 2^112 too small, subnormal or not.
+static float half_to_float(uint32_t h) {
+    uint32_t u = float_bits(bits_float((h & 0x7FFF) << 13) * 0x1p112f);
+    return bits_float((u >= 0x47800000u ? u | 0x7F800000u : u) | (h & 0x8000) << 16);    // 2^16: Inf and NaN
+}
+
+// The value of every HiF8 code in t.
+static bool read_scale(char error[256], float value[256], const File *f, const FileTensor *t) {
+    float k = 0;
+    size_t room = strlen(t->name) + 7;
+    char *name = (char *)xalloc(room, 1);
+    snprintf(name, room, "%s.scale", t->name);
+    const FileTensor *scale = file_find(f, name);
+    free(name);
+    if (!scale) return complain(error, "tensor %.100s: U8 without a .scale; write the file again", t->name);
+    if (!read_raw(error, &k, scale, "F32", 1)) return false;
+    for (int code = 0; code < 256; code++) value[code] = hif8_decode((uint8_t)code) / k;
+    if (k > 0 && isfinite(k)) return true;
+    return complain(error, "tensor %.100s: found %g, expected > 0; write the file again", scale->name, (double)k);
+}
+
+// file_read that does not die: false where error says why.
+static bool try_read(char error[256], float *out, const File *f, const FileTensor *t, size_t count) {
+    float value[256];
+    bool u8 = !strcmp(t->dtype, "U8"), bf16 = !strcmp(t->dtype, "BF16"), f16 = !strcmp(t->dtype, "F16");
+    if (t->count != count)
+        return complain(error, "tensor %.100s: found %zu values, expected %zu; use a file of this model", t->name,
+                        t->count, count);
+    if (u8 ? !read_scale(error, value, f, t) : !bf16 && !f16 && !read_raw(error, out, t, "F32", count)) return false;
+    for (size_t i = 0; (bf16 || f16) && i < count; i++) {
+        uint16_t h;
+        memcpy(&h, t->data + 2 * i, 2);
+        out[i] = bf16 ? bits_float((uint32_t)h << 16) : half_to_float(h);
+    }
+    for (size_t i = 0; u8 && i < count; i++) out[i] = value[t->data[i]];
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite(out[i]))
+            return complain(error, "tensor %.100s: value %zu is %g; use an earlier file", t->name, i, (double)out[i]);
+    return true;
+}
+
+// out[count] = the values of t, from F32, BF16, F16 or HiF8. For other numbers, or NaN on purpose: read_raw.
+static void file_read(float *out, const File *f, const FileTensor *t, size_t count) {
+    char error[256];
+    if (!try_read(error, out, f, t, count)) die("%s: %s", f->path, error);
+}
+
+// ---- writing ------------------------------------------------------------------------------------------------------
+// writer_open, writer_meta.., writer_declare.., writer_put for each tensor as declared, writer_close. The target stays
+// as it was until writer_close renames; any failure removes the temporary file.
+typedef struct {
+    char *path, *temp, *text;
+    FILE *file, *header;                   // header: in memory, in text[length], until the first put
+    FileTensor *tensors;                   // as declared; tensors[next] is being put, `filled` of its values are
+    int pairs, count, next;
+    size_t length, bytes, filled;          // bytes: of all tensors declared
+} Writer;
+
+static void writer_abort(Writer *w) {
+    if (w->file) fclose(w->file);
+    w->file = NULL;
+    unlink(w->temp);
+}
+
+__attribute__((noreturn, format(printf, 2, 3)))
+static void writer_fail(Writer *w, const char *format, ...) {
+    char error[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error, sizeof error, format, args);
+    va_end(args);
+    writer_abort(w);
+    die("%s: %s", w->path, error);
+}
+
+static void writer_open(Writer *w, const char *path) {
+    struct stat s;
+    memset(w, 0, sizeof *w);
+    w->path = realpath(path, NULL);                                          // a link stays, its target is replaced
+    if (!w->path && !(w->path = strdup(path))) die("%s: out of memory; close other programs", path);
+    const char *slash = strrchr(w->path, '/'), *name = slash ? slash + 1 : w->path;
+    if (!*name || (!stat(w->path, &s) && !S_ISREG(s.st_mode)))
+        die("'%s': not a regular file; give the name of a file to write", path);
+    size_t room = strlen(w->path) + 64;
+    w->temp = (char *)xalloc(room, 1);
+    snprintf(w->temp, room, "%.*s.%.200s.tmp.%ld", (int)(name - w->path), w->path, name, (long)getpid());
+    unlink(w->temp);                                                         // left by a killed process of our number
+    int fd = open(w->temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    w->file = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (!w->file) die("%s: cannot write there: %s; choose another place", path, strerror(errno));
+    signal(SIGXFSZ, SIG_IGN);                                                // a file size limit: a failed write
+    if (!(w->header = open_memstream(&w->text, &w->length))) writer_fail(w, "out of memory; close other programs");
+}
+
+static void write_json_string(FILE *out, const char *s) {
+    fputc('"', out);
+    for (; *s; s++) fprintf(out, (unsigned char)*s < 0x20 ? "\\u%04x" : *s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
+    fputc('"', out);
+}
+
+// A string of __metadata__; before the first tensor is declared.
+__attribute__((format(printf, 3, 4)))
+static void writer_meta(Writer *w, const char *key, const char *format, ...) {
+    char *text = NULL;
+    va_list args;
+    va_start(args, format);
+    if (w->count || vasprintf(&text, format, args) < 0) writer_fail(w, "metadata %.100s: too late or too large", key);
+    va_end(args);
+    fputs(w->pairs++ ? "," : "{\"__metadata__\":{", w->header);
+    write_json_string(w->header, key);
+    fputc(':', w->header);
+    write_json_string(w->header, text);
+    free(text);
+}
+
+// dtype F32, BF16, F16 or U8; U8 means HiF8 and declares name.scale too.
+static void writer_declare(Writer *w, const char *name, const char *dtype, int rank, const size_t *shape) {
+    bool u8 = !strcmp(dtype, "U8"), f16 = !strcmp(dtype, "BF16") || !strcmp(dtype, "F16");
+    if (!w->header || !(u8 || f16 || !strcmp(dtype, "F32")) || rank > 8)
+        writer_fail(w, "tensor %.100s: cannot declare it as %.20s of rank %d here", name, dtype, rank);
+    if (!(w->count & (w->count - 1)))                                        // full at every power of two
+        w->tensors = (FileTensor *)realloc(w->tensors, (2 * (size_t)w->count + 1) * sizeof *w->tensors);
+    char *copy = strdup(name);
+    if (!w->tensors || !copy) writer_fail(w, "out of memory; close other programs");
+    FileTensor *t = &w->tensors[w->count];
+    fputs(w->count++ ? ",\n" : w->pairs ? "},\n" : "{", w->header);
+    write_json_string(w->header, name);
+    fprintf(w->header, ":{\"dtype\":\"%s\",\"shape\":[", dtype);
+    t->name = copy;
+    strcpy(t->dtype, dtype);
+    t->count = 1;
+    for (int i = 0; i < rank; t->count *= shape[i++]) fprintf(w->header, i ? ",%zu" : "%zu", shape[i]);
+    fprintf(w->header, "],\"data_offsets\":[%zu,", w->bytes);
+    w->bytes += t->count * dtype_bytes(dtype);
+    fprintf(w->header, "%zu]}", w->bytes);
+    if (!u8) return;
+    char *scale = (char *)xalloc(strlen(name) + 7, 1);
+    sprintf(scale, "%s.scale", name);
+    const size_t one = 1;
+    writer_declare(w, scale, "F32", 1, &one);
+    free(scale);
+}
+
+static void writer_bytes(Writer *w, const void *p, size_t bytes) {
+    if (fwrite(p, 1, bytes, w->file) == bytes) return;
+    writer_fail(w, "cannot write: %s; make room or choose another place", strerror(errno));
+}
+
+static void writer_start(Writer *w) {                                        // the header, ending at a multiple of 8
+    fputs(w->count ? "}" : w->pairs ? "}}" : "{}", w->header);
+    fflush(w->header);
+    fprintf(w->header, "%*s", (int)((8 - w->length % 8) % 8), "");
+    bool bad = ferror(w->header) != 0;
+    bad = fclose(w->header) != 0 || bad;
+    w->header = NULL;
+    if (bad) writer_fail(w, "out of memory; close other programs");
+    uint64_t n = w->length;
+    writer_bytes(w, &n, 8);
+    writer_bytes(w, w->text, w->length);
+}
+
+// To 16 bits, to the nearest, ties to even.
+static uint32_t float_to_bf16(float x) {
+    uint32_t u = float_bits(x);
+    return isnan(x) ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+}
+
+static uint32_t float_to_half(float x) {
+    uint32_t u = float_bits(x), a = u & 0x7FFFFFFFu, sign = u >> 16 & 0x8000;
+    if (!(fabsf(x) < 65520.0f)) return sign | (isnan(x) ? 0x7E00 : 0x7C00);
+    if (a < 0x38800000u) return sign | (uint32_t)lrintf(bits_float(a) * 0x1p24f);        // below 2^-14: counts of 2^-24
+    return sign | (((a + 0xFFF + (a >> 13 & 1)) >> 13) - (112u << 10));
+}
+
+// The next count values of the tensor whose turn it is: in any number of pieces, but all at once for U8, whose scale
+// depends on all. Once with count 0 for an empty tensor. What file_read would refuse is refused here: NaN and Inf.
+static void writer_put(Writer *w, const float *x, size_t count) {
+    if (w->header) writer_start(w);
+    if (w->next == w->count) writer_fail(w, "%zu values after the last tensor", count);
+    const FileTensor *t = &w->tensors[w->next];
+    bool u8 = !strcmp(t->dtype, "U8"), f32 = !strcmp(t->dtype, "F32"), bf16 = !strcmp(t->dtype, "BF16");
+    size_t width = dtype_bytes(t->dtype), room = t->count - w->filled;
+    if (u8 ? count != room : count > room)
+        writer_fail(w, "tensor %.100s: %zu values put, expected %zu", t->name, count, room);
+    float amax = 0;
+    for (size_t i = 0; u8 && i < count; i++) if (isfinite(x[i]) && fabsf(x[i]) > amax) amax = fabsf(x[i]);
+    float k = hif8_scale(15.0f, amax);
+    for (size_t i = 0; i < count; ) {
+        uint8_t block[16384];
+        size_t n = 0;
+        for (; n < sizeof block && i < count; i++, n += width) {
+            float v = x[i];
+            uint32_t bits = f32 ? float_bits(v) : bf16 ? float_to_bf16(v) : u8 ? hif8_encode(v * k) : float_to_half(v);
+            float y = f32 ? v : bf16 ? bits_float(bits << 16) : u8 ? hif8_round(v * k) / k : half_to_float(bits);
+            if (!isfinite(y)) writer_fail(w, "tensor %.100s: value %zu is %g, no number of %s; lower --lr or write f32",
+                                          t->name, w->filled + i, (double)v, t->dtype);
+            memcpy(block + n, &bits, width);
+        }
+        writer_bytes(w, block, n);
+    }
+    if (u8) writer_bytes(w, &k, 4);
+    w->filled += count;
+    if (count == room) { w->filled = 0; w->next += u8 ? 2 : 1; }
+}
+
+// Everything on the disk and readable, then renamed.
+static void writer_close(Writer *w) {
+    File check;
+    if (w->header) writer_start(w);
+    if (w->next < w->count) writer_fail(w, "tensor %.100s: not all of its values were put", w->tensors[w->next].name);
+    bool ok = fflush(w->file) == 0 && fsync(fileno(w->file)) == 0;
+    if (!ok) writer_fail(w, "cannot write: %s; make room or choose another place", strerror(errno));
+    ok = fclose(w->file) == 0;
+    w->file = NULL;
+    if (!ok) writer_fail(w, "cannot write: %s; make room or choose another place", strerror(errno));
+    if (!file_load(&check, w->temp)) writer_fail(w, "cannot read what was written: %.150s", check.error);
+    file_close(&check);
+    if (rename(w->temp, w->path)) writer_fail(w, "cannot rename: %s; choose another place", strerror(errno));
+    for (int i = 0; i < w->count; i++) free((void *)w->tensors[i].name);
+    free(w->tensors); free(w->text); free(w->path); free(w->temp);
+}
+// ============================================================================================================
+// 4. The operations: what a backend provides
+// ============================================================================================================
+// The model, the sampler and the trainers below call these and nothing else: they never look inside a tensor. The
+// CPU bodies follow; osp_cuda.cu defines OSP_CUDA, includes this file and brings its own.
+//
+// Two kinds of numbers: `float` for the residual stream, modulations, statistics, master weights and gradients of
+// weights; `act` for what enters a matrix product or attention (float on the CPU; float or bfloat16 on a GPU).
+// Rows: a batch of B samples with n tokens each is B·n rows; row r belongs to sample r / n.
+// Backward: gradients of activations are written, gradients of weights and of the residual stream are added to,
+// unless it says otherwise. Every sum has a fixed order: results do not depend on the number of threads.
+#ifdef OSP_CUDA
+typedef struct act act;                  // opaque: float or __nv_bfloat16, chosen by --dtype when the program starts
+#else
+typedef float act;
+#endif
+
+// A vector of dim numbers for each sample: sample b reads p + b·stride. stride 0: all samples share it.
+typedef struct { float *p; size_t stride; } PerSample;
+
+// Ragged sequences that attend within themselves: sequence s has query rows [q[s], q[s+1]) and key rows [k[s], k[s+1]).
+typedef struct {
+    int count;
+    int *q, *k;                          // host, [count + 1], rising from 0; a sequence may be empty
+    int *q_device, *k_device;            // the same where the backend computes (on the CPU: the same pointers)
+} Sequences;
+
+// ---- memory -------------------------------------------------------------------------------------------------
+static void  *device_alloc(size_t bytes);               // zeroed; dies with the number of bytes where there is no room
+static void   device_free(void *p);
+static size_t act_size(void);                           // bytes of one act
+static act   *act_at(act *p, size_t elements);          // p + elements
+static void   zero(void *p, size_t bytes);
+static void   copy(void *dst, const void *src, size_t bytes);                   // device to device
+static void   upload(void *dst, const void *src, size_t bytes);                 // host to device
+static void   download(void *dst, const void *src, size_t bytes);               // device to host, waits
+static void   to_act(act *y, const float *x, size_t n);                         // y = x, rounded to act
+static void   to_float(float *y, const act *x, size_t n);                       // y = x
+
+// ---- matrix products: y[rows, out] = x[rows, in] · w[out, in]^T + b[out] --------------------------------------
+static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in);  // b may be NULL
+// dx[rows, in] (=, or += where accumulate) dy[rows, out] · w;  dw[out, in] += dy^T · x;  db[out] += Σ_rows dy.
+// Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
+static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w, size_t rows,
+                            int out, int in, bool accumulate);
+// y = gelu(pre), pre = x·w^T + b; gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))). pre may be NULL (no backward).
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out, int in);
+static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);    // dx may be dy
+static void silu_forward(act *y, const act *x, size_t n);                       // y = x·sigmoid(x)
+static void silu_backward(act *dx, const act *dy, const act *x, size_t n);      // dx may be dy
+
+// ---- norms, modulation, residual -------------------------------------------------------------------------------
+// out[B, J, dim] = mod[J, dim] + e[B, Je, dim], Je = J or 1: the learned table plus what the timestep says.
+static void modulation_forward(float *out, const float *mod, const float *e, int B, int J, int Je, int dim);
+static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim);   // both +=
+// x_out = x + gate·y (y NULL: x_out is not written, and the norm reads x; gate.p NULL: gate 1), then
+// h = (x_out − mean)·rstd·(one + scale) + shift, rstd = 1/√(var + eps). stat[rows, 2] keeps mean, rstd. x_out may be x.
+// one = 1: modulated LayerNorm; one = 0 with stride 0: LayerNorm with weight `scale` and bias `shift` (norm3).
+static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y, PerSample gate,
+                                  PerSample shift, PerSample scale, float one, int B, size_t n, int dim, float eps);
+// From dh: dx += through the norm; dshift += Σ dh, dscale += Σ dh·x̂ over the rows of a sample (over all, stride 0).
+static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x, const float *stat,
+                          PerSample scale, float one, int B, size_t n, int dim);
+// The residual's branch, from dx: dy = gate·dx; dgate += Σ_rows dx·y of each sample (gate.p, dgate.p NULL: gate 1).
+static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n, int dim);
+// x_out[j] = x[i] + gate·y[i], i = map[j] (map NULL: i = j; y NULL: no branch); j = 0..count-1, i in B·n rows. The end
+// of a block: its residual and the Skiparse rearrangement (or the packing for an exchange) in one pass.
+static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate, const int *map,
+                                    size_t count, int B, size_t n, int dim);
+static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes);  // dst[j] = src[map[j]]
+// y = x·rstd·w over the whole dim (rstd = 1/√(mean x² + eps) kept in rstd[rows]), then, where rope is not NULL, pair
+// (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2].
+static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, int B, size_t n,
+                                 int dim, int heads, float eps);
+// dx written (may be dy), dw +=.
+static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd, const float *w,
+                                  const float *rope, int B, size_t n, int dim, int heads);
+
+// ---- attention: o = softmax(q·k^T/√head_dim)·v inside each sequence, all heads ----------------------------------
+// q, o [q rows, heads·head_dim]; k, v [k rows, heads·head_dim]; lse[q rows, heads] = log Σ exp(scores) kept for backward
+// (NULL: not wanted). Blockwise softmax: no N x N matrix is ever stored. A query whose sequence has no keys gets 0.
+static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s, int heads,
+                              int head_dim);
+static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v,
+                               const act *o, const float *lse, const Sequences *s, int heads, int head_dim);
+
+// ---- HiF8 (section 2) --------------------------------------------------------------------------------------------
+static void absmax(float *m, const act *x, size_t n);                           // m[1] = max |x| (device; NaN counts as 0)
+static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m);  // y = Q(x; s) with max|x| = *m; y may be x
+
+// ---- pixels, words, time -----------------------------------------------------------------------------------------
+// Rows of 2x2 patches. rows[B, n, 4·C] of tokens first..first+n-1 of the grid (T,H,W) <- x[B, C, T, 2H, 2W].
+// channels_first: column (c·2 + ph)·2 + pw (patch_embedding); else column (ph·2 + pw)·C + c (head).
+static void latent_to_rows(act *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n, bool channels_first);
+static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W, bool channels_first);   // all tokens
+// y[r] = table[ids[r]] + pos[r mod L], ids[r] < 0: a zero row (padding). r < rows. ids on the device.
+static void embed_forward(act *y, const float *table, const float *pos, const int *ids, size_t rows, int L, int dim);
+static void embed_backward(float *dtable, const act *dy, const int *ids, size_t rows, int vocab, int dim);        // +=
+
+// ---- elementwise on float, reductions to the host, optimizer ------------------------------------------------------
+static void   lincomb(float *y, float a, const float *x, float b, const float *z, size_t n);     // y = a·x + b·z (z NULL: a·x)
+static double sum_squares(const float *x, const float *z, size_t n);                             // Σ (x − z)² (z NULL: Σ x²)
+static double mse(float *dout, const float *out, const float *target, size_t n);   // mean (out−target)²; dout = 2(out−target)/n
+// Decoupled AdamW at step t = 1, 2, ..; g is multiplied by gscale first; ema (may be NULL) = decay·ema + (1−decay)·w.
+static void   adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr, float beta1,
+                    float beta2, float eps, float weight_decay, float ema_decay, int t);
+#ifndef OSP_CUDA
+// ============================================================================================================
+// 5. The operations on a CPU
+// ============================================================================================================
+// float32 throughout; OpenMP splits rows, tiles or heads, never a sum, so any number of threads gives the same bytes.
+// Matrix products and attention share one inner kernel, `tile`; everything else is a plain loop the compiler vectorises.
+#ifndef _OPENMP
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"
+#endif
+
+// A vector of LANES floats in one register, and the tile of a product that fits the register file.
+#if defined(__AVX512F__)
+enum { LANES = 16, TILE_M = 8 };
+#elif defined(__AVX__)
+enum { LANES = 8, TILE_M = 6 };
+#else
+enum { LANES = 4, TILE_M = 6 };
+#endif
+enum {
+    TILE_N = 2 * LANES,
+    TILE_K = 256,             // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
+    CHUNKS = 16,              // a sum over rows is cut in this many parts, whatever the number of threads
+    KEYS = 64,                // attention: keys taken at a time
+    QUERY_BLOCKS = 8,         // attention forward: blocks of TILE_N queries that one task carries through all keys
+    PARALLEL = 1 << 14        // less work than this is not worth waking threads
+};
+typedef float vec __attribute__((vector_size(4 * LANES)));
+
+static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
+static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
+
+// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below 2^-126: 0;
+// above: 2^126. NaN stays NaN. Loops over it vectorise.
+static inline float exp2_fast(float x) {
+    x = x < -127.0f ? -127.0f : x;
+    x = x > 126.0f ? 126.0f : x;
+    float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);            // + 1.5·2^23 rounds to an integer
+    float p = 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return p * bits_float((float_bits(shifted) + 127u) << 23);
+}
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
+
+// ---- memory -------------------------------------------------------------------------------------------------
+static void *device_alloc(size_t bytes) {
+    size_t room = bytes < 64 ? 64 : (bytes + 63) & ~(size_t)63;
+    void *p = room < bytes ? NULL : aligned_alloc(64, room);
+    if (!p) die("out of memory: %zu bytes asked for; use a smaller size or batch", bytes);
+    return memset(p, 0, room);
+}
+static void   device_free(void *p) { free(p); }
+static size_t act_size(void) { return sizeof(act); }
+static act   *act_at(act *p, size_t elements) { return p + elements; }
+static void   zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+static void   copy(void *dst, const void *src, size_t bytes) { if (bytes) memmove(dst, src, bytes); }
+static void   upload(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
+static void   download(void *dst, const void *src, size_t bytes) { copy(dst, src, bytes); }
+static void   to_act(act *y, const float *x, size_t n) { copy(y, x, 4 * n); }
+static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
+
+// Working memory inside an op: not zeroed, a cache line's alignment.
+static float *scratch(size_t floats) {
+    float *p = (float *)aligned_alloc(64, (4 * floats + 64) & ~(size_t)63);
+    if (!p) die("out of memory: %zu floats of working memory; use a smaller size or batch", floats);
+    return p;
+}
+
+// ---- matrix products ----------------------------------------------------------------------------------------
+// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < rows, j < TILE_N, k < depth. b is a packed panel
+// [depth, TILE_N]; a, c and start have strides (start_row 0: one row for all; start NULL: 0). All sums stay in
+// registers. More than TILE_M rows are cut to TILE_M; fewer repeat the last one and are not stored.
+static inline __attribute__((always_inline))
+void tile(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, size_t a_col,
+          size_t rows, const float *b, size_t depth) {
+    const float *p[TILE_M];
+    vec t[TILE_M][2];
+    for (size_t i = 0; i < TILE_M; i++) {
+        size_t row = least(i, rows - 1);
+        p[i] = a + row * a_row;
+        for (int half = 0; half < 2; half++) {
+            vec none = {0};
+            t[i][half] = start ? load(start + row * start_row + half * LANES) : none;
+        }
+    }
+    for (size_t k = 0, at = 0; k < depth; k++, at += a_col, b += TILE_N) {
+        vec b0 = load(b), b1 = load(b + LANES);
+        for (int i = 0; i < TILE_M; i++) {
+            t[i][0] += p[i][at] * b0;
+            t[i][1] += p[i][at] * b1;
+        }
+    }
+    for (size_t i = 0; i < TILE_M; i++) {
+        if (i >= rows) break;
+        store(c + i * c_row, t[i][0]);
+        store(c + i * c_row + LANES, t[i][1]);
+    }
+}
+
+// panel[depth, TILE_N] = the first `columns` columns of b, where b[k, j] = b + k·b_row + j·b_col; zeros beside them.
+static void pack(float *panel, const float *b, size_t b_row, size_t b_col, size_t depth, size_t columns) {
+    if (columns < TILE_N) memset(panel, 0, 4 * depth * TILE_N);
+    if (b_col == 1 && columns == TILE_N)
+        for (size_t k = 0; k < depth; k++) memcpy(panel + k * TILE_N, b + k * b_row, 4 * TILE_N);
+    else
+        for (size_t k0 = 0; k0 < depth; k0 += 16)
+            for (size_t j = 0; j < columns; j++)
+                for (size_t k = k0, end = least(k0 + 16, depth); k < end; k++)
+                    panel[k * TILE_N + j] = b[k * b_row + j * b_col];
+}
+
+// Rows of c that one task computes: few enough to keep every thread busy and a's rows in the L2 cache.
+static size_t rows_of_task(size_t M, size_t panels) {
+    size_t threads = 1;
+#ifdef _OPENMP
+    threads = (size_t)omp_get_max_threads();
+#endif
+    size_t tasks = blocks_of(4 * threads, panels), rows = blocks_of(blocks_of(M, tasks), TILE_M) * TILE_M;
+    return rows < 64 ? 64 : rows > 1024 ? 1024 : rows;
+}
+
+// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. a and b have any strides, so
+// this is the forward product, dx and dw alike. Each sum runs over k in order, TILE_K at a time, in one task.
+static void matmul(float *c, const float *bias, bool add, const float *a, size_t a_row, size_t a_col,
+                   const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K) {
+    size_t panels = blocks_of(N, TILE_N), task_rows = rows_of_task(M, panels), tasks = panels * blocks_of(M, task_rows);
+    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
+    for (size_t task = 0; task < tasks; task++) {
+        float panel[TILE_K * TILE_N], edge[TILE_M * TILE_N], head[TILE_N] = {0};
+        size_t j = task % panels * TILE_N, first = task / panels * task_rows, last = least(first + task_rows, M);
+        size_t columns = least(TILE_N, N - j);
+        if (bias) memcpy(head, bias + j, 4 * columns);
+        for (size_t k = 0; k < K; k += TILE_K) {
+            size_t depth = least(TILE_K, K - k);
+            pack(panel, b + k * b_row + j * b_col, b_row, b_col, depth, columns);
+            for (size_t i = first; i < last; i += TILE_M) {
+                const float *ai = a + i * a_row + k * a_col;
+                float *cij = c + i * N + j;
+                size_t rows = least(TILE_M, last - i);
+                bool onto = add || k;
+                if (columns == TILE_N) {
+                    tile(cij, N, onto ? cij : head, onto ? N : 0, ai, a_row, a_col, rows, panel, depth);
+                    continue;
+                }
+                for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, onto ? cij + r * N : head, 4 * columns);
+                tile(edge, TILE_N, edge, TILE_N, ai, a_row, a_col, rows, panel, depth);
+                for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
+            }
+        }
+    }
+}
+
+// dst_b[dim] += the CHUNKS partial sums of sample b, in order; partial[B, CHUNKS, width] starts at the wanted column.
+static void add_partials(PerSample dst, const float *partial, size_t width, size_t B, size_t dim) {
+    for (size_t part = 0; part < B * CHUNKS; part++) {
+        float *d = dst.p + part / CHUNKS * dst.stride;
+        const float *p = partial + part * width;
+        #pragma omp simd
+        for (size_t i = 0; i < dim; i++) d[i] += p[i];
+    }
+}
+static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CHUNKS; }
+
+static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in) {
+    matmul(y, b, false, x, (size_t)in, 1, w, 1, (size_t)in, rows, (size_t)out, (size_t)in);
+}
+
+static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w, size_t rows,
+                            int out, int in, bool accumulate) {
+    size_t O = (size_t)out, I = (size_t)in;
+    if (dx) matmul(dx, NULL, accumulate, dy, O, 1, w, I, 1, rows, I, O);
+    if (dw) matmul(dw, NULL, true, dy, 1, O, x, I, 1, O, I, rows);
+    if (!db) return;
+    float *partial = scratch(CHUNKS * O);
+    #pragma omp parallel for if (rows * O > PARALLEL)
+    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
+        float *p = partial + chunk * O;
+        memset(p, 0, 4 * O);
+        for (size_t r = chunk_start(rows, chunk); r < chunk_start(rows, chunk + 1); r++)
+            for (size_t i = 0; i < O; i++) p[i] += dy[r * O + i];
+    }
+    PerSample all = {db, 0};
+    add_partials(all, partial, O, 1, O);
+    free(partial);
+}
+
+// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): no cancellation anywhere.
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out, int in) {
+    const float *u = pre ? pre : y;
+    size_t n = rows * (size_t)out;
+    linear_forward(pre ? pre : y, x, w, b, rows, out, in);
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) y[i] = u[i] * sigmoid(1.5957691f * (u[i] + 0.044715f * u[i] * u[i] * u[i]));
+}
+
+// With s = σ(2z), e = exp(−2z) = (1 − s)/s:  gelu' = s + u·(1 − s)·s·2z'.
+static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n) {
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) {
+        float u = pre[i], cube = 0.044715f * u * u, e = exp2_fast(-2.3022082f * (u + cube * u)), s = 1.0f / (1.0f + e);
+        dx[i] = dy[i] * (s + u * (e * s) * s * (1.5957691f * (1.0f + 3.0f * cube)));
+    }
+}
+
+static void silu_forward(act *y, const act *x, size_t n) {
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * sigmoid(x[i]);
+}
+
+static void silu_backward(act *dx, const act *dy, const act *x, size_t n) {
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) {
+        float e = exp2_fast(-1.44269504f * x[i]), s = 1.0f / (1.0f + e);
+        dx[i] = dy[i] * (s + x[i] * (e * s) * s);
+    }
+}
+
+// ---- norms, modulation, residual -------------------------------------------------------------------------------
+static void modulation_forward(float *out, const float *mod, const float *e, int B, int J, int Je, int dim) {
+    size_t D = (size_t)dim, rows = (size_t)B * (size_t)J;
+    for (size_t r = 0; r < rows; r++) {
+        size_t b = r / (size_t)J, j = r % (size_t)J;
+        const float *m = mod + j * D, *t = e + (b * (size_t)Je + (Je == 1 ? 0 : j)) * D;
+        for (size_t i = 0; i < D; i++) out[r * D + i] = m[i] + t[i];
+    }
+}
+
+static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim) {
+    size_t D = (size_t)dim, rows = (size_t)B * (size_t)J;
+    for (size_t r = 0; r < rows; r++) {
+        size_t b = r / (size_t)J, j = r % (size_t)J;
+        float *m = dmod + j * D, *t = de + (b * (size_t)Je + (Je == 1 ? 0 : j)) * D;
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++) { m[i] += dout[r * D + i]; t[i] += dout[r * D + i]; }
+    }
+}
+
+// x_out = x + gate·y over one row (gate NULL: 1).
+static inline void add_branch(float *x_out, const float *x, const act *y, const float *gate, size_t dim) {
+    if (gate) {
+        #pragma omp simd
+        for (size_t i = 0; i < dim; i++) x_out[i] = x[i] + gate[i] * y[i];
+    } else {
+        #pragma omp simd
+        for (size_t i = 0; i < dim; i++) x_out[i] = x[i] + y[i];
+    }
+}
+
+static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y, PerSample gate,
+                                  PerSample shift, PerSample scale, float one, int B, size_t n, int dim, float eps) {
+    size_t D = (size_t)dim, rows = (size_t)B * n;
+    #pragma omp parallel for if (rows * D > PARALLEL)
+    for (size_t r = 0; r < rows; r++) {
+        const float *row = x + r * D, *s = of_sample(scale, r / n), *t = of_sample(shift, r / n);
+        if (y) {
+            add_branch(x_out + r * D, row, y + r * D, of_sample(gate, r / n), D);
+            row = x_out + r * D;
+        }
+        float mean = 0.0f, var = 0.0f;
+        #pragma omp simd reduction(+ : mean)
+        for (size_t i = 0; i < D; i++) mean += row[i];
+        mean /= (float)D;
+        #pragma omp simd reduction(+ : var)
+        for (size_t i = 0; i < D; i++) var += (row[i] - mean) * (row[i] - mean);
+        float rstd = 1.0f / sqrtf(var / (float)D + eps);
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++) h[r * D + i] = (row[i] - mean) * rstd * (one + s[i]) + t[i];
+        stat[2 * r] = mean;
+        stat[2 * r + 1] = rstd;
+    }
+}
+
+// With g = dh·(one + scale) and x̂ = (x − mean)·rstd:  dx += rstd·(g − mean g − x̂·mean(g·x̂)).
+static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x, const float *stat,
+                          PerSample scale, float one, int B, size_t n, int dim) {
+    size_t D = (size_t)dim, parts = (size_t)B * CHUNKS;
+    float *partial = scratch(parts * 2 * D);                    // [B, CHUNKS, (shift, scale), dim]
+    #pragma omp parallel for if (parts / CHUNKS * n * D > PARALLEL)
+    for (size_t part = 0; part < parts; part++) {
+        float *to_shift = partial + part * 2 * D, *to_scale = to_shift + D;
+        const float *s = of_sample(scale, part / CHUNKS);
+        size_t begin = part / CHUNKS * n;
+        memset(to_shift, 0, 8 * D);
+        for (size_t r = begin + chunk_start(n, part % CHUNKS); r < begin + chunk_start(n, part % CHUNKS + 1); r++) {
+            const float *xr = x + r * D, *dr = dh + r * D;
+            float *dxr = dx + r * D, mean = stat[2 * r], rstd = stat[2 * r + 1], sum_g = 0.0f, sum_gx = 0.0f;
+            #pragma omp simd reduction(+ : sum_g, sum_gx)
+            for (size_t i = 0; i < D; i++) {
+                float xhat = (xr[i] - mean) * rstd, g = dr[i] * (one + s[i]);
+                sum_g += g;
+                sum_gx += g * xhat;
+                to_shift[i] += dr[i];
+                to_scale[i] += dr[i] * xhat;
+            }
+            sum_g /= (float)D;
+            sum_gx /= (float)D;
+            #pragma omp simd
+            for (size_t i = 0; i < D; i++)
+                dxr[i] += rstd * (dr[i] * (one + s[i]) - sum_g - (xr[i] - mean) * rstd * sum_gx);
+        }
+    }
+    if (dshift.p) add_partials(dshift, partial, 2 * D, (size_t)B, D);
+    if (dscale.p) add_partials(dscale, partial + D, 2 * D, (size_t)B, D);
+    free(partial);
+}
+
+static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n, int dim) {
+    size_t D = (size_t)dim, parts = (size_t)B * CHUNKS;
+    float *partial = scratch(parts * D);
+    #pragma omp parallel for if (parts / CHUNKS * n * D > PARALLEL)
+    for (size_t part = 0; part < parts; part++) {
+        float *sum = partial + part * D;
+        const float *g = of_sample(gate, part / CHUNKS);
+        size_t begin = part / CHUNKS * n;
+        memset(sum, 0, 4 * D);
+        for (size_t r = begin + chunk_start(n, part % CHUNKS); r < begin + chunk_start(n, part % CHUNKS + 1); r++) {
+            const float *dxr = dx + r * D;
+            if (dgate.p) {
+                #pragma omp simd
+                for (size_t i = 0; i < D; i++) sum[i] += dxr[i] * y[r * D + i];
+            }
+            #pragma omp simd
+            for (size_t i = 0; i < D; i++) dy[r * D + i] = g ? g[i] * dxr[i] : dxr[i];
+        }
+    }
+    if (dgate.p) add_partials(dgate, partial, D, (size_t)B, D);
+    free(partial);
+}
+
+static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate, const int *map,
+                                    size_t count, int B, size_t n, int dim) {
+    size_t D = (size_t)dim;
+    (void)B;
+    #pragma omp parallel for if (count * D > PARALLEL)
+    for (size_t j = 0; j < count; j++) {
+        size_t i = map ? (size_t)map[j] : j;
+        if (y) add_branch(x_out + j * D, x + i * D, y + i * D, of_sample(gate, i / n), D);
+        else if (x_out + j * D != x + i * D) memcpy(x_out + j * D, x + i * D, 4 * D);
+    }
+}
+
+static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes) {
+    #pragma omp parallel for if (count * row_bytes > 8 * PARALLEL)
+    for (size_t j = 0; j < count; j++)
+        memcpy((char *)dst + j * row_bytes, (const char *)src + (size_t)map[j] * row_bytes, row_bytes);
+}
+
+// Turn every pair (2p, 2p+1) of every head of a row by its angle; sign −1 turns back, which is the transpose.
+static inline void rotate(float *x, const float *rope, float sign, size_t heads, size_t head_dim) {
+    for (size_t h = 0; h < heads; h++, x += head_dim) {
+        #pragma omp simd
+        for (size_t p = 0; p < head_dim / 2; p++) {
+            float a = x[2 * p], b = x[2 * p + 1], c = rope[2 * p], s = sign * rope[2 * p + 1];
+            x[2 * p] = a * c - b * s;
+            x[2 * p + 1] = a * s + b * c;
+        }
+    }
+}
+
+static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, int B, size_t n,
+                                 int dim, int heads, float eps) {
+    size_t D = (size_t)dim, H = (size_t)heads, rows = (size_t)B * n;
+    #pragma omp parallel for if (rows * D > PARALLEL)
+    for (size_t r = 0; r < rows; r++) {
+        const float *xr = x + r * D;
+        float *yr = y + r * D, squares = 0.0f;
+        #pragma omp simd reduction(+ : squares)
+        for (size_t i = 0; i < D; i++) squares += xr[i] * xr[i];
+        float scale = 1.0f / sqrtf(squares / (float)D + eps);
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++) yr[i] = xr[i] * scale * w[i];
+        rstd[r] = scale;
+        if (rope) rotate(yr, rope + r % n * (D / H), 1.0f, H, D / H);
+    }
+}
+
+// With g = dy turned back and x̂ = x·rstd:  dw += Σ g·x̂,  dx = rstd·(g·w − x̂·mean(g·w·x̂)).
+static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd, const float *w,
+                                  const float *rope, int B, size_t n, int dim, int heads) {
+    size_t D = (size_t)dim, H = (size_t)heads, rows = (size_t)B * n;
+    float *partial = scratch(CHUNKS * D);
+    #pragma omp parallel for if (rows * D > PARALLEL)
+    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
+        float *to_w = partial + chunk * D;
+        memset(to_w, 0, 4 * D);
+        for (size_t r = chunk_start(rows, chunk); r < chunk_start(rows, chunk + 1); r++) {
+            const float *xr = x + r * D;
+            float *g = dx + r * D, scale = rstd[r], sum = 0.0f;
+            if (dx != dy) memcpy(g, dy + r * D, 4 * D);
+            if (rope) rotate(g, rope + r % n * (D / H), -1.0f, H, D / H);
+            #pragma omp simd reduction(+ : sum)
+            for (size_t i = 0; i < D; i++) {
+                float gx = g[i] * xr[i] * scale;
+                to_w[i] += gx;
+                sum += gx * w[i];
+            }
+            sum *= scale / (float)D;
+            #pragma omp simd
+            for (size_t i = 0; i < D; i++) g[i] = scale * (g[i] * w[i] - xr[i] * sum);
+        }
+    }
+    PerSample all = {dw, 0};
+    add_partials(all, partial, D, 1, D);
+    free(partial);
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------
+// Scores stand transposed, s[key, query], TILE_N queries side by side in the lanes: maximum, sum and exp run down the
+// keys without crossing lanes, and exp(s) is already the packed panel that the product with v wants. Everything is
+// kept in powers of two: p = 2^(c·s − m), c = log2(e)/√head_dim.
+#define LOG2E 1.44269504088896341
+
+// block[n, head_dim] = head h of rows first..first+n-1 of x[.., heads·head_dim].
+static void take_head(float *block, const float *x, size_t first, size_t n, size_t h, size_t heads, size_t head_dim) {
+    for (size_t i = 0; i < n; i++) memcpy(block + i * head_dim, x + ((first + i) * heads + h) * head_dim, 4 * head_dim);
+}
+
+// out[i, query] = Σ_d a[i, d]·panel[d, query]: the scores of n keys (or v·dout) against TILE_N queries.
+static void scores(float *out, const float *a, const float *panel, size_t n, size_t head_dim) {
+    for (size_t i = 0; i < n; i += TILE_M)
+        tile(out + i * TILE_N, TILE_N, NULL, 0, a + i * head_dim, head_dim, 1, n - i, panel, head_dim);
+}
+
+// sum[d, query] += Σ_i a[i, d]·p[i, query] over n keys.
+static void mix(float *sum, const float *a, const float *p, size_t n, size_t head_dim) {
+    for (size_t d = 0; d < head_dim; d += TILE_M)
+        tile(sum + d * TILE_N, TILE_N, sum + d * TILE_N, TILE_N, a + d, 1, head_dim, head_dim - d, p, n);
+}
+
+// One step of the running softmax: s[n, query] becomes 2^(c·s − m) under the new maximum m, sum[query] and o[head_dim,
+// query] are scaled from the old maximum to the new one, and sum takes the new terms.
+static void softmax_step(float *s, float *m, float *sum, float *o, float c, size_t n, size_t head_dim) {
+    float top[TILE_N], shrink[TILE_N], part[TILE_N] = {0};
+    for (int j = 0; j < TILE_N; j++) top[j] = s[j];
+    for (size_t i = 1; i < n; i++)
+        for (int j = 0; j < TILE_N; j++) top[j] = s[i * TILE_N + j] > top[j] ? s[i * TILE_N + j] : top[j];
+    for (int j = 0; j < TILE_N; j++) {
+        float now = c * top[j] > m[j] ? c * top[j] : m[j];
+        shrink[j] = exp2_fast(m[j] - now);
+        m[j] = now;
+    }
+    for (size_t i = 0; i < n; i++)
+        for (int j = 0; j < TILE_N; j++) {
+            float p = exp2_fast(c * s[i * TILE_N + j] - m[j]);
+            s[i * TILE_N + j] = p;
+            part[j] += p;
+        }
+    for (int j = 0; j < TILE_N; j++) sum[j] = sum[j] * shrink[j] + part[j];
+    for (size_t d = 0; d < head_dim; d++)
+        for (int j = 0; j < TILE_N; j++) o[d * TILE_N + j] *= shrink[j];
+}
+
+// Queries q0..q1-1 (at most QUERY_BLOCKS·TILE_N of them) of head h through keys k0..k1-1; `room` is the working memory.
+static void attend(act *o, float *lse, const act *q, const act *k, const act *v, size_t q0, size_t q1, size_t k0, size_t k1,
+                   size_t h, size_t heads, size_t hd, float *room) {
+    size_t blocks = blocks_of(q1 - q0, TILE_N), row = heads * hd, panel = hd * TILE_N;
+    float *kb = room, *vb = kb + KEYS * hd, *s = vb + KEYS * hd, *m = s + KEYS * TILE_N;
+    float *sum = m + QUERY_BLOCKS * TILE_N, *qt = sum + QUERY_BLOCKS * TILE_N, *ot = qt + QUERY_BLOCKS * panel;
+    for (size_t g = 0; g < blocks; g++)
+        pack(qt + g * panel, q + (q0 + g * TILE_N) * row + h * hd, 1, row, hd, least(TILE_N, q1 - q0 - g * TILE_N));
+    for (size_t j = 0; j < blocks * TILE_N; j++) { m[j] = -INFINITY; sum[j] = 0.0f; }
+    memset(ot, 0, 4 * blocks * panel);
+    for (size_t key = k0; key < k1; key += KEYS) {
+        size_t n = least(KEYS, k1 - key);
+        take_head(kb, k, key, n, h, heads, hd);
+        take_head(vb, v, key, n, h, heads, hd);
+        for (size_t g = 0; g < blocks; g++) {
+            scores(s, kb, qt + g * panel, n, hd);
+            softmax_step(s, m + g * TILE_N, sum + g * TILE_N, ot + g * panel, (float)(LOG2E / sqrt((double)hd)), n, hd);
+            mix(ot + g * panel, vb, s, n, hd);
+        }
+    }
+    for (size_t i = 0; i < q1 - q0; i++) {
+        const float *column = ot + i / TILE_N * panel + i % TILE_N;
+        float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+        for (size_t d = 0; d < hd; d++) o[(q0 + i) * row + h * hd + d] = column[d * TILE_N] * inverse;
+        if (lse) lse[(q0 + i) * heads + h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
+    }
+}
+
+static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s, int heads,
+                              int head_dim) {
+    size_t H = (size_t)heads, hd = (size_t)head_dim, span = QUERY_BLOCKS * TILE_N, count = (size_t)s->count, tasks = 0;
+    size_t *first = (size_t *)xalloc(count + 1, sizeof *first);         // first task of each sequence
+    for (size_t i = 0; i < count; i++) first[i + 1] = tasks += H * blocks_of((size_t)(s->q[i + 1] - s->q[i]), span);
+    #pragma omp parallel
+    {
+        float *room = scratch(2 * KEYS * hd + KEYS * TILE_N + 2 * span + 2 * span * hd);
+        size_t i = 0;
+        #pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < tasks; task++) {
+            while (task < first[i]) i--;
+            while (task >= first[i + 1]) i++;
+            size_t h = (task - first[i]) % H, q0 = (size_t)s->q[i] + (task - first[i]) / H * span;
+            attend(o, lse, q, k, v, q0, least(q0 + span, (size_t)s->q[i + 1]), (size_t)s->k[i], (size_t)s->k[i + 1],
+                   h, H, hd, room);
+        }
+        free(room);
+    }
+    free(first);
+}
+
+// The backward pass of one head of one sequence. With P = exp(S − lse), D = Σ_d dout·o:
+//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − D)/√head_dim,  dq = dS·k,  dk = dS^T·q.
+// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks, in order.
+static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v, const act *o,
+                            const float *lse, size_t q0, size_t q1, size_t k0, size_t k1, size_t h, size_t heads, size_t hd) {
+    size_t blocks = blocks_of(q1 - q0, TILE_N), row = heads * hd, panel = hd * TILE_N, wide = blocks_of(hd, TILE_N) * TILE_N;
+    float scale = (float)(1.0 / sqrt((double)hd)), c = (float)(LOG2E / sqrt((double)hd));
+    float *room = scratch(blocks * (3 * panel + 2 * wide * TILE_N + 2 * TILE_N) + 2 * KEYS * (hd + wide + TILE_N));
+    float *qt = room, *dot = qt + blocks * panel, *dqt = dot + blocks * panel;          // transposed: [head_dim, query]
+    float *qr = dqt + blocks * panel, *dor = qr + blocks * wide * TILE_N;               // panels of [query, TILE_N dims]
+    float *L = dor + blocks * wide * TILE_N, *D = L + blocks * TILE_N;
+    float *kb = D + blocks * TILE_N, *vb = kb + KEYS * hd, *dkb = vb + KEYS * hd, *dvb = dkb + KEYS * wide;
+    float *p = dvb + KEYS * wide, *ds = p + KEYS * TILE_N;
+    memset(dqt, 0, 4 * blocks * panel);
+    memset(qr, 0, 4 * (2 * blocks * wide * TILE_N + 2 * blocks * TILE_N));
+    for (size_t g = 0; g < blocks; g++) {
+        size_t at = (q0 + g * TILE_N) * row + h * hd, n = least(TILE_N, q1 - q0 - g * TILE_N);
+        pack(qt + g * panel, q + at, 1, row, hd, n);
+        pack(dot + g * panel, dout + at, 1, row, hd, n);
+        for (size_t d = 0; d < hd; d += TILE_N) {
+            pack(qr + (g * wide + d) * TILE_N, q + at + d, row, 1, n, least(TILE_N, hd - d));
+            pack(dor + (g * wide + d) * TILE_N, dout + at + d, row, 1, n, least(TILE_N, hd - d));
+        }
+        for (size_t j = 0; j < n; j++) {
+            float sum = 0.0f;
+            #pragma omp simd reduction(+ : sum)
+            for (size_t d = 0; d < hd; d++) sum += dout[at + j * row + d] * o[at + j * row + d];
+            D[g * TILE_N + j] = sum;
+            L[g * TILE_N + j] = (float)(LOG2E * lse[(q0 + g * TILE_N + j) * heads + h]);
+        }
+    }
+    for (size_t key = k0; key < k1; key += KEYS) {
+        size_t n = least(KEYS, k1 - key);
+        take_head(kb, k, key, n, h, heads, hd);
+        take_head(vb, v, key, n, h, heads, hd);
+        memset(dkb, 0, 4 * 2 * KEYS * wide);
+        for (size_t g = 0; g < blocks; g++) {
+            const float *Lg = L + g * TILE_N, *Dg = D + g * TILE_N;
+            scores(p, kb, qt + g * panel, n, hd);
+            scores(ds, vb, dot + g * panel, n, hd);
+            for (size_t i = 0; i < n; i++)
+                for (int j = 0; j < TILE_N; j++) {
+                    size_t ij = i * TILE_N + (size_t)j;
+                    p[ij] = exp2_fast(c * p[ij] - Lg[j]);
+                    ds[ij] = p[ij] * (ds[ij] - Dg[j]);
+                }
+            mix(dqt + g * panel, kb, ds, n, hd);
+            for (size_t d = 0; d < hd; d += TILE_N)
+                for (size_t i = 0; i < n; i += TILE_M) {
+                    float *to_k = dkb + i * wide + d, *to_v = dvb + i * wide + d;
+                    tile(to_k, wide, to_k, wide, ds + i * TILE_N, TILE_N, 1, n - i, qr + (g * wide + d) * TILE_N, TILE_N);
+                    tile(to_v, wide, to_v, wide, p + i * TILE_N, TILE_N, 1, n - i, dor + (g * wide + d) * TILE_N, TILE_N);
+                }
+        }
+        for (size_t i = 0; i < n; i++)
+            for (size_t d = 0; d < hd; d++) {
+                dk[(key + i) * row + h * hd + d] = scale * dkb[i * wide + d];
+                dv[(key + i) * row + h * hd + d] = dvb[i * wide + d];
+            }
+    }
+    for (size_t i = 0; i < q1 - q0; i++)
+        for (size_t d = 0; d < hd; d++)
+            dq[(q0 + i) * row + h * hd + d] = scale * dqt[i / TILE_N * panel + d * TILE_N + i % TILE_N];
+    free(room);
+}
+
+static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v,
+                               const act *o, const float *lse, const Sequences *s, int heads, int head_dim) {
+    size_t H = (size_t)heads, tasks = (size_t)s->count * H;
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t task = 0; task < tasks; task++) {
+        size_t i = task / H, h = task % H;
+        attend_backward(dq, dk, dv, dout, q, k, v, o, lse, (size_t)s->q[i], (size_t)s->q[i + 1], (size_t)s->k[i],
+                        (size_t)s->k[i + 1], h, H, (size_t)head_dim);
+    }
+}
+
+// ---- HiF8 --------------------------------------------------------------------------------------------------------
+// Magnitudes of floats are ordered like their bits, so the maximum is one of integers.
+static void absmax(float *m, const act *x, size_t n) {
+    uint32_t top = 0;
+    #pragma omp parallel for simd reduction(max : top) if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) {
+        uint32_t a = float_bits(x[i]) & 0x7FFFFFFFu;
+        a = a > 0x7F800000u ? 0u : a;
+        top = a > top ? a : top;
+    }
+    *m = bits_float(top);
+}
+
+static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m) {
+    float k = hif8_scale(s, *m);
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) y[i] = hif8_round(x[i] * k) / k;
+}
+
+// ---- pixels, words, time -----------------------------------------------------------------------------------------
+// Where the 4·C numbers of a token lie: element (c, ph, pw) of token (t, h, w) in x[C, T, 2H, 2W] of a sample.
+static inline size_t pixel(size_t token, size_t column, int C, int T, int H, int W, bool channels_first) {
+    size_t Wt = (size_t)W, Ht = (size_t)H, w = token % Wt, h = token / Wt % Ht, t = token / Wt / Ht;
+    size_t c = channels_first ? column / 4 : column % (size_t)C, patch = channels_first ? column % 4 : column / (size_t)C;
+    return ((c * (size_t)T + t) * 2 * Ht + 2 * h + patch / 2) * 2 * Wt + 2 * w + patch % 2;
+}
+
+static void latent_to_rows(act *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n,
+                           bool channels_first) {
+    size_t columns = 4 * (size_t)C, sample = columns * (size_t)T * (size_t)H * (size_t)W, count = (size_t)B * n;
+    #pragma omp parallel for if (count * columns > PARALLEL)
+    for (size_t r = 0; r < count; r++)
+        for (size_t i = 0; i < columns; i++)
+            rows[r * columns + i] = x[r / n * sample + pixel(first + r % n, i, C, T, H, W, channels_first)];
+}
+
+static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W, bool channels_first) {
+    size_t columns = 4 * (size_t)C, n = (size_t)T * (size_t)H * (size_t)W, count = (size_t)B * n;
+    #pragma omp parallel for if (count * columns > PARALLEL)
+    for (size_t r = 0; r < count; r++)
+        for (size_t i = 0; i < columns; i++)
+            x[r / n * columns * n + pixel(r % n, i, C, T, H, W, channels_first)] = rows[r * columns + i];
+}
+
+static void embed_forward(act *y, const float *table, const float *pos, const int *ids, size_t rows, int L, int dim) {
+    size_t D = (size_t)dim;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < D; i++)
+            y[r * D + i] = ids[r] < 0 ? 0.0f : table[(size_t)ids[r] * D + i] + pos[r % (size_t)L * D + i];
+}
+
+static void embed_backward(float *dtable, const act *dy, const int *ids, size_t rows, int vocab, int dim) {
+    size_t D = (size_t)dim;
+    (void)vocab;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < D && ids[r] >= 0; i++) dtable[(size_t)ids[r] * D + i] += dy[r * D + i];
+}
+
+// ---- elementwise on float, reductions to the host, optimizer ------------------------------------------------------
+static void lincomb(float *y, float a, const float *x, float b, const float *z, size_t n) {
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) y[i] = z ? a * x[i] + b * z[i] : a * x[i];
+}
+
+static double sum_squares(const float *x, const float *z, size_t n) {
+    double parts[CHUNKS], total = 0.0;
+    #pragma omp parallel for if (n > PARALLEL)
+    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
+        double sum = 0.0;
+        #pragma omp simd reduction(+ : sum)
+        for (size_t i = chunk_start(n, chunk); i < chunk_start(n, chunk + 1); i++) {
+            double d = (double)x[i] - (z ? (double)z[i] : 0.0);
+            sum += d * d;
+        }
+        parts[chunk] = sum;
+    }
+    for (int chunk = 0; chunk < CHUNKS; chunk++) total += parts[chunk];
+    return total;
+}
+
+static double mse(float *dout, const float *out, const float *target, size_t n) {
+    if (dout) lincomb(dout, 2.0f / (float)n, out, -2.0f / (float)n, target, n);
+    return sum_squares(out, target, n) / (double)n;
+}
+
+// m = β1·m + (1−β1)·g, v = β2·v + (1−β2)·g², w = w − lr·(weight_decay·w + m̂/(√v̂ + eps)), m̂ = m/(1−β1^t), v̂ = v/(1−β2^t).
+// 0.999f is not 0.999, which would show in 1 − β: the decimal that was meant is restored first.
+static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr, float beta1,
+                  float beta2, float eps, float weight_decay, float ema_decay, int t) {
+    double b1 = rint(beta1 * 1e7) / 1e7, b2 = rint(beta2 * 1e7) / 1e7, decay = rint(ema_decay * 1e7) / 1e7;
+    float new1 = (float)(1.0 - b1), new2 = (float)(1.0 - b2), fresh = (float)(1.0 - decay);
+    float rate = (float)(lr / (1.0 - pow(b1, t))), grow = (float)(1.0 / sqrt(1.0 - pow(b2, t)));
+    float keep = (float)(1.0 - (double)lr * weight_decay);
+    #pragma omp parallel for simd if (n > PARALLEL)
+    for (size_t i = 0; i < n; i++) {
+        float gi = g[i] * gscale;
+        m[i] = beta1 * m[i] + new1 * gi;
+        v[i] = beta2 * v[i] + new2 * gi * gi;
+        w[i] = keep * w[i] - rate * m[i] / (sqrtf(v[i]) * grow + eps);
+        if (ema) ema[i] = ema_decay * ema[i] + fresh * w[i];
+    }
+}
+#endif
+// ============================================================================================================
+// 4. Skiparse-2D: which tokens attend together (spec §4)
+// ============================================================================================================
+// Sparse ratio P cuts the grid into P² subsequences by (h, w); time is never cut. With P = 2 on a 4 x 8 frame, the
+// subsequence of each token:
+//
+//    token-wise (every P-th token)        group-wise (every P-th group of P x P tokens)
+//       0 1 0 1 0 1 0 1                      0 0 1 1 0 0 1 1
+//       2 3 2 3 2 3 2 3                      0 0 1 1 0 0 1 1
+//       0 1 0 1 0 1 0 1                      2 2 3 3 2 2 3 3
+//       2 3 2 3 2 3 2 3                      2 2 3 3 2 2 3 3
+//
+// Token-wise alone leaves each token blind to its neighbours, group-wise alone to the grid between the groups; two
+// blocks in turn connect everything, at 1/P² of the attention's cost each.
+enum { FULL, TOKEN_WISE, GROUP_WISE, PATTERNS };
+static const char PATTERN_LETTER[] = "Ftg";
+
+static int subsequence(int pattern, int h, int w, int P) {
+    if (pattern == TOKEN_WISE) return h % P * P + w % P;
+    if (pattern == GROUP_WISE) return h / P % P * P + w / P % P;
+    return 0;
+}
+
+// order[N]: the original token at each place of the rearranged sequence; start[P²+1]: where each subsequence begins.
+// Inside a subsequence tokens stay in (t, h, w) order, which is the order the paper's reshapes give. Grids that P²
+// does not divide only make the subsequences' lengths differ: no padded token exists anywhere in this program.
+static int skiparse_order(int *order, int *start, int pattern, int T, int H, int W, int P) {
+    int count = pattern == FULL ? 1 : P * P, place = 0;
+    for (int s = 0; s < count; s++) {
+        start[s] = place;
+        for (int t = 0; t < T; t++)
+            for (int h = 0; h < H; h++)
+                for (int w = 0; w < W; w++)
+                    if (subsequence(pattern, h, w, P) == s) order[place++] = (t * H + h) * W + w;
+    }
+    start[count] = place;
+    return count;
+}
+
+// The dual-end hybrid (spec §3): full attention in the first and last F/2 of L blocks; between them token-wise at even
+// indices and group-wise at odd ones.
+static int block_pattern(int i, int L, int F) {
+    if (i < F / 2 || i >= L - F / 2) return FULL;
+    return i % 2 == 0 ? TOKEN_WISE : GROUP_WISE;
+}
+
+// A pattern on a grid, and how R ranks share it (SSP, spec §5): rank r holds the places [first[r], first[r+1]), whole
+// subsequences where the pattern is sparse, an even cut of the plain sequence where it is full.
+typedef struct {
+    int count, *order, *place, *start;       // order[N] as above; place[order[j]] = j; start[count + 1]
+    int *first;                              // [R + 1]
+} Pattern;
+
+static void pattern_init(Pattern *p, int pattern, int T, int H, int W, int P, int R) {
+    int N = T * H * W, most = pattern == FULL ? 1 : P * P;
+    p->order = (int *)xalloc((size_t)N, sizeof(int));
+    p->place = (int *)xalloc((size_t)N, sizeof(int));
+    p->start = (int *)xalloc((size_t)most + 1, sizeof(int));
+    p->first = (int *)xalloc((size_t)R + 1, sizeof(int));
+    p->count = skiparse_order(p->order, p->start, pattern, T, H, W, P);
+    for (int j = 0; j < N; j++) p->place[p->order[j]] = j;
+    for (int r = 0; r <= R; r++)
+        p->first[r] = pattern == FULL ? (int)((size_t)N * (size_t)r / (size_t)R) : p->start[p->count * r / R];
+}
+
+// How the tokens of B samples move from one pattern's order to another's: rank `rank` packs rows by `pack`, sends
+// send[s] of them to each rank s, receives receive[s], and puts them in order by `unpack`. With one rank nothing is sent:
+// pack alone is the rearrangement. The backward pass is the exchange the other way.
+typedef struct { int *pack, *unpack, *send, *receive; size_t sent, received; } Exchange;
+
+static void exchange_init(Exchange *e, const Pattern *from, const Pattern *to, int B, int rank, int R) {
+    int mine = from->first[rank + 1] - from->first[rank], next = to->first[rank + 1] - to->first[rank];
+    e->sent = (size_t)mine * (size_t)B;
+    e->received = (size_t)next * (size_t)B;
+    e->pack = (int *)xalloc(e->sent, sizeof(int));
+    e->unpack = (int *)xalloc(e->received, sizeof(int));
+    e->send = (int *)xalloc((size_t)R, sizeof(int));
+    e->receive = (int *)xalloc((size_t)R, sizeof(int));
+    int packed = 0, arrived = 0;
+    for (int s = 0; s < R; s++)
+        for (int b = 0; b < B; b++) {
+            for (int j = to->first[s]; j < to->first[s + 1]; j++) {           // what rank s will hold, in its order
+                int i = from->place[to->order[j]] - from->first[rank];
+                if (i >= 0 && i < mine) e->pack[packed++] = b * mine + i, e->send[s]++;
+            }
+            for (int j = to->first[rank]; j < to->first[rank + 1]; j++) {     // what this rank gets from rank s
+                int i = from->place[to->order[j]];
+                if (i >= from->first[s] && i < from->first[s + 1])
+                    e->unpack[b * next + j - to->first[rank]] = arrived++, e->receive[s]++;
+            }
+        }
+}
+// ============================================================================================================
+// 5. The model as data: configuration and parameters (spec §2)
+// ============================================================================================================
+typedef struct {
+    int dim, ffn_dim, num_heads, num_layers, num_full_blocks, sparse_ratio, in_dim, out_dim, text_dim, text_len, freq_dim;
+    int vocab;                               // > 0: captions are words of a learned table instead of UMT5's embeddings
+    int quant, quant_attn;                   // HiF8 on linear layers; on q, k, v
+    int T, H_l, W_l;                         // the latent's size: frames, height, width
+    double eps;
+} Config;
+
+// The same names stand in a checkpoint's metadata.
+typedef struct { const char *key; size_t field; int least, most; bool needed; } ConfigRow;
+static const ConfigRow CONFIG[] = {
+    {"dim", offsetof(Config, dim), 2, 65536, true}, {"ffn_dim", offsetof(Config, ffn_dim), 1, 262144, true},
+    {"num_heads", offsetof(Config, num_heads), 1, 1024, true}, {"num_layers", offsetof(Config, num_layers), 1, 1024, true},
+    {"num_full_blocks", offsetof(Config, num_full_blocks), 0, 1024, true},
+    {"sparse_ratio", offsetof(Config, sparse_ratio), 1, 64, true},
+    {"in_dim", offsetof(Config, in_dim), 1, 1024, true}, {"out_dim", offsetof(Config, out_dim), 1, 1024, true},
+    {"text_dim", offsetof(Config, text_dim), 1, 65536, true}, {"text_len", offsetof(Config, text_len), 1, 65536, true},
+    {"freq_dim", offsetof(Config, freq_dim), 2, 65536, true}, {"vocab", offsetof(Config, vocab), 0, 65536, false},
+    {"quant", offsetof(Config, quant), 0, 1, false}, {"quant_attn", offsetof(Config, quant_attn), 0, 1, false},
+    {"T", offsetof(Config, T), 1, 4096, false}, {"H_l", offsetof(Config, H_l), 2, 16384, false},
+    {"W_l", offsetof(Config, W_l), 2, 16384, false},
+};
+enum { CONFIG_ROWS = sizeof(CONFIG) / sizeof(CONFIG[0]) };
+
+static int *config_field(Config *c, int row) { return (int *)(void *)((char *)c + CONFIG[row].field); }
+
+// What a Config must satisfy beyond each number's range; `where` names the file or option it came from.
+static void config_check(const Config *c, const char *where) {
+    int L = c->num_layers, F = c->num_full_blocks;
+    if (c->dim % c->num_heads || c->dim / c->num_heads % 2)
+        die("%s: dim %d over %d heads must give an even head_dim", where, c->dim, c->num_heads);
+    if (c->freq_dim % 2) die("%s: freq_dim %d must be even", where, c->freq_dim);
+    if (F != L && (F % 4 || F > L / 2 || L % 2))
+        die("%s: num_full_blocks %d of %d layers: want all of them, or a multiple of 4 up to half of an even number", where, F, L);
+    if (c->T && (c->H_l % 2 || c->W_l % 2)) die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
+}
+
+// One tensor of weights. `w` is the master copy; `c` is what matrix products read: w as act, merged with a LoRA, rounded
+// to HiF8, whatever the run asks for (weights_prepare), and simply w itself where nothing is asked.
+typedef struct {
+    char name[64];
+    int rank;
+    size_t shape[5], count, offset;          // offset: floats into the arenas
+    float *w, *dw;                           // w NULL: only c is kept (sampling with copies)
+    act *c;
+    bool block_matrix;                       // one of the matrices that HiF8 covers
+    bool codes;                              // w came from HiF8 codes: it is its own rounding, until training moves it
+} Param;
+
+typedef struct { Param *w, *b; } Linear;     // [out, in], [out]
+typedef struct { Linear q, k, v, o; Param *norm_q, *norm_k; } Attention;
+typedef struct { Param *modulation; Attention self, cross; Linear norm3, ffn0, ffn2; } Block;
+
+typedef struct Lora Lora;                    // section 9
+typedef struct {
+    Config c;
+    Linear patch, text0, text2, time0, time2, time_proj, head;
+    Param *head_modulation, *words;
+    Block *block;
+    Param *param;                            // all tensors in file order ...
+    int params;
+    float *w, *dw;                           // ... and, in training, their two arenas of `count` floats
+    size_t count;
+    bool training;
+    float *amax;                             // room for one maximum
+    Lora *lora;                              // adapters on q, k, v, o; NULL: none
+} Model;
+
+// THE table of parameters: name, place in the structs above, shape. Negative sizes are the config's.
+enum { DIM = -1, FFN = -2, SIX = -3, IN = -4, OUT = -5, TEXT = -6, FREQ = -7, WORDS_ = -8 };
+typedef struct { const char *name; size_t field; int shape[5]; } ParamRow;
+#define LINEAR(name, S, field, out, in) \
+    {name ".weight", offsetof(S, field.w), {out, in}}, {name ".bias", offsetof(S, field.b), {out}}
+#define ATTENTION(name, field) \
+    LINEAR(name ".q", Block, field.q, DIM, DIM), LINEAR(name ".k", Block, field.k, DIM, DIM), \
+    LINEAR(name ".v", Block, field.v, DIM, DIM), LINEAR(name ".o", Block, field.o, DIM, DIM), \
+    {name ".norm_q.weight", offsetof(Block, field.norm_q), {DIM}}, {name ".norm_k.weight", offsetof(Block, field.norm_k), {DIM}}
+static const ParamRow MODEL_TABLE[] = {
+    {"patch_embedding.weight", offsetof(Model, patch.w), {DIM, IN, 1, 2, 2}},
+    {"patch_embedding.bias", offsetof(Model, patch.b), {DIM}},
+    LINEAR("text_embedding.0", Model, text0, DIM, TEXT), LINEAR("text_embedding.2", Model, text2, DIM, DIM),
+    LINEAR("time_embedding.0", Model, time0, DIM, FREQ), LINEAR("time_embedding.2", Model, time2, DIM, DIM),
+    LINEAR("time_projection.1", Model, time_proj, SIX, DIM),
+    {"head.modulation", offsetof(Model, head_modulation), {1, 2, DIM}}, LINEAR("head.head", Model, head, OUT, DIM),
+    {"text_encoder.weight", offsetof(Model, words), {WORDS_, TEXT}},
+};
+static const ParamRow BLOCK_TABLE[] = {
+    {"modulation", offsetof(Block, modulation), {1, 6, DIM}},
+    ATTENTION("self_attn", self), LINEAR("norm3", Block, norm3, DIM, 0), ATTENTION("cross_attn", cross),
+    LINEAR("ffn.0", Block, ffn0, FFN, DIM), LINEAR("ffn.2", Block, ffn2, DIM, FFN),
+};
+enum { MODEL_ROWS = sizeof(MODEL_TABLE) / sizeof(ParamRow), BLOCK_ROWS = sizeof(BLOCK_TABLE) / sizeof(ParamRow) };
+
+static size_t config_size(const Config *c, int size) {
+    switch (size) {
+    case DIM:  return (size_t)c->dim;           case FFN:   return (size_t)c->ffn_dim;
+    case SIX:  return 6 * (size_t)c->dim;       case IN:    return (size_t)c->in_dim;
+    case OUT:  return 4 * (size_t)c->out_dim;   case TEXT:  return (size_t)c->text_dim;
+    case FREQ: return (size_t)c->freq_dim;      case WORDS_: return (size_t)c->vocab;
+    default:   return (size_t)size;
+    }
+}
+
+// Appends one row of a table to m->param and points its struct field at it. block: index, or −1 outside the blocks.
+static void param_add(Model *m, const ParamRow *row, void *owner, int block) {
+    Param *p = &m->param[m->params++];
+    if (block < 0) snprintf(p->name, sizeof(p->name), "%s", row->name);
+    else snprintf(p->name, sizeof(p->name), "blocks.%d.%s", block, row->name);
+    p->count = 1;
+    for (int i = 0; i < 5 && row->shape[i]; i++) p->count *= p->shape[p->rank++] = config_size(&m->c, row->shape[i]);
+    p->block_matrix = block >= 0 && p->rank == 2;
+    *(Param **)(void *)((char *)owner + row->field) = p;
+    p->offset = m->count;
+    m->count += (p->count + 15) & ~(size_t)15;               // every tensor starts at a multiple of 64 bytes
+}
+
+// The list of parameters; no memory for their numbers yet.
+static Model *model_layout(const Config *c) {
+    Model *m = (Model *)xalloc(1, sizeof(Model));
+    m->c = *c;
+    m->block = (Block *)xalloc((size_t)c->num_layers, sizeof(Block));
+    m->param = (Param *)xalloc(MODEL_ROWS + (size_t)c->num_layers * BLOCK_ROWS, sizeof(Param));
+    for (int i = 0; i < MODEL_ROWS; i++)
+        if (MODEL_TABLE[i].field != offsetof(Model, words) || c->vocab) param_add(m, &MODEL_TABLE[i], m, -1);
+    for (int l = 0; l < c->num_layers; l++)
+        for (int i = 0; i < BLOCK_ROWS; i++) param_add(m, &BLOCK_TABLE[i], &m->block[l], l);
+    return m;
+}
+
+// Products read a copy of a weight only where it differs from the master: bfloat16, HiF8 or a LoRA.
+static bool needs_work(const Model *m) { return act_size() != sizeof(float) || m->c.quant || m->lora; }
+
+// Bytes of weights on the device. Only training keeps masters (and gradients) of matrices that have a working copy.
+static size_t model_bytes(const Model *m, bool training) {
+    size_t matrices = 0;
+    for (int i = 0; i < m->params; i++) matrices += m->param[i].rank > 1 ? m->param[i].count : 0;
+    size_t masters = training || !needs_work(m) ? m->count : m->count - matrices;
+    return masters * sizeof(float) * (training ? 2 : 1) + (needs_work(m) ? matrices * act_size() : 0);
+}
+
+static void model_allocate(Model *m, bool training) {
+    m->training = training;
+    m->amax = (float *)device_alloc(sizeof(float));
+    if (training) {
+        m->w = (float *)device_alloc(m->count * sizeof(float));
+        m->dw = (float *)device_alloc(m->count * sizeof(float));
+    }
+    for (int i = 0; i < m->params; i++) {
+        Param *p = &m->param[i];
+        bool copied = p->rank > 1 && needs_work(m);
+        if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
+        else if (!copied) p->w = (float *)device_alloc(p->count * sizeof(float));
+        p->c = copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w;
+    }
+}
+
+static void lora_merge(Model *m, Param *p);  // section 9
+
+// Master weight w[count] -> what products read: cast, LoRA merged, rounded to HiF8.
+static void param_prepare(Model *m, Param *p, const float *w) {
+    if (p->rank < 2 || !needs_work(m)) return;
+    to_act(p->c, w, p->count);
+    if (m->lora) lora_merge(m, p);
+    if (!m->c.quant || !p->block_matrix || (p->codes && !m->lora)) return;
+    absmax(m->amax, p->c, p->count);
+    hif8_tensor(p->c, p->c, p->count, 15, m->amax);
+}
+
+// After every change of the weights.
+static void weights_prepare(Model *m) {
+    for (int i = 0; i < m->params; i++) param_prepare(m, &m->param[i], m->param[i].w);
+}
+
+// A tensor's values from the host.
+static void param_set(Model *m, Param *p, const float *host) {
+    float *w = p->w ? p->w : (float *)device_alloc(p->count * sizeof(float));
+    upload(w, host, p->count * sizeof(float));
+    param_prepare(m, p, w);
+    if (!p->w) device_free(w);
+}
+
+// First weights: matrices normal with deviation 1/√in (GPT-like small for what feeds a residual: zero), biases 0, norms 1,
+// modulation 1/√dim. The head starts at zero: an untrained model answers v = 0, the best constant.
+static void model_random(Model *m, uint64_t seed) {
+    for (int i = 0; i < m->params; i++) {
+        Param *p = &m->param[i];
+        float *host = (float *)xalloc(p->count, sizeof(float));
+        size_t in = p->rank > 1 ? p->count / p->shape[0] : 1;
+        bool norm = strstr(p->name, "norm") && strstr(p->name, "weight"), head = !strncmp(p->name, "head.head", 9);
+        double deviation = strstr(p->name, "modulation") ? 1 / sqrt((double)m->c.dim) : strstr(p->name, "text_encoder") ? 1
+                         : p->rank < 2 || head ? 0 : 1 / sqrt((double)in);
+        for (size_t j = 0; j < p->count; j++)
+            host[j] = norm ? 1.0f : (float)deviation * rng_normal(seed, 1000 + (uint64_t)i, j);
+        param_set(m, p, host);
+        free(host);
+    }
+}
+// ============================================================================================================
+// 6. Ranks: one sample on many processes (spec §5)
+// ============================================================================================================
+// Sparse blocks under SSP need ONE all_to_all, of x, between two blocks: a rank holds whole subsequences, so attention
+// needs no other rank. Full blocks (and sparse ones with --sp ulysses, to compare) run under Ulysses: q, k, v and the
+// output each pass through an all_to_all that trades tokens for heads, FOUR a block. With 2·R ranks the conditional
+// and the unconditional half of guidance run side by side.
+// Everything that crosses between ranks goes through all_to_all(), which counts calls, bytes and time by purpose.
+enum { EXCHANGE, ULYSSES_FULL, ULYSSES_SPARSE, CONVERT, GRADIENTS, MAXIMA, OUTPUT, GUIDANCE, PURPOSES };
+static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses, full blocks", "Ulysses, sparse blocks", "full<->sparse",
+                                           "gradients", "HiF8 maxima", "output", "guidance"};
+
+typedef struct {
+    int rank, size;                          // of the R ranks that share one sample
+    int half, halves;                        // 0 conditional, 1 unconditional, where halves = 2
+    bool ulysses;                            // sparse blocks under Ulysses, too
+    size_t calls[PURPOSES], bytes[PURPOSES]; // sent to OTHER ranks
+    double time[PURPOSES];
+} Ranks;
+
+#ifdef OSP_MPI
+static MPI_Comm sample_ranks = MPI_COMM_NULL, guidance_pair = MPI_COMM_NULL;
+
+static void abort_ranks(void) {              // called by die(): rank 0 speaks first, the others may have the same to say
+    int up = 0;
+    MPI_Initialized(&up);
+    if (up) MPI_Abort(MPI_COMM_WORLD, 2);
+}
+
+// The transfer itself, between buffers in host memory.
+static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
+                           int purpose) {
+    MPI_Comm comm = purpose == GUIDANCE ? guidance_pair : sample_ranks == MPI_COMM_NULL ? MPI_COMM_WORLD : sample_ranks;
+    int R, at_send = 0, at_receive = 0;
+    MPI_Comm_size(comm, &R);
+    int *send_at = (int *)xalloc(2 * (size_t)R, sizeof(int)), *receive_at = send_at + R;
+    for (int s = 0; s < R; s++) {
+        send_at[s] = same ? 0 : at_send, receive_at[s] = at_receive;
+        at_send += send[s], at_receive += receive[s];
+    }
+    MPI_Datatype row;
+    MPI_Type_contiguous((int)row_bytes, MPI_BYTE, &row);
+    MPI_Type_commit(&row);
+    MPI_Alltoallv(from, send, send_at, row, to, receive, receive_at, row, comm);
+    MPI_Type_free(&row);
+    free(send_at);
+}
+
+static void ranks_start(Ranks *k, int *argc, char ***argv) {
+    MPI_Init(argc, argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &k->rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &k->size);
+    k->halves = 1;
+}
+
+// All ranks of the world -> `halves` groups of size/halves ranks.
+static void ranks_split(Ranks *k, int halves) {
+    int R = k->size / halves, world = k->rank;
+    MPI_Comm_split(MPI_COMM_WORLD, world / R, world, &sample_ranks);
+    MPI_Comm_split(MPI_COMM_WORLD, world % R, world, &guidance_pair);
+    k->size = R, k->rank = world % R, k->half = world / R, k->halves = halves;
+}
+
+static void ranks_end(void) { MPI_Finalize(); }
+#else
+static void abort_ranks(void) {}
+static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
+                           int purpose) {
+    (void)to, (void)from, (void)receive, (void)send, (void)same, (void)row_bytes, (void)purpose;
+}
+static void ranks_start(Ranks *k, int *argc, char ***argv) { (void)argc, (void)argv, k->size = 1, k->halves = 1; }
+static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
+static void ranks_end(void) {}
+#endif
+
+// From device memory to device memory: straight through MPI on the CPU; osp_cuda.cu stages or uses NCCL.
+static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
+                              int R, int purpose);
+#ifndef OSP_CUDA
+static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
+                              int R, int purpose) {
+    (void)R;
+    mpi_all_to_all(to, from, receive, send, same, row_bytes, purpose);
+}
+#endif
+
+// THE transfer. Rank s gets the next send[s] rows of `from` (`same`: everyone gets the same rows, an all_gather); the
+// receive[s] rows of rank s follow those of rank s−1 in `to`. Rows are row_bytes long, pointers the device's.
+static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
+                       size_t row_bytes, int purpose) {
+    int R = purpose == GUIDANCE ? k->halves : k->size, me = purpose == GUIDANCE ? k->half : k->rank;
+    double begin = seconds();
+    device_all_to_all(to, from, receive, send, same, row_bytes, R, purpose);
+    k->time[purpose] += seconds() - begin;
+    k->calls[purpose]++;
+    for (int s = 0; s < R; s++)
+        if (s != me) k->bytes[purpose] += (size_t)send[s] * row_bytes;
+}
+
+// Everyone's `count` rows, in rank order.
+static void all_gather(Ranks *k, void *to, const void *from, int count, size_t row_bytes, int purpose) {
+    int R = purpose == GUIDANCE ? k->halves : k->size;
+    int *counts = (int *)xalloc((size_t)R, sizeof(int));
+    for (int s = 0; s < R; s++) counts[s] = count;
+    all_to_all(k, to, from, counts, counts, true, row_bytes, purpose);
+    free(counts);
+}
+
+// x[n] = Σ over ranks, in rank order, so that every run gives the same bytes: each rank adds up one slice, then all
+// gather the slices. only_first: the other ranks end with zeros instead (see the text's gradients in section 7).
+static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
+    int R = k->size, slice = (int)((n + (size_t)R - 1) / (size_t)R);
+    if (R == 1) return;
+    int *send = (int *)xalloc(2 * (size_t)R, sizeof(int)), *receive = send + R;
+    float *parts = (float *)device_alloc((size_t)R * (size_t)slice * sizeof(float));
+    for (int s = 0; s < R; s++) {
+        size_t begin = (size_t)s * (size_t)slice, end = begin + (size_t)slice;
+        send[s] = (int)((end < n ? end : n) - (begin < n ? begin : n));
+    }
+    int mine = send[k->rank];
+    for (int s = 0; s < R; s++) receive[s] = mine;
+    all_to_all(k, parts, x, receive, send, false, sizeof(float), GRADIENTS);
+    for (int s = 1; s < R; s++) lincomb(parts, 1, parts, 1, parts + (size_t)s * (size_t)mine, (size_t)mine);
+    for (int s = 0; s < R; s++) receive[s] = mine;                      // now everyone gets my slice
+    all_to_all(k, x, parts, send, receive, true, sizeof(float), GRADIENTS);
+    if (only_first && k->rank > 0) zero(x, n * sizeof(float));
+    device_free(parts);
+    free(send);
+}
+
+static void max_over_ranks(Ranks *k, float *m) {
+    if (k->size == 1) return;
+    size_t R = (size_t)k->size;
+    float *all = (float *)device_alloc(R * sizeof(float)), *host = (float *)xalloc(R, sizeof(float));
+    all_gather(k, all, m, 1, sizeof(float), MAXIMA);
+    download(host, all, R * sizeof(float));
+    for (size_t s = 1; s < R; s++) host[0] = fmaxf(host[0], host[s]);
+    upload(m, host, sizeof(float));
+    device_free(all);
+    free(host);
+}
+
+// All ranks must hold the same bytes (settings, weights, the program): everyone compares hashes and stops as one.
+static uint64_t hash_bytes(const void *data, size_t size) {
+    uint64_t h = 0xCBF29CE484222325ull;                                 // FNV-1a
+    for (size_t i = 0; i < size; i++) h = (h ^ ((const uint8_t *)data)[i]) * 0x100000001B3ull;
+    return h;
+}
+
+static void ranks_agree(Ranks *k, const void *data, size_t size, const char *what) {
+    if (k->size == 1) return;
+    uint64_t mine = hash_bytes(data, size), *all = (uint64_t *)xalloc((size_t)k->size, sizeof(uint64_t));
+    void *device = device_alloc(8), *gathered = device_alloc(8 * (size_t)k->size);
+    upload(device, &mine, 8);
+    all_gather(k, gathered, device, 1, 8, OUTPUT);
+    download(all, gathered, 8 * (size_t)k->size);
+    for (int s = 0; s < k->size; s++)
+        if (all[s] != all[0]) die("rank %d has a different %s from rank 0: start the same program on the same files everywhere", s, what);
+    device_free(device), device_free(gathered);
+    free(all);
+}
+// ============================================================================================================
+// 7. The DiT, forward and backward (spec §2, §3, §5)
+// ============================================================================================================
+// What one attention layer keeps for its backward pass. Rows are the rank's own tokens; the four *_all are the same
+// vectors where attention sees them: under Ulysses all tokens and 1/R of the heads, otherwise just q, k, v, o.
+typedef struct {
+    act *q_raw, *k_raw, *q, *k, *v, *o, *oq, *y;      // y: the layer's output; oq: what its o matrix read, Q(o) or o
+    act *q_all, *k_all, *v_all, *o_all;
+    float *q_rstd, *k_rstd, *lse;
+} SavedAttention;
+
+// What one block keeps. x0, x1, x2: the residual stream before self-attention, cross-attention, ffn.
+typedef struct {
+    int pattern, place;                               // who attends with whom; which pattern's order the tokens are in
+    float *x0, *x1, *x2, *stat1, *stat2, *stat3, *e;  // e[B, 6, dim]: shift, scale, gate; shift, scale, gate
+    act *h1, *h2, *h3, *f_pre, *f, *y;
+    SavedAttention self, cross;
+} Saved;
+
+// A batch on its way through the model: sizes, token orders, and every buffer. Built once, used for many steps.
+typedef struct {
+    Model *m;
+    Ranks *ranks;
+    int B, T, H, W;                                   // samples; the token grid
+    bool training, show;                              // show: draw the blocks on stderr as they run
+    size_t N, n[PATTERNS];                            // tokens of a sample; how many of them this rank holds
+    Pattern pattern[PATTERNS];
+    Exchange move[PATTERNS][PATTERNS];                // from one order to another
+    float *rope[PATTERNS];                            // [n, head_dim/2, 2] in each order
+    Sequences self[PATTERNS], cross[PATTERNS];
+    int *heads_pack, *heads_unpack[PATTERNS], *tokens_pack[PATTERNS], *tokens_unpack;   // Ulysses, see trade()
+    Saved *saved;                                     // [layers + 1]; the last one only has x0: the head's input
+    act *sin, *t1, *t1s, *e_act, *es, *e0_act;        // the timestep's way
+    float *e, *e0, *head_e;                           // [B, dim], [B, 6, dim], [B, 2, dim]
+    act *text, *text_pre, *text_h, *context, *context_q;   // [B·text_len, ...]
+    int *ids;                                         // [B·text_len] words, −1 padding
+    float *word_pos;                                  // [text_len, text_dim]
+    act *patches, *tokens, *h, *y_all, *y;            // h: the head's input after its norm
+    float *head_stat, *out, *amax;                    // out[B, out_dim, T, 2H, 2W]
+    float *dx, *dx2, *de, *de0, *de_e, *dhead_e, *small;   // gradients: residual stream (two to exchange), modulations
+    act *d1, *d2, *d3, *d4, *d5, *dff, *dcontext, *dtext, *dpatches;
+    float *packed;                                    // [rows, dim]: what is sent
+    act *trade;                                       // the same for Ulysses
+} Run;
+
+static bool spread(const Run *r, int place) { return r->ranks->size > 1 && place == FULL; }   // attention under Ulysses
+
+// ---- building a run -----------------------------------------------------------------------------------------------
+static int *to_device(const int *host, size_t count) {
+    int *p = (int *)device_alloc(count * sizeof(int));
+    upload(p, host, count * sizeof(int));
+    return p;
+}
+
+// (cos, sin) for every token this rank holds in a pattern's order: out[n, head_dim/2, 2]. A head's pairs are shared out
+// over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m). A token keeps its own (t, h, w).
+static float *rope_table(const Pattern *p, int rank, int H, int W, int head_dim) {
+    int pairs = head_dim / 2, m[3] = {pairs - 2 * (pairs / 3), pairs / 3, pairs / 3}, first = p->first[rank];
+    size_t n = (size_t)(p->first[rank + 1] - first), count = n * (size_t)pairs * 2;
+    float *host = (float *)xalloc(count, sizeof(float)), *out = host;
+    for (size_t i = 0; i < n; i++) {
+        int token = p->order[(size_t)first + i], position[3] = {token / (H * W), token / W % H, token % W};
+        for (int axis = 0; axis < 3; axis++)
+            for (int j = 0; j < m[axis]; j++) {
+                double angle = position[axis] * pow(10000.0, -(double)j / m[axis]);
+                *out++ = (float)cos(angle), *out++ = (float)sin(angle);
+            }
+    }
+    float *table = (float *)device_alloc(count * sizeof(float));
+    upload(table, host, count * sizeof(float));
+    free(host);
+    return table;
+}
+
+// Every sample's subsequences [low, high) of a pattern; rows of a sample follow each other.
+static void sequences_init(Sequences *s, const Pattern *p, int low, int high, int B) {
+    int n = p->start[high] - p->start[low];
+    s->q = (int *)xalloc((size_t)B * (size_t)(high - low) + 1, sizeof(int));
+    for (int b = 0; b < B; b++)
+        for (int i = low; i < high; i++) s->q[s->count++] = b * n + p->start[i] - p->start[low];
+    s->q[s->count] = B * n;
+    s->k = s->q;
+    s->q_device = s->k_device = to_device(s->q, (size_t)s->count + 1);
+}
+
+static void cross_sequences_init(Sequences *s, size_t n, int text_len, int B) {
+    s->q = (int *)xalloc(2 * ((size_t)B + 1), sizeof(int));
+    s->k = s->q + B + 1;
+    for (int b = 0; b <= B; b++) s->q[b] = b * (int)n, s->k[b] = b * text_len;
+    s->count = B;
+    s->q_device = to_device(s->q, (size_t)B + 1), s->k_device = to_device(s->k, (size_t)B + 1);
+}
+
+// Ulysses' maps, see trade(). Tokens arrive by (source rank, sample, token); heads are dealt out in rank order.
+static void ulysses_init(Run *r) {
+    int R = r->ranks->size, B = r->B, *first = r->pattern[FULL].first;
+    size_t rows = (size_t)B * r->n[FULL], all = (size_t)B * r->N;
+    int *map = (int *)xalloc(rows * (size_t)R > all ? rows * (size_t)R : all, sizeof(int));
+    int *inverse = (int *)xalloc(rows * (size_t)R > all ? rows * (size_t)R : all, sizeof(int));
+    for (size_t i = 0; i < rows; i++)
+        for (size_t s = 0; s < (size_t)R; s++) {
+            map[s * rows + i] = (int)(i * (size_t)R + s);
+            inverse[i * (size_t)R + s] = (int)(s * rows + i);
+        }
+    r->heads_pack = to_device(map, rows * (size_t)R), r->tokens_unpack = to_device(inverse, rows * (size_t)R);
+    for (int p = 0; p < PATTERNS; p++) {
+        for (int s = 0; s < R; s++)
+            for (int b = 0; b < B; b++)
+                for (int i = first[s]; i < first[s + 1]; i++) {
+                    int arrival = B * first[s] + b * (first[s + 1] - first[s]) + i - first[s];
+                    int there = b * (int)r->N + r->pattern[p].place[i];
+                    map[there] = arrival, inverse[arrival] = there;
+                }
+        r->heads_unpack[p] = to_device(map, all), r->tokens_pack[p] = to_device(inverse, all);
+    }
+    free(map), free(inverse);
+}
+
+// One pass over every buffer: with base NULL it only adds up the bytes, so memory is known before any is asked for.
+typedef struct { char *base; size_t used; } Arena;
+static void *take(Arena *a, size_t count, size_t size) {
+    size_t at = a->used;
+    a->used += (count * size + 255) & ~(size_t)255;
+    return a->base ? a->base + at : NULL;
+}
+static act *take_act(Arena *a, size_t count) { return (act *)take(a, count, act_size()); }
+static float *take_float(Arena *a, size_t count) { return (float *)take(a, count, sizeof(float)); }
+
+static void attention_buffers(Arena *a, Run *r, SavedAttention *s, size_t rows, size_t kv_rows, size_t all, bool spread_out) {
+    size_t D = (size_t)r->m->c.dim, heads = (size_t)r->m->c.num_heads, share = all * D / (size_t)r->ranks->size;
+    s->q_raw = take_act(a, rows * D), s->q = take_act(a, rows * D), s->k_raw = take_act(a, kv_rows * D);
+    s->k = take_act(a, kv_rows * D), s->v = take_act(a, kv_rows * D), s->o = take_act(a, rows * D);
+    s->oq = r->m->c.quant ? take_act(a, rows * D) : s->o;
+    s->y = take_act(a, rows * D);
+    s->q_rstd = take_float(a, rows), s->k_rstd = take_float(a, kv_rows);
+    s->q_all = spread_out ? take_act(a, share) : s->q, s->k_all = spread_out ? take_act(a, share) : s->k;
+    s->v_all = spread_out ? take_act(a, share) : s->v, s->o_all = spread_out ? take_act(a, share) : s->o;
+    s->lse = r->training ? take_float(a, (spread_out ? all : rows) * heads) : NULL;
+}
+
+// Training keeps every block's activations; otherwise all blocks share one set, and x0 alternates between two.
+static void block_buffers(Arena *a, Run *r, int i, size_t most) {
+    const Config *c = &r->m->c;
+    Saved *s = &r->saved[i];
+    int L = c->num_layers;
+    size_t B = (size_t)r->B, D = (size_t)c->dim, rows = r->training ? B * r->n[s->place] : B * most;
+    s->x0 = r->training || i < 2 ? take_float(a, rows * D) : r->saved[i - 2].x0;
+    if (i == L) return;
+    if (!r->training && i > 0) {
+        Saved own = *s;
+        *s = r->saved[0];
+        s->pattern = own.pattern, s->place = own.place, s->x0 = s->x1 = s->x2 = own.x0;
+        if (!spread(r, s->place))
+            s->self.q_all = s->self.q, s->self.k_all = s->self.k, s->self.v_all = s->self.v, s->self.o_all = s->self.o;
+        return;
+    }
+    s->x1 = r->training ? take_float(a, rows * D) : s->x0, s->x2 = r->training ? take_float(a, rows * D) : s->x0;
+    s->stat1 = take_float(a, rows * 2), s->stat2 = take_float(a, rows * 2), s->stat3 = take_float(a, rows * 2);
+    s->e = take_float(a, B * 6 * D);
+    s->h1 = take_act(a, rows * D), s->h2 = take_act(a, rows * D), s->h3 = take_act(a, rows * D);
+    s->f_pre = r->training ? take_act(a, rows * (size_t)c->ffn_dim) : NULL;
+    s->f = take_act(a, rows * (size_t)c->ffn_dim), s->y = take_act(a, rows * D);
+    attention_buffers(a, r, &s->self, rows, rows, B * r->N, spread(r, s->place));
+    attention_buffers(a, r, &s->cross, rows, B * (size_t)c->text_len, 0, false);
+}
+
+static void run_buffers(Arena *a, Run *r, size_t most) {
+    const Config *c = &r->m->c;
+    size_t B = (size_t)r->B, D = (size_t)c->dim, rows = B * most, text = B * (size_t)c->text_len, R = (size_t)r->ranks->size;
+    size_t pixels = B * (size_t)c->out_dim * r->N * 4, patch = 4 * (size_t)(c->in_dim > c->out_dim ? c->in_dim : c->out_dim);
+    size_t wide = rows > text ? rows : text, share = B * r->N * D / R;
+    for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, most);
+    r->sin = take_act(a, B * (size_t)c->freq_dim), r->t1 = take_act(a, B * D), r->t1s = take_act(a, B * D);
+    r->e_act = take_act(a, B * D), r->es = take_act(a, B * D), r->e0_act = take_act(a, B * 6 * D);
+    r->e = take_float(a, B * D), r->e0 = take_float(a, B * 6 * D), r->head_e = take_float(a, B * 2 * D);
+    r->small = take_float(a, B * (D > (size_t)c->freq_dim ? D : (size_t)c->freq_dim));
+    r->text = take_act(a, text * (size_t)c->text_dim), r->text_pre = take_act(a, text * D), r->text_h = take_act(a, text * D);
+    r->context = take_act(a, text * D), r->context_q = c->quant ? take_act(a, text * D) : r->context;
+    r->ids = (int *)take(a, text, sizeof(int)), r->word_pos = take_float(a, (size_t)c->text_len * (size_t)c->text_dim);
+    r->patches = take_act(a, rows * patch), r->tokens = take_act(a, rows * D), r->h = take_act(a, rows * D);
+    r->y = take_act(a, rows * patch), r->y_all = R > 1 ? take_act(a, B * r->N * patch) : r->y;
+    r->head_stat = take_float(a, rows * 2), r->out = take_float(a, pixels), r->amax = take_float(a, 1);
+    r->dx2 = take_float(a, rows * D);
+    r->packed = R > 1 ? take_float(a, 2 * wide * D) : NULL;
+    r->trade = R > 1 ? take_act(a, 2 * (share + rows * D)) : NULL;
+    if (!r->training) return;
+    r->dx = take_float(a, rows * D), r->de = take_float(a, B * 6 * D), r->de0 = take_float(a, B * 6 * D);
+    r->de_e = take_float(a, B * D), r->dhead_e = take_float(a, B * 2 * D);
+    size_t largest = wide > 6 * B ? wide : 6 * B;                   // the timestep's gradients pass through d1 and d2 too
+    largest = largest * D > share ? largest * D : share;
+    r->d1 = take_act(a, largest), r->d2 = take_act(a, largest), r->d3 = take_act(a, largest);
+    r->d4 = take_act(a, largest), r->d5 = take_act(a, largest), r->dff = take_act(a, rows * (size_t)c->ffn_dim);
+    r->dcontext = take_act(a, text * D), r->dtext = take_act(a, text * (size_t)c->text_dim);
+    r->dpatches = take_act(a, rows * patch);
+}
+
+// The index maps on the device: orders, exchanges, rotary tables, sequences.
+static void run_maps(Run *r) {
+    const Config *c = &r->m->c;
+    int rank = r->ranks->rank, R = r->ranks->size, L = c->num_layers;
+    for (int i = 0; i < L; i++) {
+        int p = r->saved[i].pattern, at = r->saved[i].place, count = r->pattern[p].count;
+        int low = R > 1 && at == FULL ? 0 : count * rank / R, high = R > 1 && at == FULL ? count : count * (rank + 1) / R;
+        if (!r->self[p].q) sequences_init(&r->self[p], &r->pattern[p], low, high, r->B);
+        if (!r->cross[at].q) cross_sequences_init(&r->cross[at], r->n[at], c->text_len, r->B);
+        if (!r->rope[at]) r->rope[at] = rope_table(&r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
+    }
+    for (int from = 0; from < PATTERNS; from++)
+        for (int to = 0; to < PATTERNS; to++) {
+            Exchange *e = &r->move[from][to];
+            if (from == to) continue;
+            exchange_init(e, &r->pattern[from], &r->pattern[to], r->B, rank, R);
+            int *pack = e->pack, *unpack = e->unpack;
+            e->pack = to_device(pack, e->sent), e->unpack = to_device(unpack, e->received);
+            free(pack), free(unpack);
+        }
+    if (R > 1) ulysses_init(r);
+    if (!c->vocab) return;
+    int half = c->text_dim / 2;                                     // the word table's positions, as for timesteps
+    float *host = (float *)xalloc((size_t)c->text_len * (size_t)c->text_dim, sizeof(float));
+    for (int l = 0; l < c->text_len; l++)
+        for (int j = 0; j < half; j++) {
+            double angle = l * pow(10000.0, -(double)j / half);
+            host[l * c->text_dim + j] = (float)cos(angle), host[l * c->text_dim + half + j] = (float)sin(angle);
+        }
+    upload(r->word_pos, host, (size_t)c->text_len * (size_t)c->text_dim * sizeof(float));
+    free(host);
+}
+
+// Everything for batches of B samples on a grid of T x H x W tokens. *bytes, where wanted, gets the buffers' size and
+// nothing is allocated: call it so first to tell the user.
+static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool training, size_t *bytes) {
+    const Config *c = &m->c;
+    Run *r = (Run *)xalloc(1, sizeof(Run));
+    size_t most = 0;
+    r->m = m, r->ranks = ranks, r->B = B, r->T = T, r->H = H, r->W = W, r->training = training;
+    r->N = (size_t)T * (size_t)H * (size_t)W;
+    if (r->N * (size_t)B > INT_MAX / 2) die("%d samples of %zu tokens are more than one run can index: use a smaller batch", B, r->N);
+    if (ranks->size > 1 && c->num_heads % ranks->size)
+        die("%d heads cannot be shared evenly by %d ranks, as full blocks under Ulysses need", c->num_heads, ranks->size);
+    if (r->N < (size_t)ranks->size) die("%zu tokens on %d ranks: use fewer ranks", r->N, ranks->size);
+    for (int p = 0; p < PATTERNS; p++) {
+        pattern_init(&r->pattern[p], p, T, H, W, c->sparse_ratio, ranks->size);
+        r->n[p] = (size_t)(r->pattern[p].first[ranks->rank + 1] - r->pattern[p].first[ranks->rank]);
+        most = r->n[p] > most ? r->n[p] : most;
+    }
+    r->saved = (Saved *)xalloc((size_t)c->num_layers + 1, sizeof(Saved));
+    for (int i = 0; i < c->num_layers; i++) {
+        r->saved[i].pattern = block_pattern(i, c->num_layers, c->num_full_blocks);
+        r->saved[i].place = ranks->ulysses ? FULL : r->saved[i].pattern;
+    }
+    Arena a = {NULL, 0};
+    run_buffers(&a, r, most);
+    if (bytes) { *bytes = a.used; return r; }
+    a.base = (char *)device_alloc(a.used), a.used = 0;
+    run_buffers(&a, r, most);
+    run_maps(r);
+    return r;
+}
+
+// ---- rows in, rows out ------------------------------------------------------------------------------------------
+// Q(x; s) of a tensor that may be spread over ranks: its maximum is everyone's (spec §6).
+static void quantize(Run *r, act *y, const act *x, size_t n, float s) {
+    absmax(r->amax, x, n);
+    max_over_ranks(r->ranks, r->amax);
+    hif8_tensor(y, x, n, s, r->amax);
+}
+
+static void linear(act *y, const act *x, const Linear *l, size_t rows) {
+    linear_forward(y, x, l->w->c, l->b->w, rows, (int)l->w->shape[0], (int)(l->w->count / l->w->shape[0]));
+}
+
+// dy is overwritten with Q(dy; 224) where the layer is quantized (spec §6): dx, dw and db all see the rounded gradient.
+static void linear_back(Run *r, act *dx, act *dy, const act *x, const Linear *l, size_t rows, bool accumulate) {
+    int out = (int)l->w->shape[0], in = (int)(l->w->count / l->w->shape[0]);
+    if (r->m->c.quant && l->w->block_matrix) quantize(r, dy, dy, rows * (size_t)out, 224);
+    linear_backward(dx, l->w->dw, l->b->dw, dy, x, l->w->c, rows, out, in, accumulate);
+}
+
+// The residual stream from one order to another; also its gradient, the other way.
+static void exchange_rows(Run *r, float *x_out, const float *x, int from, int to) {
+    const Exchange *e = &r->move[from][to];
+    size_t row = (size_t)r->m->c.dim * sizeof(float);
+    if (r->ranks->size == 1) { gather_rows(x_out, x, e->pack, e->sent, row); return; }
+    gather_rows(r->packed, x, e->pack, e->sent, row);
+    all_to_all(r->ranks, r->packed + e->sent * (size_t)r->m->c.dim, r->packed, e->receive, e->send, false, row,
+               from == FULL || to == FULL ? CONVERT : EXCHANGE);
+    gather_rows(x_out, r->packed + e->sent * (size_t)r->m->c.dim, e->unpack, e->received, row);
+}
+
+// Ulysses: tokens for heads. Before: my tokens, all heads [B·n, dim]; after: all tokens in the pattern's order, my heads
+// [B·N, dim/R]. backwards: the way back. A "row" of the transfer is one token's share for one rank, dim/R numbers.
+static void trade(Run *r, act *y, const act *x, int pattern, bool backwards) {
+    int R = r->ranks->size, D = r->m->c.dim, *counts = (int *)xalloc(2 * (size_t)R, sizeof(int));
+    const int *first = r->pattern[FULL].first;
+    size_t mine = (size_t)r->B * r->n[FULL] * (size_t)R, all = (size_t)r->B * r->N, row = (size_t)(D / R) * act_size();
+    act *arrived = act_at(r->trade, (mine > all ? mine : all) * (size_t)(D / R));
+    for (int s = 0; s < R; s++) counts[s] = (int)(mine / (size_t)R), counts[R + s] = r->B * (first[s + 1] - first[s]);
+    int purpose = pattern == FULL ? ULYSSES_FULL : ULYSSES_SPARSE;
+    if (!backwards) {
+        gather_rows(r->trade, x, r->heads_pack, mine, row);
+        all_to_all(r->ranks, arrived, r->trade, counts + R, counts, false, row, purpose);
+        gather_rows(y, arrived, r->heads_unpack[pattern], all, row);
+    } else {
+        gather_rows(r->trade, x, r->tokens_pack[pattern], all, row);
+        all_to_all(r->ranks, arrived, r->trade, counts, counts + R, false, row, purpose);
+        gather_rows(y, arrived, r->tokens_unpack, mine, row);
+    }
+    free(counts);
+}
+
+// ---- attention layer: self (context is h itself) and cross ---------------------------------------------------------
+// h[rows, dim] queries, context[kv_rows, dim] keys and values, n and kv_n of them in each sample. rope NULL: none.
+static void attention_layer(Run *r, const Attention *w, SavedAttention *s, const act *h, const act *context, size_t n,
+                            size_t kv_n, const float *rope, const Sequences *sequences, int trade_pattern) {
+    const Config *c = &r->m->c;
+    int D = c->dim, B = r->B, heads = c->num_heads, R = trade_pattern < 0 ? 1 : r->ranks->size;
+    size_t rows = (size_t)B * n, kv_rows = (size_t)B * kv_n, width = (size_t)D;
+    linear(s->q_raw, h, &w->q, rows);
+    linear(s->k_raw, context, &w->k, kv_rows);
+    linear(s->v, context, &w->v, kv_rows);
+    rmsnorm_rope_forward(s->q, s->q_rstd, s->q_raw, w->norm_q->w, rope, B, n, D, heads, (float)c->eps);
+    rmsnorm_rope_forward(s->k, s->k_rstd, s->k_raw, w->norm_k->w, rope, B, kv_n, D, heads, (float)c->eps);
+    if (c->quant_attn) {
+        quantize(r, s->q, s->q, rows * width, 15);
+        quantize(r, s->k, s->k, kv_rows * width, 15);
+        quantize(r, s->v, s->v, kv_rows * width, 15);
+    }
+    if (R > 1) {
+        trade(r, s->q_all, s->q, trade_pattern, false);
+        trade(r, s->k_all, s->k, trade_pattern, false);
+        trade(r, s->v_all, s->v, trade_pattern, false);
+    }
+    attention_forward(s->o_all, s->lse, s->q_all, s->k_all, s->v_all, sequences, heads / R, D / heads);
+    if (R > 1) trade(r, s->o, s->o_all, trade_pattern, true);
+    if (c->quant) quantize(r, s->oq, s->o, rows * width, 15);
+    linear(s->y, s->oq, &w->o, rows);
+}
+
+// From r->d1 = d y: dh written; dcontext added to (dcontext == dh: self-attention). The text of cross-attention is one
+// tensor that all ranks hold, so the gradients of its k and v are summed over ranks, and only rank 0 carries them on.
+static void attention_layer_back(Run *r, const Attention *w, SavedAttention *s, act *dh, act *dcontext, const act *h,
+                                 const act *context, size_t n, size_t kv_n, const float *rope, const Sequences *sequences,
+                                 int trade_pattern) {
+    const Config *c = &r->m->c;
+    int D = c->dim, B = r->B, heads = c->num_heads, R = trade_pattern < 0 ? 1 : r->ranks->size;
+    size_t rows = (size_t)B * n, kv_rows = (size_t)B * kv_n, width = (size_t)D;
+    act *dout = r->d2, *dq = r->d3, *dk = r->d4, *dv = r->d5;
+    linear_back(r, dout, r->d1, s->oq, &w->o, rows, false);
+    if (R > 1) trade(r, r->d1, dout, trade_pattern, false);
+    attention_backward(dq, dk, dv, R > 1 ? r->d1 : dout, s->q_all, s->k_all, s->v_all, s->o_all, s->lse, sequences,
+                       heads / R, D / heads);
+    if (R > 1) {
+        trade(r, r->d1, dq, trade_pattern, true), copy(dq, r->d1, rows * width * act_size());
+        trade(r, r->d1, dk, trade_pattern, true), copy(dk, r->d1, rows * width * act_size());
+        trade(r, r->d1, dv, trade_pattern, true), copy(dv, r->d1, rows * width * act_size());
+    }
+    if (dcontext != dh && r->ranks->size > 1) {
+        float *sums[] = {r->packed, r->packed + kv_rows * width};
+        to_float(sums[0], dk, kv_rows * width), to_float(sums[1], dv, kv_rows * width);
+        sum_over_ranks(r->ranks, r->packed, 2 * kv_rows * width, true);
+        to_act(dk, sums[0], kv_rows * width), to_act(dv, sums[1], kv_rows * width);
+    }
+    if (c->quant_attn) {
+        quantize(r, dq, dq, rows * width, 224);
+        quantize(r, dk, dk, kv_rows * width, 224);
+        quantize(r, dv, dv, kv_rows * width, 224);
+    }
+    rmsnorm_rope_backward(dk, w->norm_k->dw, dk, s->k_raw, s->k_rstd, w->norm_k->w, rope, B, kv_n, D, heads);
+    rmsnorm_rope_backward(dq, w->norm_q->dw, dq, s->q_raw, s->q_rstd, w->norm_q->w, rope, B, n, D, heads);
+    linear_back(r, dh, dq, h, &w->q, rows, false);
+    linear_back(r, dcontext, dk, context, &w->k, kv_rows, true);
+    linear_back(r, dcontext, dv, context, &w->v, kv_rows, true);
+}
+
+// ---- a block ----------------------------------------------------------------------------------------------------
+// Vectors of the modulation e[B, 6, dim], for each sample; NOTHING where there is none.
+static const PerSample NOTHING = {NULL, 0};
+static PerSample of_row(float *e, int row, int rows, int D) {
+    PerSample v = {e + (size_t)row * (size_t)D, (size_t)rows * (size_t)D};
+    return v;
+}
+static PerSample shared(float *p) { PerSample v = {p, 0}; return v; }
+
+//   x += gate1 · SelfAttn(LN(x)·(1 + scale1) + shift1)
+//   x += CrossAttn(LN(x)·w3 + b3, text)
+//   x += gate2 · ffn(LN(x)·(1 + scale2) + shift2)              then, if the next block wants it, in another order
+static void block_forward(Run *r, int i) {
+    const Config *c = &r->m->c;
+    const Block *w = &r->m->block[i];
+    Saved *s = &r->saved[i], *next = &r->saved[i + 1];
+    int B = r->B, D = c->dim, at = s->place;
+    size_t n = r->n[at], rows = (size_t)B * n;
+    float eps = (float)c->eps, *e = s->e;
+    PerSample shift1 = of_row(e, 0, 6, D), scale1 = of_row(e, 1, 6, D), gate1 = of_row(e, 2, 6, D);
+    PerSample shift2 = of_row(e, 3, 6, D), scale2 = of_row(e, 4, 6, D), gate2 = of_row(e, 5, 6, D);
+    modulation_forward(e, w->modulation->w, r->e0, B, 6, 6, D);
+
+    residual_norm_forward(NULL, s->h1, s->stat1, s->x0, NULL, NOTHING, shift1, scale1, 1, B, n, D, eps);
+    if (c->quant) quantize(r, s->h1, s->h1, rows * (size_t)D, 15);
+    attention_layer(r, &w->self, &s->self, s->h1, s->h1, n, n, r->rope[at], &r->self[s->pattern], spread(r, at) ? s->pattern : -1);
+
+    residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, s->self.y, gate1, shared(w->norm3.b->w), shared(w->norm3.w->w), 0,
+                          B, n, D, eps);
+    if (c->quant) quantize(r, s->h2, s->h2, rows * (size_t)D, 15);
+    attention_layer(r, &w->cross, &s->cross, s->h2, r->context_q, n, (size_t)c->text_len, NULL, &r->cross[at], -1);
+
+    residual_norm_forward(s->x2, s->h3, s->stat3, s->x1, s->cross.y, NOTHING, shift2, scale2, 1, B, n, D, eps);
+    if (c->quant) quantize(r, s->h3, s->h3, rows * (size_t)D, 15);
+    linear_gelu_forward(s->f, s->f_pre, s->h3, w->ffn0.w->c, w->ffn0.b->w, rows, c->ffn_dim, D);
+    if (c->quant) quantize(r, s->f, s->f, rows * (size_t)c->ffn_dim, 15);
+    linear(s->y, s->f, &w->ffn2, rows);
+
+    if (at == next->place) residual_gather_forward(next->x0, s->x2, s->y, gate2, NULL, rows, B, n, D);
+    else if (r->ranks->size == 1) residual_gather_forward(next->x0, s->x2, s->y, gate2, r->move[at][next->place].pack, rows, B, n, D);
+    else {
+        residual_gather_forward(r->dx2, s->x2, s->y, gate2, NULL, rows, B, n, D);
+        exchange_rows(r, next->x0, r->dx2, at, next->place);
+    }
+}
+
+// From r->dx, the gradient of the block's output in the next block's order, to that of its input in its own.
+static void block_backward(Run *r, int i) {
+    const Config *c = &r->m->c;
+    const Block *w = &r->m->block[i];
+    Saved *s = &r->saved[i], *next = &r->saved[i + 1];
+    int B = r->B, D = c->dim, at = s->place;
+    size_t n = r->n[at], rows = (size_t)B * n;
+    float *e = s->e, *de = r->de;
+    PerSample scale1 = of_row(e, 1, 6, D), gate1 = of_row(e, 2, 6, D), scale2 = of_row(e, 4, 6, D), gate2 = of_row(e, 5, 6, D);
+    zero(de, (size_t)B * 6 * (size_t)D * sizeof(float));
+    if (at != next->place) {
+        exchange_rows(r, r->dx2, r->dx, next->place, at);
+        float *swap = r->dx; r->dx = r->dx2, r->dx2 = swap;
+    }
+    // x += gate2 · ffn(LN(x)·(1 + scale2) + shift2)
+    gate_backward(r->d1, of_row(de, 5, 6, D), r->dx, s->y, gate2, B, n, D);
+    linear_back(r, r->dff, r->d1, s->f, &w->ffn2, rows, false);
+    gelu_backward(r->dff, r->dff, s->f_pre, rows * (size_t)c->ffn_dim);
+    linear_back(r, r->d1, r->dff, s->h3, &w->ffn0, rows, false);
+    norm_backward(r->dx, of_row(de, 3, 6, D), of_row(de, 4, 6, D), r->d1, s->x2, s->stat3, scale2, 1, B, n, D);
+    // x += CrossAttn(LN(x)·w3 + b3, text)
+    gate_backward(r->d1, NOTHING, r->dx, s->cross.y, NOTHING, B, n, D);
+    attention_layer_back(r, &w->cross, &s->cross, r->d1, r->dcontext, s->h2, r->context_q, n, (size_t)c->text_len, NULL,
+                         &r->cross[at], -1);
+    norm_backward(r->dx, shared(w->norm3.b->dw), shared(w->norm3.w->dw), r->d1, s->x1, s->stat2, shared(w->norm3.w->w), 0, B, n, D);
+    // x += gate1 · SelfAttn(LN(x)·(1 + scale1) + shift1)
+    gate_backward(r->d1, of_row(de, 2, 6, D), r->dx, s->self.y, gate1, B, n, D);
+    attention_layer_back(r, &w->self, &s->self, r->d1, r->d1, s->h1, s->h1, n, n, r->rope[at], &r->self[s->pattern],
+                         spread(r, at) ? s->pattern : -1);
+    norm_backward(r->dx, of_row(de, 0, 6, D), of_row(de, 1, 6, D), r->d1, s->x0, s->stat1, scale1, 1, B, n, D);
+    modulation_backward(w->modulation->dw, r->de0, de, B, 6, 6, D);
+}
+
+// ---- around the blocks ------------------------------------------------------------------------------------------
+// t[B] = 1000σ. sin_emb -> e[B, dim] -> e0[B, 6, dim]. The angles need double: float is off by 1e-5 near t = 1000.
+static void time_forward(Run *r, const double *t) {
+    const Model *m = r->m;
+    int B = r->B, D = m->c.dim, half = m->c.freq_dim / 2;
+    float *host = (float *)xalloc((size_t)B * (size_t)m->c.freq_dim, sizeof(float));
+    for (int b = 0; b < B; b++)
+        for (int j = 0; j < half; j++) {
+            double angle = t[b] * pow(10000.0, -(double)j / half);
+            host[b * 2 * half + j] = (float)cos(angle), host[b * 2 * half + half + j] = (float)sin(angle);
+        }
+    upload(r->small, host, (size_t)B * 2 * (size_t)half * sizeof(float));
+    to_act(r->sin, r->small, (size_t)B * 2 * (size_t)half);
+    free(host);
+    linear(r->t1, r->sin, &m->time0, (size_t)B);
+    silu_forward(r->t1s, r->t1, (size_t)B * (size_t)D);
+    linear(r->e_act, r->t1s, &m->time2, (size_t)B);
+    silu_forward(r->es, r->e_act, (size_t)B * (size_t)D);
+    linear(r->e0_act, r->es, &m->time_proj, (size_t)B);
+    to_float(r->e, r->e_act, (size_t)B * (size_t)D);
+    to_float(r->e0, r->e0_act, (size_t)B * 6 * (size_t)D);
+}
+
+static void time_backward(Run *r) {
+    const Model *m = r->m;
+    size_t B = (size_t)r->B, D = (size_t)m->c.dim;
+    to_act(r->d1, r->de0, B * 6 * D);
+    linear_back(r, r->d2, r->d1, r->es, &m->time_proj, B, false);
+    silu_backward(r->d2, r->d2, r->e_act, B * D);
+    to_float(r->small, r->d2, B * D);
+    lincomb(r->small, 1, r->small, 1, r->de_e, B * D);              // e also reaches the head's modulation
+    to_act(r->d2, r->small, B * D);
+    linear_back(r, r->d1, r->d2, r->t1s, &m->time2, B, false);
+    silu_backward(r->d1, r->d1, r->t1, B * D);
+    linear_back(r, NULL, r->d1, r->sin, &m->time0, B, false);
+}
+
+// r->text[B·text_len, text_dim] -> context[B·text_len, dim]. Padding rows are zeros, go through, and are attended.
+static void text_forward(Run *r) {
+    const Model *m = r->m;
+    size_t rows = (size_t)r->B * (size_t)m->c.text_len;
+    if (m->c.vocab) embed_forward(r->text, m->words->w, r->word_pos, r->ids, rows, m->c.text_len, m->c.text_dim);
+    linear_gelu_forward(r->text_h, r->text_pre, r->text, m->text0.w->c, m->text0.b->w, rows, m->c.dim, m->c.text_dim);
+    linear(r->context, r->text_h, &m->text2, rows);
+    if (m->c.quant) quantize(r, r->context_q, r->context, rows * (size_t)m->c.dim, 15);
+}
+
+static void text_backward(Run *r) {
+    const Model *m = r->m;
+    size_t rows = (size_t)r->B * (size_t)m->c.text_len;
+    linear_back(r, r->d1, r->dcontext, r->text_h, &m->text2, rows, false);
+    gelu_backward(r->d1, r->d1, r->text_pre, rows * (size_t)m->c.dim);
+    linear_back(r, r->dtext, r->d1, r->text, &m->text0, rows, false);
+    if (m->c.vocab) embed_backward(m->words->dw, r->dtext, r->ids, rows, m->c.vocab, m->c.text_dim);
+}
+
+// Rows that the ranks hold in plain order -> all rows, of `width` numbers each, on every rank.
+static void gather_tokens(Run *r, act *all, const act *mine, size_t width) {
+    int R = r->ranks->size, *counts = (int *)xalloc(2 * (size_t)R, sizeof(int));
+    for (int s = 0; s < R; s++) {
+        counts[s] = r->B * (int)r->n[FULL];
+        counts[R + s] = r->B * (r->pattern[FULL].first[s + 1] - r->pattern[FULL].first[s]);
+    }
+    all_to_all(r->ranks, r->trade, mine, counts + R, counts, true, width * act_size(), OUTPUT);
+    gather_rows(all, r->trade, r->heads_unpack[FULL], (size_t)r->B * r->N, width * act_size());
+    free(counts);
+}
+
+// ---- the whole model ----------------------------------------------------------------------------------------------
+// x[B, in_dim, T, 2H, 2W], t[B] = 1000σ, and the text in r->text or r->ids -> r->out[B, out_dim, T, 2H, 2W], the velocity.
+static void forward(Run *r, const float *x, const double *t) {
+    const Config *c = &r->m->c;
+    int B = r->B, D = c->dim, L = c->num_layers;
+    size_t n = r->n[FULL], rows = (size_t)B * n;
+    Saved *first = &r->saved[0], *last = &r->saved[L];
+    time_forward(r, t);
+    text_forward(r);
+    latent_to_rows(r->patches, x, B, c->in_dim, r->T, r->H, r->W, (size_t)r->pattern[FULL].first[r->ranks->rank], n, true);
+    linear(r->tokens, r->patches, &r->m->patch, rows);
+    if (first->place == FULL) to_float(first->x0, r->tokens, rows * (size_t)D);
+    else {
+        to_float(r->dx2, r->tokens, rows * (size_t)D);
+        exchange_rows(r, first->x0, r->dx2, FULL, first->place);
+    }
+    for (int i = 0; i < L; i++) {
+        block_forward(r, i);
+        if (r->show) fputc(PATTERN_LETTER[r->saved[i].pattern], stderr);
+    }
+    modulation_forward(r->head_e, r->m->head_modulation->w, r->e, B, 2, 1, D);
+    residual_norm_forward(NULL, r->h, r->head_stat, last->x0, NULL, NOTHING, of_row(r->head_e, 0, 2, D),
+                          of_row(r->head_e, 1, 2, D), 1, B, n, D, (float)c->eps);
+    linear(r->y, r->h, &r->m->head, rows);
+    if (r->ranks->size > 1) gather_tokens(r, r->y_all, r->y, 4 * (size_t)c->out_dim);
+    rows_to_latent(r->out, r->y_all, B, c->out_dim, r->T, r->H, r->W, false);
+}
+
+// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out. Adds to every parameter's gradient; dlatent (may be NULL) is written.
+static void backward(Run *r, float *dlatent, const float *dout) {
+    const Config *c = &r->m->c;
+    int B = r->B, D = c->dim, L = c->num_layers, first = r->pattern[FULL].first[r->ranks->rank];
+    size_t n = r->n[FULL], rows = (size_t)B * n, text_rows = (size_t)B * (size_t)c->text_len;
+    zero(r->de0, (size_t)B * 6 * (size_t)D * sizeof(float));
+    zero(r->de_e, (size_t)B * (size_t)D * sizeof(float));
+    zero(r->dhead_e, (size_t)B * 2 * (size_t)D * sizeof(float));
+    zero(r->dcontext, text_rows * (size_t)D * act_size());
+    zero(r->dx, rows * (size_t)D * sizeof(float));
+    latent_to_rows(r->y, dout, B, c->out_dim, r->T, r->H, r->W, (size_t)first, n, false);
+    linear_back(r, r->d1, r->y, r->h, &r->m->head, rows, false);
+    norm_backward(r->dx, of_row(r->dhead_e, 0, 2, D), of_row(r->dhead_e, 1, 2, D), r->d1, r->saved[L].x0, r->head_stat,
+                  of_row(r->head_e, 1, 2, D), 1, B, n, D);
+    modulation_backward(r->m->head_modulation->dw, r->de_e, r->dhead_e, B, 2, 1, D);
+    for (int i = L - 1; i >= 0; i--) block_backward(r, i);
+    if (r->saved[0].place != FULL) {
+        exchange_rows(r, r->dx2, r->dx, r->saved[0].place, FULL);
+        float *swap = r->dx; r->dx = r->dx2, r->dx2 = swap;
+    }
+    to_act(r->d1, r->dx, rows * (size_t)D);
+    linear_back(r, dlatent ? r->dpatches : NULL, r->d1, r->patches, &r->m->patch, rows, false);
+    if (dlatent && r->ranks->size > 1) gather_tokens(r, r->y_all, r->dpatches, 4 * (size_t)c->in_dim);
+    if (dlatent) rows_to_latent(dlatent, r->ranks->size > 1 ? r->y_all : r->dpatches, B, c->in_dim, r->T, r->H, r->W, true);
+    text_backward(r);
+    time_backward(r);
+}
+// ============================================================================================================
+// 10. The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
+// ============================================================================================================
+// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`: 2·8·4·5·3 = 960 of
+// them. A clip is x[3, T, H, W] in [-1, 1], a function of (scene, seed, index) alone: nothing is stored.
+enum { CAPTIONS = 960, CAPTION_WORDS = 10, VOCAB = 27 };
+enum { WORD_SIZE = 1, WORD_COLOR = 3, WORD_SHAPE = 11, WORD_MOVING = 15, WORD_MOTION = 16, WORD_STANDING = 20,
+       WORD_BACKGROUND = 23 };                                   // where each attribute's words start in the table
+static const char *const WORDS[VOCAB] = {
+    "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange", "circle", "square",
+    "triangle", "diamond", "moving", "left", "right", "up", "down", "standing", "still", "on", "black", "gray", "navy",
+    "background" };
+enum { SIZES = 2, COLORS = 8, SHAPES = 4, MOTIONS = 5, BACKGROUNDS = 3, STILL = 4 };
+typedef struct { int size, color, shape, motion, background; } Scene;         // each from 0, in the table's order
+
+static const float PAINT[COLORS][3] = { { 0.95f, 0.1f, 0.1f }, { 0.1f, 0.85f, 0.15f }, { 0.2f, 0.35f, 1 },
+    { 1, 0.95f, 0.1f }, { 0.95f, 0.2f, 0.95f }, { 0.1f, 0.9f, 1 }, { 1, 1, 1 }, { 1, 0.55f, 0.05f } };
+static const float GROUND[BACKGROUNDS][3] = { { 0, 0, 0 }, { 0.4f, 0.4f, 0.4f }, { 0.05f, 0.05f, 0.45f } };
+static const float STEP[MOTIONS][2] = { { -1, 0 }, { 1, 0 }, { 0, -1 }, { 0, 1 }, { 0, 0 } };       // (x, y), y down
+
+static Scene scene_of(int caption) {                              // caption in [0, CAPTIONS)
+    Scene s;
+    s.background = caption % BACKGROUNDS; caption /= BACKGROUNDS;
+    s.motion = caption % MOTIONS; caption /= MOTIONS;
+    s.shape = caption % SHAPES; caption /= SHAPES;
+    s.color = caption % COLORS;
+    s.size = caption / COLORS;
+    return s;
+}
+
+// A tenth of the captions (96) is never trained on: new combinations of words that were each seen many times. The
+// seed 19511 splits evenly: each color, shape, size, motion and background is on both sides.
+static bool held_out(int caption) {
+    enum { HELD_OUT = 0x48454c44 };                               // this random stream's name
+    return rng_bits(19511, HELD_OUT, (uint64_t)caption) % 10 == 0;
+}
+
+static void caption_text(char *text, size_t room, Scene s) {
+    bool still = s.motion == STILL;
+    snprintf(text, room, "a %s %s %s %s %s on a %s background", WORDS[WORD_SIZE + s.size], WORDS[WORD_COLOR + s.color],
+             WORDS[WORD_SHAPE + s.shape], WORDS[still ? WORD_STANDING : WORD_MOVING],
+             WORDS[still ? WORD_STANDING + 1 : WORD_MOTION + s.motion], WORDS[WORD_BACKGROUND + s.background]);
+}
+
+// ids[<= max] of the words of text, case ignored; returns how many (0: the empty prompt).
+static int words_of(int *ids, int max, const char *text) {
+    int n = 0;
+    for (const char *p = text; ; n++) {
+        while (isspace((unsigned char)*p)) p++;
+        if (!*p) return n;
+        size_t length = 0;
+        while (p[length] && !isspace((unsigned char)p[length])) length++;
+        if (n == max) die("the caption has more than %d words; shorten it", max);
+        int id = 0;
+        while (id < VOCAB && (strlen(WORDS[id]) != length || strncasecmp(WORDS[id], p, length))) id++;
+        if (id == VOCAB) {
+            char word[41] = "", known[256] = "";
+            for (size_t i = 0; i < length && i < 40; i++) word[i] = iscntrl((unsigned char)p[i]) ? '?' : p[i];
+            for (id = 0; id < VOCAB; id++) strcat(strcat(known, " "), WORDS[id]);
+            die("unknown word \"%s\" in the caption; the words are:%s", word, known);
+        }
+        ids[n] = id;
+        p += length;
+    }
+}
+
+// Is text one of the 960 captions? Then *s is its scene. (Other known words may be sampled, but not scored.)
+static bool parse_caption(Scene *s, const char *text) {
+    int asked[64], ids[CAPTION_WORDS], n = words_of(asked, 64, text);
+    for (int caption = 0; caption < CAPTIONS; caption++) {
+        char known[128];
+        *s = scene_of(caption);
+        caption_text(known, sizeof known, *s);
+        if (words_of(ids, CAPTION_WORDS, known) == n && !memcmp(ids, asked, (size_t)n * sizeof *ids)) return true;
+    }
+    return false;
+}
+
+// ---- drawing: lengths in pixels, the origin at the frame's upper left corner ------------------------------------
+// A shape has the area πr², whichever it is, and lies with its centre of mass at its position.
+static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (float)(H < W ? H : W); }
+
+// Signed distance from the shape's edge to (dx, dy) off its centre: negative inside. Triangle: 3 half-planes, apex up.
+static inline float shape_distance(int shape, float dx, float dy, float r) {
+    float ax = fabsf(dx), ay = fabsf(dy);
+    if (shape == 0) return sqrtf(dx * dx + dy * dy) - r;
+    if (shape == 1) return (ax > ay ? ax : ay) - 0.88623f * r;                // half a side: √π/2·r
+    if (shape == 3) return 0.70711f * (ax + ay) - 0.88623f * r;               // the square on its corner
+    return fmaxf(dy, 0.86603f * ax - 0.5f * dy) - 0.77756f * r;               // inradius √(π/√27)·r
+}
+
+// How far a shape of r = 1 reaches from its centre: sideways, up, down.
+static const float REACH[SHAPES][3] = { { 1, 1, 1 }, { 0.88623f, 0.88623f, 0.88623f },
+                                        { 1.34677f, 1.55512f, 0.77756f }, { 1.25331f, 1.25331f, 1.25331f } };
+
+// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32; slower where the way would not fit with a pixel to spare.
+static float scene_speed(Scene s, int T, int H, int W) {
+    float speed = 1 + (float)(H < W ? H : W) / 64, r = shape_radius(s.size, H, W);
+    const float *reach = REACH[s.shape];
+    float way = s.motion < 2 ? (float)(W - 2) - 2 * r * reach[0] : (float)(H - 2) - r * (reach[1] + reach[2]);
+    return T < 2 || speed * (float)(T - 1) <= way ? speed : fmaxf(way, 0) / (float)(T - 1);
+}
+
+static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
+
+// x[3, T, H, W] = the clip of scene s; (seed, index) name the draw of its place.
+static void draw_clip(float *x, Scene s, uint64_t seed, uint64_t index, int T, int H, int W) {
+    enum { PLACE = 0x504c41 };                                    // this random stream's name
+    float r = shape_radius(s.size, H, W), speed = scene_speed(s, T, H, W), start[2], velocity[2];
+    float reach[3] = { r * REACH[s.shape][0], r * REACH[s.shape][1], r * REACH[s.shape][2] };
+    size_t frame = (size_t)H * W, plane = (size_t)T * frame;
+    for (int i = 0; i < 2; i++) {                                 // x, then y: anywhere that keeps the way inside
+        velocity[i] = speed * STEP[s.motion][i];
+        float way = velocity[i] * (float)(T - 1);
+        float low = 1 + reach[i] - fminf(way, 0), high = (float)(i ? H : W) - 1 - reach[i ? 2 : 0] - fmaxf(way, 0);
+        float u = (float)rng_uniform(seed, PLACE, 2 * index + (uint64_t)i);
+        start[i] = low < high ? low + u * (high - low) : (low + high) / 2;
+    }
+    for (int c = 0; c < 3; c++)
+        for (size_t i = 0; i < plane; i++) x[c * plane + i] = 2 * GROUND[s.background][c] - 1;
+    for (int t = 0; t < T; t++) {
+        float cx = start[0] + velocity[0] * (float)t, cy = start[1] + velocity[1] * (float)t;
+        int left = (int)fmaxf(cx - reach[0] - 1, 0), right = (int)fminf(cx + reach[0] + 2, (float)W);
+        int top = (int)fmaxf(cy - reach[1] - 1, 0), bottom = (int)fminf(cy + reach[2] + 2, (float)H);
+        for (int h = top; h < bottom; h++)
+            for (int w = left; w < right; w++) {                  // coverage falls from 1 to 0 over the edge's pixel
+                float cover = clamp01(0.5f - shape_distance(s.shape, (float)w + 0.5f - cx, (float)h + 0.5f - cy, r));
+                float *p = x + t * frame + (size_t)h * W + w;
+                for (int c = 0; c < 3; c++) p[c * plane] += cover * 2 * (PAINT[s.color][c] - GROUND[s.background][c]);
+            }
+    }
+}
+
+// ---- ShapesBench: pixels in, seven scores out ---------------------------------------------------------------------
+enum { SCORE_COLOR, SCORE_SHAPE, SCORE_SIZE, SCORE_MOTION, SCORE_BACKGROUND, SCORE_CONSISTENCY, SCORE_SMOOTHNESS,
+       N_SCORES };
+static const char *const SCORE_NAMES[N_SCORES] = {
+    "color", "shape", "size", "motion", "background", "consistency", "smoothness" };
+
+typedef struct {                          // what one frame shows
+    float back[3], ring;                  // the border's color; the share of border pixels that have it
+    float color[3], area, at[2];          // the object's color, area in pixels, centre of mass
+    float fit[SHAPES];                    // intersection over union with each shape of this area at this place
+    float found;                          // 1: one clear object is there; 0: not, and its fields mean nothing
+} Look;
+
+typedef struct {                          // what a clip shows: means over the frames with an object
+    float back[3], ring, color[3], area, fit[SHAPES], found;        // found: the share of such frames
+    float velocity[2];                    // pixels a frame: the slope of the least-squares line through the centres
+    float consistency, smoothness;        // the two scores of quality
+} Seen;
+
+static float color_distance(const float a[3], const float b[3]) {
+    return sqrtf((a[0] - b[0]) * (a[0] - b[0]) + (a[1] - b[1]) * (a[1] - b[1]) + (a[2] - b[2]) * (a[2] - b[2]));
+}
+
+// Pixel i of a frame x[3][plane] as RGB in [0, 1].
+static void pixel_rgb(float rgb[3], const float *x, size_t plane, size_t i) {
+    for (int c = 0; c < 3; c++) rgb[c] = clamp01(0.5f + 0.5f * x[c * plane + i]);
+}
+
+// The border ring's mean color, then that of the pixels near it (an object may touch the border); ring: their share.
+static void look_at_ring(Look *look, const float *x, size_t plane, int H, int W) {
+    float rgb[3], mean[3] = { 0, 0, 0 }, all = 0, near = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        float sum[3] = { 0, 0, 0 };
+        all = near = 0;
+        for (int h = 0; h < H; h++)
+            for (int w = 0; w < W; w += h == 0 || h == H - 1 || W == 1 ? 1 : W - 1) {
+                pixel_rgb(rgb, x, plane, (size_t)h * W + w);
+                all++;
+                if (pass && color_distance(rgb, mean) > 0.3f) continue;
+                near++;
+                for (int c = 0; c < 3; c++) sum[c] += rgb[c];
+            }
+        if (near > 0) for (int c = 0; c < 3; c++) mean[c] = sum[c] / near;
+    }
+    memcpy(look->back, mean, sizeof mean);
+    look->ring = near / all;
+}
+
+// How much of a pixel the object covers: its distance from the background's color in parts of the object's. Edges are
+// made 1.75 times as steep, here and in the templates below, so that noise on the background counts for nothing.
+static float pixel_cover(const Look *look, float contrast, const float *x, size_t plane, size_t i) {
+    float rgb[3];
+    pixel_rgb(rgb, x, plane, i);
+    return clamp01(1.75f * color_distance(rgb, look->back) / contrast - 0.375f);
+}
+
+// One frame x[3][plane]: the background from the border, the object as whatever differs from it.
+static Look look_at(const float *x, size_t plane, int H, int W) {
+    Look look;
+    memset(&look, 0, sizeof look);
+    look_at_ring(&look, x, plane, H, W);
+    float rgb[3], sum[3] = { 0, 0, 0 }, weight = 0, small = shape_radius(0, H, W), large = shape_radius(1, H, W);
+    for (size_t i = 0; i < (size_t)H * W; i++) {                  // its color: the pixels that differ most say most
+        pixel_rgb(rgb, x, plane, i);
+        float d = color_distance(rgb, look.back), d4 = d * d * d * d;
+        weight += d4;
+        for (int c = 0; c < 3; c++) sum[c] += d4 * rgb[c];
+    }
+    for (int c = 0; c < 3; c++) look.color[c] = weight > 0 ? sum[c] / weight : look.back[c];
+    float contrast = color_distance(look.color, look.back);
+    if (contrast < 0.2f) return look;
+    for (int h = 0; h < H; h++)
+        for (int w = 0; w < W; w++) {
+            float cover = pixel_cover(&look, contrast, x, plane, (size_t)h * W + w);
+            look.area += cover;
+            look.at[0] += cover * ((float)w + 0.5f);
+            look.at[1] += cover * ((float)h + 0.5f);
+        }
+    if (look.area < 1.2f * small * small || look.area > 8 * large * large) return look;   // πr² is 3.1·r²
+    for (int i = 0; i < 2; i++) look.at[i] /= look.area;
+    float r = sqrtf(look.area / 3.14159265f), best = 0;
+    for (int shape = 0; shape < SHAPES; shape++) {
+        float both = 0, template_area = 0;
+        for (int h = 0; h < H; h++)
+            for (int w = 0; w < W; w++) {
+                float dx = (float)w + 0.5f - look.at[0], dy = (float)h + 0.5f - look.at[1];
+                if (fabsf(dx) > 1.6f * r + 1 || fabsf(dy) > 1.6f * r + 1) continue;
+                float model = clamp01(0.5f - 1.75f * shape_distance(shape, dx, dy, r));
+                template_area += model;
+                both += fminf(model, pixel_cover(&look, contrast, x, plane, (size_t)h * W + w));
+            }
+        look.fit[shape] = both / (look.area + template_area - both);
+        best = fmaxf(best, look.fit[shape]);
+    }
+    look.found = best > 0.4f;
+    return look;
+}
+
+// Consistency: how little color, area and shape of each frame's object differ from the clip's mean. Smoothness: how
+// small the second differences of its path are beside one step. Frames without an object count 0 in both.
+static void judge_quality(Seen *seen, const Look *looks, int T, int H, int W) {
+    float step = 1 + (float)(H < W ? H : W) / 64, smooth = 0;
+    for (int t = 0; t < T; t++) {
+        if (!looks[t].found) continue;
+        float shape = 0;
+        for (int k = 0; k < SHAPES; k++) shape = fmaxf(shape, fabsf(looks[t].fit[k] - seen->fit[k]));
+        float paint = color_distance(looks[t].color, seen->color), area = fabsf(logf(looks[t].area / seen->area));
+        seen->consistency += clamp01(1.2f - paint - area - 2 * shape) / (float)T;     // 0.2: what pixels may do
+        if (t < 2 || !looks[t - 1].found || !looks[t - 2].found) continue;
+        float bend[2];
+        for (int i = 0; i < 2; i++) bend[i] = looks[t].at[i] - 2 * looks[t - 1].at[i] + looks[t - 2].at[i];
+        smooth += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / step);
+    }
+    seen->smoothness = T > 2 ? smooth / (float)(T - 2) : seen->found;
+}
+
+// The measurements of a clip x[3, T, H, W].
+static Seen watch(const float *x, int T, int H, int W) {
+    Seen seen;
+    memset(&seen, 0, sizeof seen);
+    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
+    float n = 0, time = 0, spread = 0;
+    for (int t = 0; t < T; t++) {
+        Look *look = &looks[t];
+        *look = look_at(x + (size_t)t * H * W, (size_t)T * H * W, H, W);
+        for (int c = 0; c < 3; c++) seen.back[c] += look->back[c] / (float)T;
+        seen.ring += look->ring / (float)T;
+        n += look->found;
+        time += look->found * (float)t;
+        seen.area += look->found * look->area;
+        for (int c = 0; c < 3; c++) seen.color[c] += look->found * look->color[c];
+        for (int k = 0; k < SHAPES; k++) seen.fit[k] += look->found * look->fit[k];
+    }
+    seen.found = n / (float)T;
+    n = fmaxf(n, 1);
+    time /= n;
+    seen.area /= n;
+    for (int c = 0; c < 3; c++) seen.color[c] /= n;
+    for (int k = 0; k < SHAPES; k++) seen.fit[k] /= n;
+    for (int t = 0; t < T; t++) {
+        float dt = looks[t].found * ((float)t - time);
+        spread += dt * dt;
+        for (int i = 0; i < 2; i++) seen.velocity[i] += dt * looks[t].at[i];
+    }
+    for (int i = 0; i < 2; i++) seen.velocity[i] /= spread > 0 ? spread : 1;
+    judge_quality(&seen, looks, T, H, W);
+    free(looks);
+    return seen;
+}
+
+// The palette entry nearest to a color; margin in 0..1: how much nearer `asked` is than any other, 1/2 at the tie.
+static int nearest_color(float *margin, const float (*palette)[3], int count, const float rgb[3], int asked) {
+    int nearest = 0;
+    float own = 0, other = 1e9f;
+    for (int i = 0; i < count; i++) {
+        float d = color_distance(rgb, palette[i]);
+        if (d < color_distance(rgb, palette[nearest])) nearest = i;
+        if (i == asked) own = d; else other = fminf(other, d);
+    }
+    *margin = other / (own + other);
+    return nearest;
+}
+
+// The scene that a clip shows, for tables of asked against seen. -1: nothing of the kind is there.
+static Scene scene_seen(const Seen *seen, int T, int H, int W) {
+    Scene s = { -1, -1, -1, -1, -1 };
+    float margin;
+    if (seen->ring > 0.5f) s.background = nearest_color(&margin, GROUND, BACKGROUNDS, seen->back, 0);
+    if (seen->found < 0.5f) return s;
+    s.color = nearest_color(&margin, PAINT, COLORS, seen->color, 0);
+    s.size = seen->area > 3.14159265f * shape_radius(0, H, W) * shape_radius(1, H, W);    // the geometric mean
+    s.shape = 0;
+    for (int k = 1; k < SHAPES; k++) if (seen->fit[k] > seen->fit[s.shape]) s.shape = k;
+    float vx = seen->velocity[0], vy = seen->velocity[1];
+    s.motion = fabsf(vx) > fabsf(vy) ? vx > 0 : 2 + (vy > 0);     // the main axis, then the sign ...
+    if (fmaxf(fabsf(vx), fabsf(vy)) < 0.5f * scene_speed(s, T, H, W)) s.motion = STILL;   // ... or under half a step
+    return s;
+}
+
+// score[7] in 0..1, pixels only. Hard (what `osp eval` reports): is the nearest of the words' values the asked one?
+// Soft (the reward of GRPO): the same measurements as slopes, above 1/2 on the right side, so that better pays.
+static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int T, int H, int W, bool soft) {
+    Seen seen = watch(x, T, H, W);
+    Scene saw = scene_seen(&seen, T, H, W);
+    float color, back, speed = scene_speed(asked, T, H, W), other = 0;
+    nearest_color(&color, PAINT, COLORS, seen.color, asked.color);
+    int ground = nearest_color(&back, GROUND, BACKGROUNDS, seen.back, asked.background);
+    for (int k = 0; k < SHAPES; k++) if (k != asked.shape) other = fmaxf(other, seen.fit[k]);
+    if (soft) {
+        float fit = seen.fit[asked.shape], nominal = shape_radius(asked.size, H, W);
+        float off = fabsf(logf(fmaxf(seen.area, 1e-3f) / (3.14159265f * nominal * nominal)));   // in log area, of ...
+        float gap = 2 * logf(shape_radius(1, H, W) / shape_radius(0, H, W));                    // ... small to large
+        float dx = seen.velocity[0] - speed * STEP[asked.motion][0];
+        float dy = seen.velocity[1] - speed * STEP[asked.motion][1];
+        float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;                    // 1: the opposite way
+        score[SCORE_COLOR] = clamp01(1.2f * color) * seen.found;
+        score[SCORE_SHAPE] = clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit) * seen.found;
+        score[SCORE_SIZE] = clamp01(1.1f - off / gap) * seen.found;
+        score[SCORE_MOTION] = clamp01(1.05f - miss) * clamp01(1.05f - miss) * seen.found;
+        score[SCORE_BACKGROUND] = clamp01(1.2f * back) * seen.ring;
+    } else {
+        score[SCORE_COLOR] = saw.color == asked.color ? seen.found : 0;
+        score[SCORE_SHAPE] = saw.shape == asked.shape ? seen.found : 0;
+        score[SCORE_SIZE] = saw.size == asked.size ? seen.found : 0;
+        score[SCORE_MOTION] = saw.motion == asked.motion ? seen.found : 0;
+        score[SCORE_BACKGROUND] = ground == asked.background ? seen.ring : 0;
+    }
+    score[SCORE_CONSISTENCY] = seen.consistency;
+    score[SCORE_SMOOTHNESS] = seen.smoothness;
+}
+// ============================================================================================================
+// 8. Flow matching: schedule, sampling, training (spec §7)
+// ============================================================================================================
+// Noise and data are joined by straight lines x_σ = σ·ε + (1 − σ)·x0. The model learns the line's direction
+// v = ε − x0, which points from data to noise; sampling walks σ from 1 down to 0, so its steps are negative.
+static double shift_sigma(double sigma, double s) { return s * sigma / (1 + (s - 1) * sigma); }
+
+static void schedule(double *sigma, int steps, double shift) {          // sigma[steps + 1], from 1 to 0
+    for (int i = 0; i <= steps; i++) sigma[i] = shift_sigma(1 - (double)i / steps, shift);
+}
+
+// The training shift e^μ grows with the tokens of a frame: more pixels need more noise to be hidden equally well.
+static double train_shift(int tokens) { return exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)); }
+
+// A batch's text on the host: words of captions, or rows of UMT5 embeddings.
+typedef struct { const int *ids; const float *rows; } Text;             // [B·text_len] or [B·text_len, text_dim]
+
+static void text_set(Run *r, Text text) {
+    size_t rows = (size_t)r->B * (size_t)r->m->c.text_len, count = rows * (size_t)r->m->c.text_dim;
+    if (r->m->c.vocab) { upload(r->ids, text.ids, rows * sizeof(int)); return; }
+    float *room = (float *)device_alloc(count * sizeof(float));
+    upload(room, text.rows, count * sizeof(float));
+    to_act(r->text, room, count);
+    device_free(room);
+}
+
+// v = v_uncond + g·(v_cond − v_uncond), for all samples at one σ. With g = 1 one forward is enough; with halves of ranks
+// each does one forward and they swap. `v` may not be r->out.
+static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text cond, Text uncond, double g) {
+    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    double *t = (double *)xalloc((size_t)r->B, sizeof(double));
+    for (int b = 0; b < r->B; b++) t[b] = 1000 * sigma;
+    if (r->ranks->halves == 2) {
+        float *both = (float *)device_alloc(2 * count * sizeof(float));
+        text_set(r, r->ranks->half == 0 ? cond : uncond);
+        forward(r, x, t);
+        all_gather(r->ranks, both, r->out, (int)count, sizeof(float), GUIDANCE);
+        lincomb(v, (float)(1 - g), both + count, (float)g, both, count);
+        device_free(both);
+    } else {
+        if (g != 1) {
+            text_set(r, uncond);
+            forward(r, x, t);
+            copy(v, r->out, count * sizeof(float));
+        }
+        text_set(r, cond);
+        forward(r, x, t);
+        if (g != 1) lincomb(v, (float)(1 - g), v, (float)g, r->out, count);
+        else copy(v, r->out, count * sizeof(float));
+    }
+    free(t);
+}
+
+static void progress_line(const char *what, int step, int steps, double began) {
+    double left = step ? (seconds() - began) / step * (steps - step) : 0;
+    fprintf(stderr, "\r\033[K%s %d/%d, %d:%02d left ", what, step, steps, (int)left / 60, (int)left % 60);
+}
+
+// Noise x[B, C, T, 2H, 2W] becomes data, in place: Euler steps x += (σ_next − σ)·v.
+static void sample(Run *r, float *x, Text cond, Text uncond, int steps, double shift, double guidance) {
+    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    double *sigma = (double *)xalloc((size_t)steps + 1, sizeof(double)), began = seconds();
+    float *v = (float *)device_alloc(count * sizeof(float));
+    schedule(sigma, steps, shift);
+    for (int i = 0; i < steps; i++) {
+        if (r->show) progress_line("step", i, steps, began);
+        guided_velocity(r, v, x, sigma[i], cond, uncond, guidance);
+        lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i]), v, count);
+    }
+    if (r->show) fprintf(stderr, "\r\033[K");
+    device_free(v);
+    free(sigma);
+}
+
+// ---- learning ---------------------------------------------------------------------------------------------------
+typedef struct {
+    int steps, batch, warmup;
+    double lr, beta1, beta2, eps, weight_decay, clip, ema, drop;
+    uint64_t seed;
+} TrainOptions;
+
+// AdamW on an arena of n weights: moments and the moving average of the weights live beside it.
+typedef struct { float *w, *dw, *m, *v, *ema; size_t n; int step; } Optimizer;
+
+static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
+    o->w = w, o->dw = dw, o->n = n, o->step = 0;
+    o->m = (float *)device_alloc(n * sizeof(float));
+    o->v = (float *)device_alloc(n * sizeof(float));
+    o->ema = (float *)device_alloc(n * sizeof(float));
+    copy(o->ema, w, n * sizeof(float));
+}
+
+// Cosine from lr to a twentieth of it, after a linear warm-up. step counts from 0.
+static double learning_rate(const TrainOptions *o, int step) {
+    double warm = o->warmup > 0 && step < o->warmup ? (double)(step + 1) / o->warmup : 1;
+    return o->lr * warm * (0.05 + 0.95 * 0.5 * (1 + cos(3.141592653589793 * step / o->steps)));
+}
+
+// One step on the gradients in dw (summed over ranks first); returns their norm, before clipping, and zeroes them.
+static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *options, double lr) {
+    sum_over_ranks(ranks, o->dw, o->n, false);
+    double norm = sqrt(sum_squares(o->dw, NULL, o->n)), scale = norm > options->clip ? options->clip / norm : 1;
+    if (!isfinite(norm)) return norm;
+    o->step++;
+    double young = (1.0 + o->step) / (10.0 + o->step);                  // a short run must not average in its beginning
+    adamw(o->w, o->m, o->v, o->ema, o->dw, o->n, (float)scale, (float)lr, (float)options->beta1, (float)options->beta2,
+          (float)options->eps, (float)options->weight_decay, (float)(young < options->ema ? young : options->ema), o->step);
+    zero(o->dw, o->n * sizeof(float));
+    return norm;
+}
+
+// Random streams of training: sample k = step·batch + b draws from (seed, stream, k...) alone.
+enum { CAPTION_STREAM = 1, DROP_STREAM, SIGMA_STREAM, NOISE_STREAM, SAMPLE_STREAM, POLICY_STREAM };
+
+typedef struct { float *x, *target; int *ids; double *t; } Batch;       // host: x_σ, ε − x0, words, 1000σ
+
+static void batch_new(Batch *a, const Run *r) {
+    size_t count = (size_t)r->B * (size_t)r->m->c.in_dim * r->N * 4;
+    a->x = (float *)xalloc(count, sizeof(float)), a->target = (float *)xalloc(count, sizeof(float));
+    a->ids = (int *)xalloc((size_t)r->B * (size_t)r->m->c.text_len, sizeof(int));
+    a->t = (double *)xalloc((size_t)r->B, sizeof(double));
+}
+
+static void caption_ids(int *ids, int text_len, const char *text) {     // words, then −1 for padding
+    for (int i = words_of(ids, text_len, text); i < text_len; i++) ids[i] = -1;
+}
+
+// The training samples of one step: a caption that is not held out, its clip, σ, noise; captions dropped at times, so
+// that the model also learns the unconditional velocity that guidance needs.
+static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
+    const Config *c = &r->m->c;
+    size_t size = (size_t)c->in_dim * r->N * 4;
+    double s = train_shift(r->H * r->W);
+    #pragma omp parallel for schedule(static)
+    for (int b = 0; b < r->B; b++) {
+        uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b, draw = k << 8;
+        int caption;
+        char text[128] = "";
+        do caption = (int)(rng_bits(o->seed, CAPTION_STREAM, draw++) % CAPTIONS); while (held_out(caption));
+        float *x = a->x + (size_t)b * size, *target = a->target + (size_t)b * size;
+        draw_clip(x, scene_of(caption), o->seed, k, r->T, 2 * r->H, 2 * r->W);
+        if (rng_uniform(o->seed, DROP_STREAM, k) >= o->drop) caption_text(text, sizeof(text), scene_of(caption));
+        caption_ids(a->ids + (size_t)b * (size_t)c->text_len, c->text_len, text);
+        double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))), s);
+        a->t[b] = 1000 * sigma;
+        for (size_t i = 0; i < size; i++) {
+            float noise = rng_normal(o->seed, NOISE_STREAM, k * size + i), x0 = x[i];
+            x[i] = (float)sigma * noise + (float)(1 - sigma) * x0;
+            target[i] = noise - x0;
+        }
+    }
+}
+
+// Forward and backward of one batch; returns the loss. x, target, dout are device buffers of the latent's size.
+static double train_step(Run *r, const Batch *a, float *x, float *target, float *dout) {
+    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    Text text = {a->ids, NULL};
+    upload(x, a->x, count * sizeof(float));
+    upload(target, a->target, count * sizeof(float));
+    text_set(r, text);
+    weights_prepare(r->m);
+    forward(r, x, a->t);
+    double loss = mse(dout, r->out, target, count);
+    backward(r, NULL, dout);
+    return loss;
+}
+// ============================================================================================================
+// 9. Mix-GRPO: reinforcement learning of a flow model (spec §8; arXiv 2507.21802)
+// ============================================================================================================
+// A sampler is deterministic, and a policy needs chance: inside a window of steps the Euler ODE is replaced by an SDE
+// with the same marginals, whose every step is a Gaussian with a known density. A group of videos of one caption is
+// scored; what made better ones than the group's mean becomes likelier, what made worse ones less likely.
+
+// ---- LoRA: W + (alpha/rank)·B·A on q, k, v, o of both attentions --------------------------------------------------
+struct Lora {
+    int rank;
+    float scale;                                 // alpha / rank; 0: the model without its adapter, the reference
+    int count;
+    Param **target, *A, *B;                      // [count]; A[rank, in], B[out, rank]
+    float *w, *dw;                               // arenas of all A and B
+    size_t n;
+    act *a, *b, *dw_act, *d;                     // room for one adapter's products
+};
+
+static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
+    Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
+    int most = 8 * m->c.num_layers;
+    size_t D = (size_t)m->c.dim;
+    l->rank = rank, l->scale = (float)(alpha / rank);
+    l->target = (Param **)xalloc((size_t)most, sizeof(Param *));
+    l->A = (Param *)xalloc((size_t)most, sizeof(Param)), l->B = (Param *)xalloc((size_t)most, sizeof(Param));
+    l->n = (size_t)most * 2 * (((size_t)rank * D + 15) & ~(size_t)15);
+    l->w = (float *)device_alloc(l->n * sizeof(float)), l->dw = (float *)device_alloc(l->n * sizeof(float));
+    l->a = (act *)device_alloc((size_t)rank * D * act_size()), l->b = (act *)device_alloc((size_t)rank * D * act_size());
+    l->dw_act = (act *)device_alloc(D * D * act_size()), l->d = (act *)device_alloc((size_t)rank * D * act_size());
+    size_t offset = 0, step = ((size_t)rank * D + 15) & ~(size_t)15;
+    float *host = (float *)xalloc((size_t)rank * D, sizeof(float));
+    for (int i = 0; i < m->params; i++) {
+        Param *p = &m->param[i];
+        if (!p->block_matrix || !strstr(p->name, "attn")) continue;
+        Param *A = &l->A[l->count], *B = &l->B[l->count];
+        int stem = (int)(strlen(p->name) - strlen(".weight"));
+        snprintf(A->name, sizeof(A->name), "%.*s.lora_A.weight", stem, p->name);
+        snprintf(B->name, sizeof(B->name), "%.*s.lora_B.weight", stem, p->name);
+        A->rank = B->rank = 2, A->count = B->count = (size_t)rank * D;
+        A->shape[0] = B->shape[1] = (size_t)rank, A->shape[1] = B->shape[0] = D;
+        A->w = l->w + offset, A->dw = l->dw + offset, B->w = l->w + offset + step, B->dw = l->dw + offset + step;
+        offset += 2 * step;
+        for (size_t j = 0; j < A->count; j++)                        // A gaussian, B zero: training starts at the base model
+            host[j] = rng_normal(seed, 5000 + (uint64_t)l->count, j) / sqrtf((float)rank);
+        upload(A->w, host, A->count * sizeof(float));
+        l->target[l->count++] = p;
+    }
+    free(host);
+}
+
+// p->c += scale·B·A, on the working copy that weights_prepare has just made.
+static void lora_merge(Model *m, Param *p) {
+    Lora *l = m->lora;
+    for (int i = 0; i < l->count; i++) {
+        if (l->target[i] != p || l->scale == 0) continue;
+        float *scaled = (float *)l->dw_act;                          // room for rank·dim floats (rank <= dim/2)
+        lincomb(scaled, l->scale, l->B[i].w, 0, NULL, l->B[i].count);
+        to_act(l->b, scaled, l->B[i].count), to_act(l->a, l->A[i].w, l->A[i].count);
+        linear_backward(p->c, NULL, NULL, l->b, NULL, l->a, p->shape[0], l->rank, (int)p->shape[1], true);
+    }
+}
+
+// d W -> dB = scale·dW·A^T, dA = scale·B^T·dW: the chain rule through W + scale·B·A.
+static void lora_backward(Model *m) {
+    Lora *l = m->lora;
+    for (int i = 0; i < l->count; i++) {
+        Param *p = l->target[i], *A = &l->A[i], *B = &l->B[i];
+        int out = (int)p->shape[0], in = (int)p->shape[1];
+        lincomb(p->dw, l->scale, p->dw, 0, NULL, p->count);
+        to_act(l->dw_act, p->dw, p->count), to_act(l->a, A->w, A->count), to_act(l->b, B->w, B->count);
+        linear_forward(l->d, l->dw_act, l->a, NULL, (size_t)out, l->rank, in);
+        to_float(p->dw, l->d, B->count);
+        lincomb(B->dw, 1, B->dw, 1, p->dw, B->count);
+        linear_backward(NULL, A->dw, NULL, l->b, l->dw_act, NULL, (size_t)out, l->rank, in, false);
+    }
+    zero(m->dw, m->count * sizeof(float));
+}
+
+// ---- the policy -----------------------------------------------------------------------------------------------
+// One SDE step from σ to σ_next: mean = a·x + b·v, x_next = mean + std·z.
+typedef struct { double a, b, std; } SdeStep;
+
+static SdeStep sde_step(double sigma, double sigma_next) {
+    double dt = sigma_next - sigma, eta = sigma;                       // η = σ_min + (σ_max − σ_min)·σ with 0 and 1
+    SdeStep s = {1 + eta * eta / (2 * sigma) * dt, (1 + eta * eta * (1 - sigma) / (2 * sigma)) * dt, eta * sqrt(-dt)};
+    return s;
+}
+
+// log N(x_next; mean, std²), averaged over the elements.
+static double log_probability(const float *x_next, const float *mean, double std, size_t n) {
+    return -sum_squares(x_next, mean, n) / ((double)n * 2 * std * std) - log(std) - log(sqrt(2 * 3.141592653589793));
+}
+
+// (r − mean)/(std + 1e-4) within a group, population std, clipped to ±5. All equal: zeros, exactly.
+static void advantages(double *advantage, const double *reward, int G) {
+    double mean = 0, var = 0;
+    for (int i = 0; i < G; i++) mean += reward[i] / G;
+    for (int i = 0; i < G; i++) var += (reward[i] - mean) * (reward[i] - mean) / G;
+    for (int i = 0; i < G; i++) {
+        double a = (reward[i] - mean) / (sqrt(var) + 1e-4);
+        advantage[i] = var < 1e-24 ? 0 : a > 5 ? 5 : a < -5 ? -5 : a;
+    }
+}
+
+typedef struct { double ratio, policy_loss, kl, weight; bool clipped; } Surrogate;   // weight = d policy_loss / d logp
+
+// max(−A·ρ, −A·clip(ρ, 1 ± c)), ρ = exp(logp − logp_old): no gradient where the clipped term is the larger.
+static Surrogate surrogate(double A, double logp, double logp_old, double c) {
+    double ratio = exp(logp - logp_old), inside = ratio < 1 - c ? 1 - c : ratio > 1 + c ? 1 + c : ratio;
+    bool clipped = -A * inside > -A * ratio;
+    Surrogate s = {ratio, clipped ? -A * inside : -A * ratio, 0, clipped ? 0 : -A * ratio, clipped};
+    return s;
+}
+
+typedef struct {
+    int steps, sde_first, sde_count, group;       // S; the window of SDE steps
+    double guidance, clip, beta;
+} PolicyOptions;
+
+// The policy's mean at (x, σ) with the weights as prepared: mean = a·x + b·guided v. mean[G, ...] is written.
+static void policy_mean(Run *r, float *mean, const float *x, double sigma, double sigma_next, Text cond, Text uncond, double g) {
+    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    SdeStep s = sde_step(sigma, sigma_next);
+    guided_velocity(r, mean, x, sigma, cond, uncond, g);
+    lincomb(mean, (float)s.a, x, (float)s.b, mean, count);
+}
+
+// Loss and gradient of one SDE step for a group: loss = mean over the G videos of policy_loss + β·kl. The guided velocity
+// is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, whose activations
+// are the ones kept, and d v_cond = g·d v. mean, dmean: room for one latent batch each; out[G] gets the figures.
+static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, const float *x, const float *x_next,
+                          const float *mean_ref, double sigma, double sigma_next, Text cond, Text uncond,
+                          const double *advantage, const double *logp_old, const PolicyOptions *o) {
+    size_t one = (size_t)r->m->c.out_dim * r->N * 4;
+    SdeStep s = sde_step(sigma, sigma_next);
+    double loss = 0;
+    policy_mean(r, mean, x, sigma, sigma_next, cond, uncond, o->guidance);
+    for (int i = 0; i < r->B; i++) {
+        float *mean_i = mean + (size_t)i * one, *d = dmean + (size_t)i * one;
+        const float *next = x_next + (size_t)i * one, *ref = mean_ref + (size_t)i * one;
+        double logp = log_probability(next, mean_i, s.std, one), variance = s.std * s.std, n = (double)one;
+        out[i] = surrogate(advantage[i], logp, logp_old[i], o->clip);
+        out[i].kl = sum_squares(mean_i, ref, one) / n / (2 * variance);
+        loss += (out[i].policy_loss + o->beta * out[i].kl) / r->B;
+        // d logp/d mean = (x_next − mean)/(n·std²);  d kl/d mean = (mean − ref)/(n·std²);  d mean/d v_cond = b·g
+        double chain = s.b * o->guidance / (n * variance * r->B), w = out[i].weight * chain, k = o->beta * chain;
+        lincomb(d, (float)w, next, (float)(k - w), mean_i, one);
+        lincomb(d, 1, d, (float)-k, ref, one);
+    }
+    backward(r, NULL, dmean);
+    return loss;
+}
+// ============================================================================================================
+// 11. Pictures and clips in files
+// ============================================================================================================
+#define STB_IMAGE_WRITE_IMPLEMENTATION                            // one function of it is used: stbi_zlib_compress
+#define STBI_WRITE_NO_STDIO
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#if __has_include(<stb/stb_image_write.h>)
+#include <stb/stb_image_write.h>                                  // Debian, Ubuntu: apt install libstb-dev
+#else
+#include <stb_image_write.h>
+#endif
+#pragma GCC diagnostic pop
+
+// ---- files: all or nothing ------------------------------------------------------------------------------------
+static void temporary_name(char temporary[PATH_MAX], const char *path) {
+    if (snprintf(temporary, PATH_MAX, "%s.%d.tmp", path, (int)getpid()) >= PATH_MAX)
+        die("cannot write %.60s...: the name is too long; choose a shorter one", path);
+}
+
+// Before work starts: can path be written at its end? Tries with a temporary file; an existing file is not touched.
+static void check_writable(const char *path) {
+    struct stat info;
+    char temporary[PATH_MAX];
+    size_t length = strlen(path);
+    if (!length) die("the output path is empty; give a file name");
+    bool exists = !stat(path, &info);
+    if (path[length - 1] == '/' || (exists && S_ISDIR(info.st_mode)))
+        die("cannot write %s: it is a folder; give a file name", path);
+    if (exists && !S_ISREG(info.st_mode)) {                       // a device or a pipe is written in place
+        if (access(path, W_OK)) die("cannot write %s: %s; choose another path", path, strerror(errno));
+        return;
+    }
+    temporary_name(temporary, path);
+    int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    if (file < 0) die("cannot write %s: %s; create its folder or choose another path", path, strerror(errno));
+    close(file);
+    remove(temporary);
+}
+
+// The file appears whole or not at all: data go to a temporary file beside it, which then takes its name.
+static void write_file(const char *path, const void *data, size_t size) {
+    struct stat info;
+    char temporary[PATH_MAX];
+    bool in_place = !stat(path, &info) && !S_ISREG(info.st_mode);
+    temporary_name(temporary, path);
+    const char *target = in_place ? path : temporary;
+    FILE *file = fopen(target, "wb");
+    bool ok = file && fwrite(data, 1, size, file) == size;
+    int error = errno;
+    if (file && fclose(file) && ok) { ok = false; error = errno; }
+    if (ok && !in_place && rename(temporary, path)) { ok = false; error = errno; }
+    if (ok) return;
+    if (!in_place && file) remove(temporary);
+    die("cannot write %s (%zu bytes): %s; free some space or choose another path", path, size, strerror(error));
+}
+
+// ---- drawing: colors are 0xRRGGBB, the origin is the upper left corner, what lies outside is cut off -------------
+typedef struct { int width, height; uint8_t *rgb; } Picture;      // rgb[height][width][3]
+
+static void fill_rect(Picture *p, int x, int y, int width, int height, uint32_t color) {
+    for (int h = y < 0 ? 0 : y; h < y + height && h < p->height; h++)
+        for (int w = x < 0 ? 0 : x; w < x + width && w < p->width; w++)
+            for (int c = 0; c < 3; c++) p->rgb[((size_t)h * p->width + w) * 3 + c] = (uint8_t)(color >> (16 - 8 * c));
+}
+
+static Picture new_picture(int width, int height, uint32_t color) {
+    Picture p = { width, height, (uint8_t *)xalloc((size_t)width * height, 3) };
+    fill_rect(&p, 0, 0, width, height, color);
+    return p;
+}
+
+__attribute__((unused))                                           // osp draws no plots, test_osp does
+static void draw_line(Picture *p, float x0, float y0, float x1, float y1, int thick, uint32_t color) {
+    int steps = (int)fmaxf(fabsf(x1 - x0), fabsf(y1 - y0)) + 1;
+    for (int i = 0; i <= steps; i++) {
+        float u = (float)i / (float)steps, x = x0 + u * (x1 - x0), y = y0 + u * (y1 - y0);
+        float half = 0.5f * (float)(thick - 1);
+        fill_rect(p, (int)floorf(x - half), (int)floorf(y - half), thick, thick, color);
+    }
+}
+
+// Printable ASCII from ' ' on, 5x7 pixels: 7 characters a glyph, one a row, whose pixels are the bits of (c - '0').
+static const char FONT[] =
+    "00000004444404:::0000::O:O::4?D>5N4HI248C3<BD8EB=44800002488842842224804E>E40044O4400000<48000O00000000<<"
+    "01248@0>ACEIA>4<4444>>A1248OO2421A>26:BO22O@N11A>68@NAA>O124888>AA>AA>>AA?12<0<<0<<00<<0<48248@84200O0O00"
+    "8421248>A12404>A1=EE>>AAOAAANAANAAN>A@@@A>LBAAABLO@@N@@OO@@N@@@>A@GAA?AAAOAAA>44444>72222B<ABDHDBA@@@@@@O"
+    "AKEEAAAAAIECAA>AAAAA>NAAN@@@>AAAEB=NAANDBA?@@>11NO444444AAAAAA>AAAAA:4AAAEEE:AA:4:AAAAA:444O1248@O>88888>"
+    "0@84210>22222>4:A0000000000O842000000>1?A?@@FIAAN00>@@A>11=CAA?00>AO@>698L88800?A?1>@@FIAAA40<444>20622B<"
+    "@@BDHDB<44444>00JEEAA00FIAAA00>AAA>00NAN@@00=C?1100FI@@@00>@>1N88L889600AAAC=00AAA:400AAEE:00A:4:A00AA?1>"
+    "00O248O244844244444448442448008E200";
+
+static int text_width(const char *text, int scale) { return 6 * scale * (int)strlen(text); }
+
+static void draw_text(Picture *p, int x, int y, const char *text, int scale, uint32_t color) {
+    for (; *text; text++, x += 6 * scale) {
+        int glyph = *text < ' ' || *text > '~' ? '?' - ' ' : *text - ' ';
+        for (int row = 0; row < 7; row++)
+            for (int column = 0; column < 5; column++)
+                if ((FONT[7 * glyph + row] - '0') >> (4 - column) & 1)
+                    fill_rect(p, x + column * scale, y + row * scale, scale, scale, color);
+    }
+}
+
+// ---- PNG: a signature, then chunks of length, name, data, CRC ------------------------------------------------------
+typedef struct { uint8_t *data; size_t size, room; } Bytes;
+
+static void put_bytes(Bytes *b, const void *data, size_t size) {
+    if (b->size + size > b->room) {
+        b->room = 2 * b->room + size;
+        b->data = (uint8_t *)realloc(b->data, b->room);
+        if (!b->data) die("out of memory: %zu bytes asked for a picture; use a smaller one", b->room);
+    }
+    if (size) memcpy(b->data + b->size, data, size);
+    b->size += size;
+}
+
+static void put_u32(Bytes *b, size_t v) {                         // most significant byte first
+    uint8_t bytes[4] = { (uint8_t)(v >> 24), (uint8_t)(v >> 16), (uint8_t)(v >> 8), (uint8_t)v };
+    put_bytes(b, bytes, 4);
+}
+
+static void put_chunk(Bytes *b, const char *name, Bytes *content) {           // and empties content
+    uint32_t crc = 0xFFFFFFFFu;
+    put_u32(b, content->size);
+    size_t start = b->size;
+    put_bytes(b, name, 4);
+    put_bytes(b, content->data, content->size);
+    for (size_t i = start; i < b->size; i++) {
+        crc ^= b->data[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+    }
+    put_u32(b, ~crc);
+    content->size = 0;
+}
+
+// The pixels of one frame: rows, each after a 0 (no filter), compressed. IDAT is the picture that every viewer shows;
+// fdAT, which begins with its place in the sequence, are the later frames of an animation.
+static void put_pixels(Bytes *b, const Picture *p, const char *name, size_t sequence) {
+    size_t row = (size_t)p->width * 3, size = (row + 1) * p->height;
+    if (size > INT_MAX / 2) die("a picture of %dx%d pixels is too large; use smaller ones", p->width, p->height);
+    uint8_t *rows = (uint8_t *)xalloc(size, 1);
+    for (int h = 0; h < p->height; h++) memcpy(rows + h * (row + 1) + 1, p->rgb + h * row, row);
+    int packed_size;
+    uint8_t *packed = stbi_zlib_compress(rows, (int)size, &packed_size, 8);
+    if (!packed) die("out of memory: compressing %zu bytes of a picture; use a smaller one", size);
+    Bytes content = { NULL, 0, 0 };
+    if (name[0] == 'f') put_u32(&content, sequence);
+    put_bytes(&content, packed, (size_t)packed_size);
+    put_chunk(b, name, &content);
+    free(content.data);
+    free(packed);
+    free(rows);
+}
+
+// A PNG of one frame, or an animated one (APNG) of several equally large ones that loops for ever; the comment is a
+// tEXt chunk "osp" (exiftool shows it).
+static void save_frames(const char *path, const Picture *frames, int count, int fps, const char *comment) {
+    Bytes png = { NULL, 0, 0 }, chunk = { NULL, 0, 0 };
+    size_t sequence = 0, width = (size_t)frames->width, height = (size_t)frames->height;
+    put_bytes(&png, "\x89PNG\r\n\x1a\n", 8);
+    put_u32(&chunk, width);
+    put_u32(&chunk, height);
+    put_bytes(&chunk, "\x08\x02\x00\x00\x00", 5);                 // 8 bits, RGB, deflate, filters, not interlaced
+    put_chunk(&png, "IHDR", &chunk);
+    put_bytes(&chunk, "osp", 4);                                  // keyword, 0, text
+    put_bytes(&chunk, comment, strlen(comment));
+    put_chunk(&png, "tEXt", &chunk);
+    if (count > 1) {
+        put_u32(&chunk, (size_t)count);
+        put_u32(&chunk, 0);                                       // times to play: 0 = for ever
+        put_chunk(&png, "acTL", &chunk);
+    }
+    for (int i = 0; i < count; i++) {
+        if (count > 1) {                                          // its size, place (0, 0), 1/fps s; it replaces all
+            size_t control[6] = { sequence++, width, height, 0, 0, (size_t)1 << 16 | (size_t)fps };
+            for (int k = 0; k < 6; k++) put_u32(&chunk, control[k]);
+            put_bytes(&chunk, "\0\0", 2);
+            put_chunk(&png, "fcTL", &chunk);
+        }
+        put_pixels(&png, &frames[i], i ? "fdAT" : "IDAT", i ? sequence++ : 0);
+    }
+    put_chunk(&png, "IEND", &chunk);
+    write_file(path, png.data, png.size);
+    free(chunk.data);
+    free(png.data);
+}
+
+static void save_png(const char *path, Picture p, const char *comment) { save_frames(path, &p, 1, 0, comment); }
+
+// ---- clips x[C, T, H, W] in [-1, 1] --------------------------------------------------------------------------------
+// Frame t at (left, top) of a picture, each pixel a square of scale x scale. C = 1 is gray; of many, the first 3 count.
+static void draw_frame(Picture *p, int left, int top, const float *x, int C, int T, int H, int W, int t, int scale) {
+    for (int h = 0; h < H; h++)
+        for (int w = 0; w < W; w++) {
+            uint32_t color = 0;
+            for (int c = 0; c < 3; c++) {
+                float v = x[(((size_t)(c < C ? c : C - 1) * T + t) * H + h) * W + w];
+                color = color << 8 | (uint32_t)(255 * clamp01(0.5f + 0.5f * v) + 0.5f);
+            }
+            fill_rect(p, left + w * scale, top + h * scale, scale, scale, color);
+        }
+}
+
+// One row a clip, its frames from left to right, its caption above (captions, or one of them, may be NULL).
+static void write_sheet(const char *path, const float *const *clips, const char *const *captions, int count, int C,
+                        int T, int H, int W, int scale, const char *comment) {
+    int gap = 4, column = W * scale + gap, title = captions ? 13 : 0, row = title + H * scale + gap;
+    int width = T * column + gap;
+    for (int i = 0; captions && i < count; i++) {
+        int wide = captions[i] ? text_width(captions[i], 1) + 2 * gap : 0;
+        if (wide > width) width = wide;
+    }
+    Picture p = new_picture(width, count * row + gap, 0x202024);
+    for (int i = 0; i < count; i++) {
+        if (title && captions[i]) draw_text(&p, gap, i * row + gap + 2, captions[i], 1, 0xE8E8E8);
+        for (int t = 0; t < T; t++)
+            draw_frame(&p, gap + t * column, i * row + gap + title, clips[i], C, T, H, W, t, scale);
+    }
+    save_png(path, p, comment);
+    free(p.rgb);
+}
+
+// YUV4MPEG2: a text line, then each frame as planes Y, Cb, Cr in BT.601's range (16..235, 16..240), 4:4:4.
+static void put_y4m(Bytes *b, const Picture *frames, int count, int fps) {
+    static const float TO_YUV[3][4] = { { 16, 65.481f, 128.553f, 24.966f }, { 128, -37.797f, -74.203f, 112 },
+                                        { 128, 112, -93.786f, -18.214f } };
+    char header[96];
+    size_t pixels = (size_t)frames->width * frames->height;
+    uint8_t *plane = (uint8_t *)xalloc(pixels, 1);
+    snprintf(header, sizeof header, "YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C444\n", frames->width, frames->height, fps);
+    put_bytes(b, header, strlen(header));
+    for (int t = 0; t < count; t++) {
+        put_bytes(b, "FRAME\n", 6);
+        for (int k = 0; k < 3; k++) {
+            const float *m = TO_YUV[k];
+            for (size_t i = 0; i < pixels; i++) {
+                const uint8_t *rgb = frames[t].rgb + 3 * i;
+                plane[i] = (uint8_t)(m[0] + (m[1] * rgb[0] + m[2] * rgb[1] + m[3] * rgb[2]) / 255 + 0.5f);
+            }
+            put_bytes(b, plane, pixels);
+        }
+    }
+    free(plane);
+}
+
+static bool ends_with(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n > m && !strcasecmp(text + n - m, end);
+}
+
+static void sheet_name(char sheet[PATH_MAX], const char *path) {  // out.png -> out_sheet.png
+    if (snprintf(sheet, PATH_MAX, "%.*s_sheet.png", (int)strlen(path) - 4, path) >= PATH_MAX)
+        die("cannot write %.60s...: the name is too long; choose a shorter one", path);
+}
+
+// Before work starts: does path name a kind of clip that write_clip knows, and can it be written?
+static void check_clip_path(const char *path) {
+    char sheet[PATH_MAX];
+    if (!strcmp(path, "-")) return;
+    if (!ends_with(path, ".png") && !ends_with(path, ".y4m"))
+        die("cannot write a clip to %s: the name must end in .png or .y4m, or be - (y4m to stdout)", path);
+    check_writable(path);
+    if (!ends_with(path, ".png")) return;
+    sheet_name(sheet, path);
+    check_writable(sheet);
+}
+
+// NAME.png: an animated PNG, and NAME_sheet.png with the frames side by side. NAME.y4m or -: YUV4MPEG2.
+static void write_clip(const char *path, const float *x, int C, int T, int H, int W, int scale, int fps,
+                       const char *comment) {
+    bool to_stdout = !strcmp(path, "-");
+    char sheet[PATH_MAX];
+    Bytes y4m = { NULL, 0, 0 };
+    Picture *frames = (Picture *)xalloc((size_t)T, sizeof(Picture));
+    for (int t = 0; t < T; t++) {
+        frames[t] = new_picture(W * scale, H * scale, 0);
+        draw_frame(&frames[t], 0, 0, x, C, T, H, W, t, scale);
+    }
+    if (ends_with(path, ".png")) {
+        sheet_name(sheet, path);
+        save_frames(path, frames, T, fps, comment);
+        write_sheet(sheet, &x, NULL, 1, C, T, H, W, scale, comment);
+    } else {
+        put_y4m(&y4m, frames, T, fps);
+        if (!to_stdout) write_file(path, y4m.data, y4m.size);
+        else if (fwrite(y4m.data, 1, y4m.size, stdout) != y4m.size || fflush(stdout))
+            die("cannot write the clip to stdout: %s; check where the pipe ends", strerror(errno));
+        fprintf(stderr, "%sffmpeg -i %s -pix_fmt yuv420p clip.mp4   (makes a film)\n", to_stdout ? "| " : "", path);
+        free(y4m.data);
+    }
+    for (int t = 0; t < T; t++) free(frames[t].rgb);
+    free(frames);
+}
+// ============================================================================================================
+// 12. Checkpoints: safetensors under the names of spec §2, the config as strings in the metadata
+// ============================================================================================================
+static long whole_number(const char *text, const char *what, const char *where, long least, long most) {
+    char *end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end || errno || value < least || value > most)
+        die("%s: %s is \"%.40s\", expected a whole number from %ld to %ld", where, what, text, least, most);
+    return value;
+}
+
+static Config config_read(const File *f) {
+    Config c;
+    memset(&c, 0, sizeof(c));
+    for (int i = 0; i < CONFIG_ROWS; i++) {
+        const char *text = file_meta(f, CONFIG[i].key);
+        if (!text && CONFIG[i].needed)
+            die("%s: no \"%s\" in its metadata, so this is not an osp checkpoint; make one with osp train or weights_export.py",
+                f->path, CONFIG[i].key);
+        if (text) *config_field(&c, i) = (int)whole_number(text, CONFIG[i].key, f->path, CONFIG[i].least, CONFIG[i].most);
+    }
+    const char *eps = file_meta(f, "eps");
+    c.eps = eps ? atof(eps) : 1e-6;
+    if (!(c.eps > 0 && c.eps < 1)) die("%s: eps is \"%.40s\", expected a small positive number", f->path, eps);
+    config_check(&c, f->path);
+    return c;
+}
+
+static void shape_text(char *text, size_t room, int rank, const size_t *shape) {
+    int used = snprintf(text, room, "[");
+    for (int i = 0; i < rank; i++) used += snprintf(text + used, room - (size_t)used, i ? ", %zu" : "%zu", shape[i]);
+    snprintf(text + used, room - (size_t)used, "]");
+}
+
+// Finds p in the file and checks its shape.
+static const FileTensor *param_find(const File *f, const Param *p) {
+    const FileTensor *t = file_find(f, p->name);
+    char want[128], have[256];
+    if (!t) die("%s: tensor %s is missing; export the whole model again", f->path, p->name);
+    shape_text(want, sizeof(want), p->rank, p->shape);
+    shape_text(have, sizeof(have), t->rank, t->shape);
+    if (strcmp(want, have)) die("%s: tensor %s has shape %s, the metadata's sizes want %s", f->path, p->name, have, want);
+    return t;
+}
+
+// Reads the weights of an open file into a model that is allocated; nothing missing, nothing left over.
+static void weights_read(Model *m, const File *f) {
+    int used = 0;
+    for (int i = 0; i < m->params; i++) {
+        Param *p = &m->param[i];
+        const FileTensor *t = param_find(f, p);
+        float *host = (float *)xalloc(p->count, sizeof(float));
+        file_read(host, f, t, p->count);
+        p->codes = !strcmp(t->dtype, "U8");
+        used += p->codes ? 2 : 1;
+        param_set(m, p, host);
+        free(host);
+    }
+    if (used == f->count) return;
+    for (int i = 0; i < f->count; i++) {
+        bool known = !strncmp(f->tensors[i].name, "_pad.", 5) || strstr(f->tensors[i].name, ".scale");
+        for (int j = 0; j < m->params && !known; j++) known = !strcmp(m->param[j].name, f->tensors[i].name);
+        if (!known) die("%s: tensor %.80s is not part of this model; export the file again", f->path, f->tensors[i].name);
+    }
+}
+
+static void config_write(Writer *w, const Config *c) {
+    Config copy_of = *c;
+    for (int i = 0; i < CONFIG_ROWS; i++) writer_meta(w, CONFIG[i].key, "%d", *config_field(&copy_of, i));
+    writer_meta(w, "eps", "%.9g", c->eps);
+}
+
+// weights: a device arena laid out as m->w (the weights themselves, or their moving average). dtype f32, bf16 or hif8.
+static void model_save(const char *path, const Model *m, const float *weights, const char *dtype) {
+    Writer w;
+    bool hif8 = !strcmp(dtype, "hif8");
+    writer_open(&w, path);
+    config_write(&w, &m->c);
+    for (int i = 0; i < m->params; i++) {
+        const Param *p = &m->param[i];
+        writer_declare(&w, p->name, hif8 ? p->block_matrix ? "U8" : "F32" : !strcmp(dtype, "bf16") ? "BF16" : "F32", p->rank, p->shape);
+    }
+    for (int i = 0; i < m->params; i++) {
+        const Param *p = &m->param[i];
+        float *host = (float *)xalloc(p->count, sizeof(float));
+        download(host, weights + p->offset, p->count * sizeof(float));
+        writer_put(&w, host, p->count);
+        free(host);
+    }
+    writer_close(&w);
+}
+
+// The state of a training run, beside its output: weights, moments, average, step, and a text that names the run, so that
+// only the same run continues from it. A resumed run continues bit for bit.
+static void state_save(const char *path, const Optimizer *o, const char *run) {
+    const char *const names[] = {"train.w", "train.m", "train.v", "train.ema"};
+    const float *const arenas[] = {o->w, o->m, o->v, o->ema};
+    float *host = (float *)xalloc(o->n, sizeof(float));
+    Writer w;
+    writer_open(&w, path);
+    writer_meta(&w, "run", "%s", run);
+    writer_meta(&w, "step", "%d", o->step);
+    for (int i = 0; i < 4; i++) writer_declare(&w, names[i], "F32", 1, &o->n);
+    for (int i = 0; i < 4; i++) {
+        download(host, arenas[i], o->n * sizeof(float));
+        writer_put(&w, host, o->n);
+    }
+    writer_close(&w);
+    free(host);
+}
+
+static bool state_load(const char *path, Optimizer *o, const char *run) {
+    const char *const names[] = {"train.w", "train.m", "train.v", "train.ema"};
+    float *const arenas[] = {o->w, o->m, o->v, o->ema}, *host;
+    File f;
+    if (access(path, F_OK)) return false;
+    file_open(&f, path);
+    const char *of = file_meta(&f, "run"), *step = file_meta(&f, "step");
+    if (!of || !step) die("%s: not the state of a training run; remove it to start anew", path);
+    if (strcmp(of, run)) die("%s: left by a run with other settings (%.300s); remove it or choose another -o", path, of);
+    o->step = (int)whole_number(step, "step", path, 0, INT_MAX);
+    host = (float *)xalloc(o->n, sizeof(float));
+    for (int i = 0; i < 4; i++) {
+        const FileTensor *t = file_find(&f, names[i]);
+        if (!t || t->count != o->n) die("%s: tensor %s is missing or of another size; remove the file to start anew", path, names[i]);
+        file_read(host, &f, t, o->n);
+        upload(arenas[i], host, o->n * sizeof(float));
+    }
+    file_close(&f);
+    free(host);
+    return true;
+}
+
+// A LoRA on its own: the names peft gives, rank and alpha in the metadata.
+static void lora_save(const char *path, const Lora *l, const float *weights) {
+    Writer w;
+    writer_open(&w, path);
+    writer_meta(&w, "lora_rank", "%d", l->rank);
+    writer_meta(&w, "lora_alpha", "%.9g", (double)l->scale * l->rank);
+    for (int i = 0; i < 2 * l->count; i++) {
+        const Param *p = i % 2 ? &l->B[i / 2] : &l->A[i / 2];
+        writer_declare(&w, p->name, "F32", 2, p->shape);
+    }
+    for (int i = 0; i < 2 * l->count; i++) {
+        const Param *p = i % 2 ? &l->B[i / 2] : &l->A[i / 2];
+        float *host = (float *)xalloc(p->count, sizeof(float));
+        download(host, weights + (p->w - l->w), p->count * sizeof(float));
+        writer_put(&w, host, p->count);
+        free(host);
+    }
+    writer_close(&w);
+}
+
+static void lora_load(Model *m, const char *path) {
+    File f;
+    file_open(&f, path);
+    const char *rank = file_meta(&f, "lora_rank"), *alpha = file_meta(&f, "lora_alpha");
+    if (!rank || !alpha) die("%s: no lora_rank and lora_alpha in its metadata; give a file that osp grpo wrote", path);
+    double a = atof(alpha);
+    if (!(a > 0 && a < 1e6)) die("%s: lora_alpha is \"%.40s\", expected a positive number", path, alpha);
+    lora_new(m, (int)whole_number(rank, "lora_rank", path, 1, m->c.dim / 2), a, 0);
+    for (int i = 0; i < 2 * m->lora->count; i++) {
+        const Param *p = i % 2 ? &m->lora->B[i / 2] : &m->lora->A[i / 2];
+        float *host = (float *)xalloc(p->count, sizeof(float));
+        file_read(host, &f, param_find(&f, p), p->count);
+        upload(p->w, host, p->count * sizeof(float));
+        free(host);
+    }
+    file_close(&f);
+}
+// ============================================================================================================
+// 13. Commands
+// ============================================================================================================
+// ---- options: one table a command, which also prints the help and checks the ranges --------------------------------
+typedef struct {
+    const char *name;
+    char kind;                               // i int, d double, u seed, s text, m text that may repeat, b switch
+    void *value;
+    double least, most;
+    const char *help;
+} Option;
+
+enum { MOST_PROMPTS = 16 };
+typedef struct { const char *text[MOST_PROMPTS]; int count; } Prompts;
+
+static void option_default(char *text, size_t room, const Option *o) {
+    const char *s = o->kind == 's' ? *(const char **)o->value : NULL;
+    text[0] = 0;
+    if (o->kind == 'i') snprintf(text, room, " [%d]", *(int *)o->value);
+    if (o->kind == 'd') snprintf(text, room, " [%g]", *(double *)o->value);
+    if (o->kind == 'u') snprintf(text, room, " [%llu]", (unsigned long long)*(uint64_t *)o->value);
+    if (s && *s) snprintf(text, room, " [%s]", s);
+}
+
+static void print_help(const char *example, const Option *options, int count) {
+    printf("example: %s\n", example);
+    for (int i = 0; i < count; i++) {
+        char standard[64];
+        option_default(standard, sizeof(standard), &options[i]);
+        printf("  %-14s %s%s\n", options[i].name, options[i].help, standard);
+    }
+}
+
+static void option_set(const Option *o, const char *text) {
+    char *end = (char *)text;
+    errno = 0;
+    if (o->kind == 's') { *(const char **)o->value = text; return; }
+    if (o->kind == 'm') {
+        Prompts *p = (Prompts *)o->value;
+        if (p->count == MOST_PROMPTS) die("%s: at most %d of them", o->name, MOST_PROMPTS);
+        p->text[p->count++] = text;
+        return;
+    }
+    if (o->kind == 'u') {
+        *(uint64_t *)o->value = strtoull(text, &end, 10);
+        if (end == text || *end || errno || strchr(text, '-')) die("%s: \"%.40s\" is not a whole number from 0 on", o->name, text);
+        return;
+    }
+    double v = strtod(text, &end);
+    if (end == text || *end || errno || !(v >= o->least && v <= o->most) || (o->kind == 'i' && v != floor(v)))
+        die("%s: \"%.40s\" is not a %snumber from %g to %g", o->name, text, o->kind == 'i' ? "whole " : "", o->least, o->most);
+    if (o->kind == 'i') *(int *)o->value = (int)v;
+    else *(double *)o->value = v;
+}
+
+// argv after the command's name. One argument without a dash goes to `plain`, where the command takes one.
+static void parse_options(int argc, char **argv, const char *example, const Option *options, int count, const char **plain) {
+    for (int i = 0; i < argc; i++) {
+        const Option *o = NULL;
+        if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
+            print_help(example, options, count);
+            ranks_end();
+            exit(0);
+        }
+        for (int j = 0; j < count; j++) if (!strcmp(argv[i], options[j].name)) o = &options[j];
+        if (!o && plain && argv[i][0] != '-' && !*plain) { *plain = argv[i]; continue; }
+        if (!o) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
+        if (o->kind == 'b') *(int *)o->value = 1;
+        else if (i + 1 == argc) die("%s needs a value; -h lists the options", o->name);
+        else option_set(o, argv[++i]);
+    }
+}
+
+static const char *one_of(const char *name, const char *value, const char *const *allowed) {
+    for (int i = 0; allowed[i]; i++) if (!strcmp(value, allowed[i])) return value;
+    char list[128] = "";
+    for (int i = 0; allowed[i]; i++) snprintf(list + strlen(list), sizeof(list) - strlen(list), i ? ", %s" : "%s", allowed[i]);
+    die("%s: \"%.40s\" is none of %s", name, value, list);
+}
+static const char *const DTYPES[] = {"f32", "bf16", "hif8", NULL};
+static const char *const SP[] = {"ssp", "ulysses", NULL};
+
+// ---- what the commands share ----------------------------------------------------------------------------------------
+typedef struct {
+    const char *weights, *lora, *device, *sp;
+    int full, hif8, hif8_linear, hif8_attn, json;
+} Common;
+
+#define COMMON_OPTIONS(c) \
+    {"--full", 'b', &(c).full, 0, 0, "full attention in every block"}, \
+    {"--hif8", 'b', &(c).hif8, 0, 0, "8 bits: HiF8 linear layers and attention"}, \
+    {"--hif8-linear", 'b', &(c).hif8_linear, 0, 0, "HiF8 linear layers only"}, \
+    {"--hif8-attn", 'b', &(c).hif8_attn, 0, 0, "HiF8 q, k, v only"}, \
+    {"--device-dtype", 's', &(c).device, 0, 0, "arithmetic on a GPU: f32 or bf16 (the CPU has f32)"}, \
+    {"--sp", 's', &(c).sp, 0, 0, "with ranks, sparse blocks under: ssp or ulysses"}, \
+    {"--json", 'b', &(c).json, 0, 0, "figures as one JSON object on the last line"}
+
+static void config_override(Config *c, const Common *o) {
+    if (o->full) c->num_full_blocks = c->num_layers;
+    if (o->hif8 || o->hif8_linear) c->quant = 1;
+    if (o->hif8 || o->hif8_attn) c->quant_attn = 1;
+}
+
+// The ranks' groups: all on one sample, or (guidance) two halves.
+static void ranks_arrange(Ranks *k, const Config *c, const char *sp, bool guided) {
+    int P2 = c->sparse_ratio * c->sparse_ratio, world = k->size;
+    k->ulysses = !strcmp(one_of("--sp", sp, SP), "ulysses");
+    bool halves = P2 % world != 0 && guided && world % 2 == 0 && P2 % (world / 2) == 0;
+    if (P2 % world && !halves)
+        die("%d ranks: their number must divide P^2 = %d%s", world, P2, guided ? ", or be twice such a number (guidance halves)" : "");
+    ranks_split(k, halves ? 2 : 1);
+}
+
+static Model *model_open(const char *path, const Common *o, Ranks *k, bool training, bool guided) {
+    File f;
+    if (!path) die("no checkpoint given: -w FILE (make one with osp train)");
+    file_open(&f, path);
+    ranks_agree(k, f.map, f.size, "checkpoint");
+    Config c = config_read(&f);
+    config_override(&c, o);
+    ranks_arrange(k, &c, o->sp, guided);
+    Model *m = model_layout(&c);
+    if (o->lora) lora_load(m, o->lora);
+    model_allocate(m, training);
+    weights_read(m, &f);
+    file_close(&f);
+    return m;
+}
+
+static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
+static double gib(double bytes) { return bytes / (1024.0 * 1024.0 * 1024.0); }
+
+// Says what memory will be taken before it is.
+static Run *run_planned(Model *m, Ranks *k, int B, int T, int H, int W, bool training) {
+    size_t bytes;
+    run_new(m, k, B, T, H, W, training, &bytes);
+    size_t weights = model_bytes(m, training) + (training ? 3 * m->count * sizeof(float) : 0);
+    if (speaks(k))
+        fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %d tokens (%dx%dx%d)\n",
+                training ? ", gradients, moments" : "", gib((double)weights), gib((double)bytes), B, T * H * W, T, H, W);
+    return run_new(m, k, B, T, H, W, training, NULL);
+}
+
+static Text caption_batch(const Model *m, const char *const *captions, int count) {   // NULL: the empty caption
+    int *ids = (int *)xalloc((size_t)count * (size_t)m->c.text_len, sizeof(int));
+    for (int b = 0; b < count; b++) caption_ids(ids + b * m->c.text_len, m->c.text_len, captions && captions[b] ? captions[b] : "");
+    Text t = {ids, NULL};
+    return t;
+}
+
+static void noise_fill(float *x, size_t count, uint64_t seed, uint64_t stream, uint64_t first) {
+    #pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; i++) x[i] = rng_normal(seed, stream, first + i);
+}
+
+// ---- osp sample ----------------------------------------------------------------------------------------------------
+typedef struct {
+    Common common;
+    Prompts prompts;
+    const char *out, *text, *noise;
+    int steps, frames, height, width, scale, fps;
+    double guidance, shift;
+    uint64_t seed;
+} SampleOptions;
+
+// The latent grid: the trained size, or as asked. A model with words makes pixels; the others make Wan's VAE latents,
+// a quarter of the frames (plus one) and an eighth of height and width.
+static void sample_size(const Config *c, SampleOptions *o, int size[3]) {
+    int per_frame = c->vocab ? 1 : 4, per_pixel = c->vocab ? 1 : 8;
+    if (!o->frames) o->frames = c->T ? (c->T - 1) * per_frame + 1 : 81;
+    if (!o->height) o->height = c->H_l ? c->H_l * per_pixel : 720;
+    if (!o->width) o->width = c->W_l ? c->W_l * per_pixel : 1280;
+    if ((o->frames - 1) % per_frame) die("--frames %d: must be 1 more than a multiple of %d", o->frames, per_frame);
+    if (o->height % (2 * per_pixel) || o->width % (2 * per_pixel))
+        die("--height %d --width %d: must be multiples of %d", o->height, o->width, 2 * per_pixel);
+    size[0] = (o->frames - 1) / per_frame + 1, size[1] = o->height / (2 * per_pixel), size[2] = o->width / (2 * per_pixel);
+}
+
+static const float *file_floats(const char *path, const char *name, size_t count, const char *remedy) {
+    File f;
+    file_open(&f, path);
+    const FileTensor *t = file_find(&f, name);
+    if (!t || t->count != count) die("%s: tensor %s is missing or not of %zu numbers; %s", path, name, count, remedy);
+    float *host = (float *)xalloc(count, sizeof(float));
+    file_read(host, &f, t, count);
+    file_close(&f);
+    return host;
+}
+
+// Clips side by side: out[C, T, H, K·W].
+static float *side_by_side(const float *const *clips, int K, int C, int T, int H, int W) {
+    float *out = (float *)xalloc((size_t)K * (size_t)C * (size_t)T * (size_t)H * (size_t)W, sizeof(float));
+    for (int k = 0; k < K; k++)
+        for (int row = 0; row < C * T * H; row++)
+            memcpy(out + ((size_t)row * (size_t)K + (size_t)k) * (size_t)W, clips[k] + (size_t)row * (size_t)W, (size_t)W * sizeof(float));
+    return out;
+}
+
+static void save_latent(const char *path, const float *x, const Config *c, const int size[3], const char *comment) {
+    Writer w;
+    size_t shape[4] = {(size_t)c->out_dim, (size_t)size[0], 2 * (size_t)size[1], 2 * (size_t)size[2]};
+    writer_open(&w, path);
+    writer_meta(&w, "comment", "%s", comment);
+    writer_declare(&w, "latent", "F32", 4, shape);
+    writer_put(&w, x, shape[0] * shape[1] * shape[2] * shape[3]);
+    writer_close(&w);
+}
+
+// One clip per prompt (or one from --text), each from its own noise, alone in its batch.
+static float **sample_clips(Run *r, const SampleOptions *o, int count) {
+    const Config *c = &r->m->c;
+    size_t size = (size_t)c->out_dim * r->N * 4, rows = (size_t)c->text_len * (size_t)c->text_dim;
+    float **clips = (float **)xalloc((size_t)count, sizeof(float *)), *x = (float *)device_alloc(size * sizeof(float));
+    Text cond = {NULL, NULL}, uncond = {NULL, NULL};
+    if (c->vocab) uncond = caption_batch(r->m, NULL, 1);
+    else {
+        cond.rows = file_floats(o->text, "text_cond", rows, "make it with weights_export.py text");
+        uncond.rows = file_floats(o->text, "text_uncond", rows, "make it with weights_export.py text");
+    }
+    for (int k = 0; k < count; k++) {
+        float *host = clips[k] = (float *)xalloc(size, sizeof(float));
+        if (o->noise) memcpy(host, file_floats(o->noise, "noise", size, "it must have the latent's size"), size * sizeof(float));
+        else noise_fill(host, size, o->seed, SAMPLE_STREAM, (uint64_t)k * size);
+        upload(x, host, size * sizeof(float));
+        if (c->vocab) cond = caption_batch(r->m, &o->prompts.text[k], 1);
+        sample(r, x, cond, uncond, o->steps, o->shift, o->guidance);
+        download(host, x, size * sizeof(float));
+        for (size_t i = 0; i < size; i++)
+            if (!isfinite(host[i])) die("the model made a number that is not finite; the weights may be broken, or try --device-dtype f32");
+    }
+    device_free(x);
+    return clips;
+}
+
+static void cmd_sample(int argc, char **argv, Ranks *k) {
+    SampleOptions o;
+    memset(&o, 0, sizeof(o));
+    o.common.sp = "ssp", o.common.device = "bf16", o.out = "out.png";
+    o.steps = 20, o.guidance = 4, o.shift = 3, o.seed = 1, o.fps = 8;
+    const Option options[] = {
+        {"-w", 's', &o.common.weights, 0, 0, "checkpoint"},
+        {"-p", 'm', &o.prompts, 0, 0, "caption; may repeat, for clips side by side"},
+        {"-o", 's', &o.out, 0, 0, "NAME.png (animated, and NAME_sheet.png), .y4m, - (y4m to stdout), or .safetensors"},
+        {"-n", 'i', &o.steps, 1, 1000, "Euler steps"},
+        {"-g", 'd', &o.guidance, 0, 100, "guidance; 1: none"},
+        {"--shift", 'd', &o.shift, 0.01, 100, "shift of the schedule"},
+        {"--seed", 'u', &o.seed, 0, 0, "noise"},
+        {"--text", 's', &o.text, 0, 0, "embeddings from weights_export.py text, for models without a word table"},
+        {"--noise", 's', &o.noise, 0, 0, "start from tensor `noise` of this file"},
+        {"--frames", 'i', &o.frames, 1, 4096, "size of the clip; 0: as trained"},
+        {"--height", 'i', &o.height, 2, 16384, "in pixels"},
+        {"--width", 'i', &o.width, 2, 16384, "in pixels"},
+        {"--lora", 's', &o.common.lora, 0, 0, "adapter from osp grpo, merged while loading"},
+        {"--scale", 'i', &o.scale, 1, 64, "pixels of the picture per pixel of the clip; 0: to fit"},
+        {"--fps", 'i', &o.fps, 1, 60, "frames a second"},
+        COMMON_OPTIONS(o.common),
+    };
+    parse_options(argc, argv, "osp sample -w toy.safetensors -p \"a large red circle moving left on a black background\" -o out.png",
+                  options, sizeof(options) / sizeof(options[0]), NULL);
+    bool latent = ends_with(o.out, ".safetensors");
+    if (latent) check_writable(o.out); else check_clip_path(o.out);
+    Model *m = model_open(o.common.weights, &o.common, k, false, o.guidance != 1);
+    int size[3], count = m->c.vocab ? o.prompts.count : 1;
+    sample_size(&m->c, &o, size);
+    if (m->c.vocab && !count) die("no caption given: -p \"a small green square moving up on a navy background\"");
+    if (!m->c.vocab && !o.text) die("this model reads embeddings: give --text FILE, made by weights_export.py text");
+    if (!m->c.vocab && !latent) die("-o %s: this model makes latents: give a name ending in .safetensors, then weights_export.py video", o.out);
+    for (int i = 0; i < o.prompts.count; i++) if (!*o.prompts.text[i]) die("-p: the caption is empty; say what to draw");
+    Run *r = run_planned(m, k, 1, size[0], size[1], size[2], false);
+    r->show = speaks(k) && isatty(2);
+    double began = seconds();
+    float **clips = sample_clips(r, &o, count);
+    double took = seconds() - began;
+    if (speaks(k)) {
+        char comment[1024];
+        snprintf(comment, sizeof(comment), "prompt: %s; seed %llu; steps %d; guidance %g; shift %g; weights %s",
+                 count && o.prompts.count ? o.prompts.text[0] : o.text, (unsigned long long)o.seed, o.steps, o.guidance, o.shift, o.common.weights);
+        int W = 2 * size[2], H = 2 * size[1], scale = o.scale ? o.scale : W <= 16 ? 8 : W <= 64 ? 4 : 1;
+        if (latent) save_latent(o.out, clips[0], &m->c, size, comment);
+        else {
+            write_clip(o.out, side_by_side((const float *const *)clips, count, m->c.out_dim, size[0], H, W), m->c.out_dim, size[0], H, count * W, scale, o.fps, comment);
+            char sheet[PATH_MAX];
+            sheet_name(sheet, o.out);
+            if (ends_with(o.out, ".png")) write_sheet(sheet, (const float *const *)clips, o.prompts.text, count, m->c.out_dim, size[0], H, W, scale, comment);
+        }
+        FILE *say = strcmp(o.out, "-") ? stdout : stderr;
+        fprintf(say, "wrote %s: seed %llu, %d steps, %.2f s\n", o.out, (unsigned long long)o.seed, o.steps, took);
+        if (o.common.json) fprintf(say, "{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o.steps, count);
+    }
+}
+
+// ---- osp eval: ShapesBench on captions that training never saw ----------------------------------------------------------
+typedef struct { double mean[N_SCORES + 1], error[N_SCORES + 1]; int motion[MOTIONS][MOTIONS], shape[SHAPES][SHAPES]; } Bench;
+
+// `clips` samples in batches of r->B; captions drawn in turn from those held out (or, trained = true, from the others).
+static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
+    const Config *c = &r->m->c;
+    size_t size = (size_t)c->out_dim * r->N * 4;
+    float *x = (float *)device_alloc((size_t)r->B * size * sizeof(float)), *host = (float *)xalloc((size_t)r->B * size, sizeof(float));
+    char (*text)[128] = (char (*)[128])xalloc((size_t)r->B, 128);
+    const char **captions = (const char **)xalloc((size_t)r->B, sizeof(char *));
+    Scene *asked = (Scene *)xalloc((size_t)r->B, sizeof(Scene));
+    double sum[N_SCORES + 1] = {0}, squares[N_SCORES + 1] = {0};
+    int caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
+    Bench result;
+    memset(&result, 0, sizeof(result));
+    for (int done = 0; done < clips; done += r->B) {
+        for (int b = 0; b < r->B; b++) {
+            do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
+            asked[b] = scene_of(caption);
+            caption_text(text[b], 128, asked[b]);
+            captions[b] = text[b];
+        }
+        noise_fill(host, (size_t)r->B * size, seed, SAMPLE_STREAM, (uint64_t)done * size);
+        upload(x, host, (size_t)r->B * size * sizeof(float));
+        Text cond = caption_batch(r->m, captions, r->B), uncond = caption_batch(r->m, NULL, r->B);
+        sample(r, x, cond, uncond, steps, shift, guidance);
+        download(host, x, (size_t)r->B * size * sizeof(float));
+        free((void *)cond.ids), free((void *)uncond.ids);
+        for (int b = 0; b < r->B && done + b < clips; b++) {
+            float score[N_SCORES];
+            double total = 0;
+            Seen seen = watch(host + (size_t)b * size, r->T, 2 * r->H, 2 * r->W);
+            Scene is = scene_seen(&seen, r->T, 2 * r->H, 2 * r->W);
+            shapes_score(score, host + (size_t)b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
+            for (int s = 0; s < N_SCORES; s++) {
+                sum[s] += score[s], squares[s] += score[s] * score[s];
+                total += score[s] / N_SCORES;
+            }
+            sum[N_SCORES] += total, squares[N_SCORES] += total * total;
+            if (is.motion >= 0) result.motion[asked[b].motion][is.motion]++;
+            if (is.shape >= 0) result.shape[asked[b].shape][is.shape]++;
+        }
+    }
+    for (int s = 0; s <= N_SCORES; s++) {
+        double mean = sum[s] / clips, var = squares[s] / clips - mean * mean;
+        result.mean[s] = 100 * mean;
+        result.error[s] = clips > 1 ? 100 * sqrt((var > 0 ? var : 0) / (clips - 1)) : 0;
+    }
+    device_free(x);
+    free(host), free(text), free(captions), free(asked);
+    return result;
+}
+
+static void print_bench(const Bench *b, int clips, bool json) {
+    printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", clips);
+    for (int s = 0; s < N_SCORES; s++) printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], b->mean[s], b->error[s]);
+    printf("  %-12s %6.2f ± %.2f\n", "total", b->mean[N_SCORES], b->error[N_SCORES]);
+    printf("asked \\ seen: motion (left right up down still) and shape (circle square triangle diamond)\n");
+    for (int i = 0; i < MOTIONS; i++) {
+        printf("  ");
+        for (int j = 0; j < MOTIONS; j++) printf("%4d", b->motion[i][j]);
+        for (int j = 0; j < SHAPES && i < SHAPES; j++) printf("%s%4d", j ? "" : "      ", b->shape[i][j]);
+        printf("\n");
+    }
+    if (!json) return;
+    printf("{");
+    for (int s = 0; s <= N_SCORES; s++) {
+        const char *name = s < N_SCORES ? SCORE_NAMES[s] : "total";
+        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", name, b->mean[s], name, b->error[s]);
+    }
+    printf("\"clips\": %d}\n", clips);
+}
+
+static void cmd_eval(int argc, char **argv, Ranks *k) {
+    Common common;
+    memset(&common, 0, sizeof(common));
+    common.sp = "ssp", common.device = "bf16";
+    int clips = 96, steps = 20, batch = 8, soft = 0;
+    double guidance = 4, shift = 3;
+    uint64_t seed = 1;
+    const Option options[] = {
+        {"-w", 's', &common.weights, 0, 0, "checkpoint"}, {"-n", 'i', &clips, 1, 100000, "clips"},
+        {"--steps", 'i', &steps, 1, 1000, "Euler steps"}, {"-g", 'd', &guidance, 0, 100, "guidance; 1: none"},
+        {"--shift", 'd', &shift, 0.01, 100, "shift of the schedule"}, {"--seed", 'u', &seed, 0, 0, "noise and choice of captions"},
+        {"--batch", 'i', &batch, 1, 4096, "clips at a time"}, {"--lora", 's', &common.lora, 0, 0, "adapter from osp grpo"},
+        {"--soft", 'b', &soft, 0, 0, "the continuous scores that GRPO is rewarded with"},
+        COMMON_OPTIONS(common),
+    };
+    parse_options(argc, argv, "osp eval -w toy.safetensors -n 96", options, sizeof(options) / sizeof(options[0]), NULL);
+    Model *m = model_open(common.weights, &common, k, false, guidance != 1);
+    if (!m->c.vocab || !m->c.T) die("%s: ShapesBench needs a model with a word table, trained by osp train", common.weights);
+    Run *r = run_planned(m, k, batch < clips ? batch : clips, m->c.T, m->c.H_l / 2, m->c.W_l / 2, false);
+    r->show = speaks(k) && isatty(2);
+    Bench b = evaluate(r, clips, steps, shift, guidance, seed, soft);
+    if (speaks(k)) print_bench(&b, clips, common.json);
+}
+
+// ---- osp train -----------------------------------------------------------------------------------------------------
+typedef struct { const char *name; Config c; TrainOptions train; } Preset;
+static const Preset PRESETS[] = {
+    {"tiny", {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6}, {600, 16, 50, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
+    {"toy", {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6}, {5000, 64, 200, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.999, 0.1, 1}},
+};
+
+typedef struct {
+    Common common;
+    const char *preset, *init, *out, *dtype, *log;
+    int frames, size;
+    double save_seconds;
+    TrainOptions train;
+} TrainCommand;
+
+// Weights and config at step 0: a preset with random weights, or --init.
+static Model *train_model(const TrainCommand *o, Ranks *k) {
+    if (o->init) {
+        Model *m = model_open(o->init, &o->common, k, true, false);
+        if (!m->c.vocab || !m->c.T) die("%s: osp train draws captioned shapes, so it needs a model with a word table", o->init);
+        return m;
+    }
+    Config c = {0};
+    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o->preset, PRESETS[i].name)) c = PRESETS[i].c;
+    config_override(&c, &o->common);
+    ranks_arrange(k, &c, o->common.sp, false);
+    Model *m = model_layout(&c);
+    model_allocate(m, true);
+    model_random(m, o->train.seed);
+    return m;
+}
+
+// Lines on stdout (the log that `test_osp show loss` draws), a bar on stderr.
+static void train_report(const TrainCommand *o, int step, double loss, double norm, double lr, double began, int first) {
+    int S = o->train.steps;
+    double per_step = (seconds() - began) / (step + 1 - first), left = per_step * (S - step - 1);
+    if ((step + 1) % 10 == 0 || step + 1 == S)
+        printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step + 1, S, loss, norm, lr, 1e3 * per_step), fflush(stdout);
+    if (!isatty(2)) return;
+    fprintf(stderr, "\r\033[K[");
+    for (int i = 0; i < 30; i++) fputc(i * S < 30 * (step + 1) ? '#' : '.', stderr);
+    fprintf(stderr, "] %d/%d loss %.4f %d:%02d left ", step + 1, S, loss, (int)left / 60, (int)left % 60);
+}
+
+static void train_loop(Run *r, Optimizer *opt, const TrainCommand *o, const char *state, const char *run, bool speak) {
+    Batch batch;
+    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    float *x = (float *)device_alloc(count * sizeof(float)), *target = (float *)device_alloc(count * sizeof(float));
+    float *dout = (float *)device_alloc(count * sizeof(float));
+    double began = seconds(), saved = began;
+    int first = opt->step;
+    batch_new(&batch, r);
+    if (first < o->train.steps) batch_fill(&batch, r, &o->train, first);
+    for (int step = first; step < o->train.steps; step++) {
+        double lr = learning_rate(&o->train, step), loss = train_step(r, &batch, x, target, dout);
+        if (step + 1 < o->train.steps) batch_fill(&batch, r, &o->train, step + 1);   // while a GPU is still at work
+        double norm = optimizer_step(opt, r->ranks, &o->train, lr);
+        if (!isfinite(loss) || !isfinite(norm))
+            die("step %d: the loss is %g, the gradient's norm %g; %s holds the last good state: lower --lr", step + 1, loss, norm, state);
+        if (step == first) for (int i = 0; i < r->m->params; i++) r->m->param[i].codes = false;
+        if (speak) train_report(o, step, loss, norm, lr, began, first);
+        if (speak && step + 1 < o->train.steps && seconds() - saved > o->save_seconds) {
+            state_save(state, opt, run);
+            saved = seconds();
+        }
+    }
+    if (isatty(2) && speak) fprintf(stderr, "\r\033[K");
+    device_free(x), device_free(target), device_free(dout);
+}
+
+static void cmd_train(int argc, char **argv, Ranks *k) {
+    TrainCommand o;
+    memset(&o, 0, sizeof(o));
+    o.preset = "tiny", o.out = NULL, o.dtype = "f32", o.common.sp = "ssp", o.common.device = "bf16", o.save_seconds = 15;
+    for (int i = 0; i + 1 < argc; i++) if (!strcmp(argv[i], "--preset")) o.preset = argv[i + 1];
+    const Preset *p = NULL;
+    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o.preset, PRESETS[i].name)) p = &PRESETS[i];
+    if (!p) die("--preset: \"%.40s\" is none of tiny, toy", o.preset);
+    o.train = p->train;
+    const Option options[] = {
+        {"--preset", 's', &o.preset, 0, 0, "tiny (4 frames of 16x16) or toy (8 of 32x32)"},
+        {"--init", 's', &o.init, 0, 0, "start from this checkpoint instead"}, {"-o", 's', &o.out, 0, 0, "checkpoint to write"},
+        {"--steps", 'i', &o.train.steps, 0, 1e8, "steps; 0: only write the first weights"},
+        {"--batch", 'i', &o.train.batch, 1, 65536, "clips a step"}, {"--lr", 'd', &o.train.lr, 0, 10, "learning rate"},
+        {"--warmup", 'i', &o.train.warmup, 0, 1e8, "steps of rising learning rate"},
+        {"--ema", 'd', &o.train.ema, 0, 1, "decay of the weights' average, which is what is written"},
+        {"--clip", 'd', &o.train.clip, 1e-6, 1e9, "largest norm of the gradient"},
+        {"--decay", 'd', &o.train.weight_decay, 0, 10, "weight decay"}, {"--drop", 'd', &o.train.drop, 0, 1, "captions dropped"},
+        {"--seed", 'u', &o.train.seed, 0, 0, "weights, clips, noise"}, {"--dtype", 's', &o.dtype, 0, 0, "of the file: f32, bf16 or hif8"},
+        {"--frames", 'i', &o.frames, 1, 256, "frames of a clip; 0: the model's"}, {"--size", 'i', &o.size, 8, 512, "height and width; 0: the model's"},
+        {"--save", 'd', &o.save_seconds, 0, 1e9, "seconds between saved states, for resuming"},
+        COMMON_OPTIONS(o.common),
+    };
+    parse_options(argc, argv, "osp train --preset tiny -o tiny.safetensors", options, sizeof(options) / sizeof(options[0]), NULL);
+    if (!o.out) die("no output given: -o FILE.safetensors");
+    if (o.size % 2) die("--size %d: must be even", o.size);
+    one_of("--dtype", o.dtype, DTYPES);
+    check_writable(o.out);
+    Model *m = train_model(&o, k);
+    if (o.frames) m->c.T = o.frames;
+    if (o.size) m->c.H_l = m->c.W_l = o.size;
+    Run *r = run_planned(m, k, o.train.batch, m->c.T, m->c.H_l / 2, m->c.W_l / 2, true);
+    Optimizer opt;
+    optimizer_init(&opt, m->w, m->dw, m->count);
+    char state[PATH_MAX], run[512];
+    snprintf(state, sizeof(state), "%s.resume", o.out);
+    snprintf(run, sizeof(run), "%s %s steps %d batch %d lr %g warmup %d ema %g clip %g decay %g drop %g seed %llu %dx%dx%d full %d hif8 %d%d",
+             o.init ? "init" : "preset", o.init ? o.init : o.preset, o.train.steps, o.train.batch, o.train.lr, o.train.warmup, o.train.ema,
+             o.train.clip, o.train.weight_decay, o.train.drop, (unsigned long long)o.train.seed, m->c.T, m->c.H_l, m->c.W_l,
+             m->c.num_full_blocks, m->c.quant, m->c.quant_attn);
+    if (state_load(state, &opt, run) && speaks(k)) fprintf(stderr, "resumed from %s at step %d\n", state, opt.step);
+    double began = seconds();
+    train_loop(r, &opt, &o, state, run, speaks(k));
+    if (!speaks(k)) return;
+    model_save(o.out, m, opt.ema, o.dtype);
+    unlink(state);
+    printf("wrote %s: %d steps, %.1f s\n", o.out, o.train.steps, seconds() - began);
+    if (o.common.json) printf("{\"steps\": %d, \"seconds\": %.3f}\n", o.train.steps, seconds() - began);
+}
+
+// ---- osp grpo -------------------------------------------------------------------------------------------------------
+typedef struct {
+    Common common;
+    const char *init, *out, *dtype;
+    int updates, prompts, epochs, stride, merge, rank;
+    double shift, alpha, weight[N_SCORES + 1];           // of ShapesBench's soft scores, and of plain redness
+    PolicyOptions policy;
+    TrainOptions train;
+} GrpoCommand;
+
+// One group's trajectory: x[count + 1] before and after each SDE step, the reference's means, what was likely then.
+typedef struct { float *x, *mean_ref; double *logp, *reward, *advantage; Text cond; } Rollout;
+
+static double reward_of(const float *x, Scene asked, const Run *r, const double *weight) {
+    float score[N_SCORES];
+    size_t plane = r->N * 4;
+    double reward = 0, total = 0, red = 0;
+    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, true);
+    for (int s = 0; s < N_SCORES; s++) reward += weight[s] * score[s], total += weight[s];
+    for (size_t i = 0; i < plane; i++) red += (x[i] - 0.5 * (x[plane + i] + x[2 * plane + i])) / (2 * (double)plane);
+    return (reward + weight[N_SCORES] * red) / (total + weight[N_SCORES]);
+}
+
+// G videos of one caption with the weights as they are: SDE steps inside the window, whose states are kept, ODE outside.
+static void rollout(Run *r, Rollout *a, float *x, float *v, Text uncond, Scene asked, const GrpoCommand *o, int first, uint64_t id) {
+    const PolicyOptions *p = &o->policy;
+    size_t one = (size_t)r->m->c.out_dim * r->N * 4, count = one * (size_t)r->B;
+    double *sigma = (double *)xalloc((size_t)p->steps + 1, sizeof(double));
+    float *host = (float *)xalloc(count, sizeof(float));
+    schedule(sigma, p->steps, o->shift);
+    noise_fill(host, count, o->train.seed, POLICY_STREAM, id << 40);
+    upload(x, host, count * sizeof(float));
+    for (int i = 0; i < p->steps; i++) {
+        int kept = i - first;
+        if (kept < 0 || kept >= p->sde_count) {
+            guided_velocity(r, v, x, sigma[i], a->cond, uncond, p->guidance);
+            lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i]), v, count);
+            continue;
+        }
+        double std = sde_step(sigma[i], sigma[i + 1]).std;
+        copy(a->x + (size_t)kept * count, x, count * sizeof(float));
+        policy_mean(r, v, x, sigma[i], sigma[i + 1], a->cond, uncond, p->guidance);
+        noise_fill(host, count, o->train.seed, POLICY_STREAM, id << 40 | (uint64_t)(i + 1) << 32);
+        upload(x, host, count * sizeof(float));
+        lincomb(x, 1, v, (float)std, x, count);
+        copy(a->x + (size_t)(kept + 1) * count, x, count * sizeof(float));
+        for (int b = 0; b < r->B; b++)
+            a->logp[kept * r->B + b] = log_probability(x + (size_t)b * one, v + (size_t)b * one, std, one);
+    }
+    download(host, x, count * sizeof(float));
+    for (int b = 0; b < r->B; b++) {
+        a->reward[b] = reward_of(host + (size_t)b * one, asked, r, o->weight);
+        if (!isfinite(a->reward[b])) die("a reward is not finite; %s holds the last good adapter: lower --lr", o->out);
+    }
+    advantages(a->advantage, a->reward, r->B);
+    free(sigma), free(host);
+}
+
+// The reference: the same states, the model without its adapter.
+static void rollout_reference(Run *r, Rollout *a, Text uncond, const GrpoCommand *o, int first) {
+    size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B;
+    double *sigma = (double *)xalloc((size_t)o->policy.steps + 1, sizeof(double));
+    schedule(sigma, o->policy.steps, o->shift);
+    for (int i = 0; i < o->policy.sde_count; i++)
+        policy_mean(r, a->mean_ref + (size_t)i * count, a->x + (size_t)i * count, sigma[first + i], sigma[first + i + 1], a->cond,
+                    uncond, o->policy.guidance);
+    free(sigma);
+}
+
+typedef struct { double loss, kl, ratio_min, ratio_max, ratio_mean, clipped, norm; int count; } PolicyFigures;
+
+// One AdamW step on all rollouts' window steps.
+static void policy_update(Run *r, Optimizer *opt, PolicyFigures *f, Rollout *all, float *mean, float *dmean, Text uncond,
+                          const GrpoCommand *o, int first) {
+    const PolicyOptions *p = &o->policy;
+    size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B;
+    double *sigma = (double *)xalloc((size_t)p->steps + 1, sizeof(double));
+    Surrogate *out = (Surrogate *)xalloc((size_t)r->B, sizeof(Surrogate));
+    schedule(sigma, p->steps, o->shift);
+    for (int k = 0; k < o->prompts; k++)
+        for (int i = 0; i < p->sde_count; i++) {
+            const float *x = all[k].x + (size_t)i * count;
+            f->loss += policy_step(r, out, mean, dmean, x, x + count, all[k].mean_ref + (size_t)i * count, sigma[first + i],
+                                   sigma[first + i + 1], all[k].cond, uncond, all[k].advantage, all[k].logp + i * r->B, p);
+            for (int b = 0; b < r->B; b++, f->count++) {
+                f->ratio_min = fmin(f->ratio_min, out[b].ratio), f->ratio_max = fmax(f->ratio_max, out[b].ratio);
+                f->ratio_mean += out[b].ratio, f->kl += out[b].kl, f->clipped += out[b].clipped;
+            }
+        }
+    if (opt->step == 0 && !(f->ratio_min > 1 - 1e-5 && f->ratio_max < 1 + 1e-5))
+        die("before the first update the ratio must be 1 within 1e-5, but lies in %.7f .. %.7f: rollout and training do not "
+            "compute the same log-probability", f->ratio_min, f->ratio_max);
+    lora_backward(r->m);
+    f->norm = optimizer_step(opt, r->ranks, &o->train, o->train.lr);
+    if (!isfinite(f->norm) || !isfinite(f->loss)) die("update %d: loss or gradient is not finite; %s holds the last good adapter: "
+                                                      "lower --lr", opt->step + 1, o->out);
+    weights_prepare(r->m);
+    free(sigma), free(out);
+}
+
+// The base model with fresh adapters; masters stay, because the reference and every update need them.
+static Model *grpo_model(const GrpoCommand *o, Ranks *k) {
+    File f;
+    file_open(&f, o->init);
+    ranks_agree(k, f.map, f.size, "checkpoint");
+    Config c = config_read(&f);
+    config_override(&c, &o->common);
+    if (!c.vocab || !c.T) die("%s: osp grpo rewards captioned shapes, so it needs a model trained by osp train", o->init);
+    if (o->rank > c.dim / 2) die("--rank %d: at most half of dim %d", o->rank, c.dim);
+    ranks_arrange(k, &c, o->common.sp, false);
+    Model *m = model_layout(&c);
+    lora_new(m, o->rank, o->alpha, o->train.seed);
+    model_allocate(m, true);
+    weights_read(m, &f);
+    file_close(&f);
+    return m;
+}
+
+// W + scale·B·A for good, with the averaged adapter.
+static void grpo_merge(Model *m, const float *ema, const char *path, const char *dtype) {
+    copy(m->lora->w, ema, m->lora->n * sizeof(float));
+    Config c = m->c;
+    m->c.quant = 0;                                                     // merge first, round when written
+    weights_prepare(m);
+    m->c = c;
+    for (int i = 0; i < m->lora->count; i++)
+        to_float(m->lora->target[i]->w, m->lora->target[i]->c, m->lora->target[i]->count);
+    model_save(path, m, m->w, dtype);
+}
+
+static void grpo_loop(Run *r, Optimizer *opt, const GrpoCommand *o, const char *state, const char *run, bool speak) {
+    const PolicyOptions *p = &o->policy;
+    size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B, window = (size_t)p->sde_count;
+    float *x = (float *)device_alloc(count * sizeof(float)), *v = (float *)device_alloc(count * sizeof(float));
+    Rollout *all = (Rollout *)xalloc((size_t)o->prompts, sizeof(Rollout));
+    Text uncond = caption_batch(r->m, NULL, r->B);
+    for (int k = 0; k < o->prompts; k++) {
+        all[k].x = (float *)device_alloc((window + 1) * count * sizeof(float));
+        all[k].mean_ref = (float *)device_alloc(window * count * sizeof(float));
+        all[k].logp = (double *)xalloc(window * (size_t)r->B, sizeof(double));
+        all[k].reward = (double *)xalloc(2 * (size_t)r->B, sizeof(double)), all[k].advantage = all[k].reward + r->B;
+    }
+    weights_prepare(r->m);
+    for (int update = opt->step / o->epochs; update < o->updates; update++) {
+        int first = p->sde_first + update * o->stride % (p->steps - p->sde_count);
+        double began = seconds(), sum = 0, squares = 0, spread = 0, videos = (double)o->prompts * r->B;
+        if (first + p->sde_count > p->steps - 1) first = p->steps - 1 - p->sde_count;
+        for (int k = 0; k < o->prompts; k++) {
+            uint64_t id = (uint64_t)update * (uint64_t)o->prompts + (uint64_t)k, draw = id << 8;
+            char text[128];
+            const char **captions = (const char **)xalloc((size_t)r->B, sizeof(char *));
+            int caption;
+            do caption = (int)(rng_bits(o->train.seed, CAPTION_STREAM, draw++) % CAPTIONS); while (held_out(caption));
+            caption_text(text, sizeof(text), scene_of(caption));
+            for (int b = 0; b < r->B; b++) captions[b] = text;
+            free((void *)all[k].cond.ids);
+            all[k].cond = caption_batch(r->m, captions, r->B);
+            free(captions);
+            rollout(r, &all[k], x, v, uncond, scene_of(caption), o, first, id);
+            for (int b = 0; b < r->B; b++) {
+                sum += all[k].reward[b], squares += all[k].reward[b] * all[k].reward[b];
+                spread += all[k].advantage[b] * all[k].advantage[b];
+            }
+        }
+        float scale = r->m->lora->scale;
+        r->m->lora->scale = 0, weights_prepare(r->m);
+        for (int k = 0; k < o->prompts; k++) rollout_reference(r, &all[k], uncond, o, first);
+        r->m->lora->scale = scale, weights_prepare(r->m);
+        double rolled = seconds();
+        PolicyFigures f = {0, 0, 1e30, -1e30, 0, 0, 0, 0};
+        for (int e = 0; e < o->epochs; e++) policy_update(r, opt, &f, all, x, v, uncond, o, first);
+        double mean = sum / videos, var = squares / videos - mean * mean;
+        if (!speak) continue;
+        printf("update %d/%d reward %.4f spread %.4f adv %.3f ratio %.6f %.6f %.6f clipped %.3f kl %.3e grad %.3e rollout %.2f s update %.2f s\n",
+               update + 1, o->updates, mean, sqrt(var > 0 ? var : 0), sqrt(spread / videos), f.ratio_min, f.ratio_mean / f.count,
+               f.ratio_max, f.clipped / f.count, f.kl / f.count, f.norm, rolled - began, seconds() - rolled);
+        fflush(stdout);
+        if (update + 1 < o->updates && (update + 1) % 10 == 0) state_save(state, opt, run);
+    }
+}
+
+static void cmd_grpo(int argc, char **argv, Ranks *k) {
+    GrpoCommand o;
+    memset(&o, 0, sizeof(o));
+    o.common.sp = "ssp", o.common.device = "bf16", o.dtype = "f32";
+    o.updates = 40, o.prompts = 4, o.epochs = 1, o.rank = 8, o.alpha = 16, o.shift = 1;
+    o.policy.steps = 12, o.policy.sde_count = 5, o.policy.group = 8, o.policy.guidance = 2, o.policy.clip = 1e-3, o.policy.beta = 0.004;
+    o.train.lr = 1e-3, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1, o.train.ema = 0.9, o.train.seed = 1;
+    for (int i = 0; i < N_SCORES; i++) o.weight[i] = 1;
+    const Option options[] = {
+        {"--init", 's', &o.init, 0, 0, "checkpoint to improve"}, {"-o", 's', &o.out, 0, 0, "adapter to write (or, with --merge, the whole model)"},
+        {"--merge", 'b', &o.merge, 0, 0, "write the model with the adapter merged"}, {"--dtype", 's', &o.dtype, 0, 0, "of a merged model: f32, bf16 or hif8"},
+        {"--steps", 'i', &o.updates, 1, 1e6, "updates"}, {"--prompts", 'i', &o.prompts, 1, 1024, "captions an update"},
+        {"--group", 'i', &o.policy.group, 2, 1024, "videos of a caption (paper: 4)"}, {"--epochs", 'i', &o.epochs, 1, 100, "AdamW steps on each rollout"},
+        {"-n", 'i', &o.policy.steps, 3, 1000, "sampling steps (paper: 25)"}, {"--window", 'i', &o.policy.sde_count, 1, 998, "SDE steps (paper: 10)"},
+        {"--first", 'i', &o.policy.sde_first, 0, 998, "first SDE step"}, {"--stride", 'i', &o.stride, 0, 998, "window slides so many steps an update (OSP-Next: 0)"},
+        {"-g", 'd', &o.policy.guidance, 0, 100, "guidance (paper: 5)"}, {"--shift", 'd', &o.shift, 0.01, 100, "shift of the schedule (paper: 1)"},
+        {"--clip", 'd', &o.policy.clip, 1e-9, 1, "range of the ratio (paper: 1e-4)"}, {"--beta", 'd', &o.policy.beta, 0, 1e6, "weight of the KL to the base model"},
+        {"--rank", 'i', &o.rank, 1, 1024, "LoRA (paper: 32)"}, {"--alpha", 'd', &o.alpha, 1e-6, 1e6, "LoRA (paper: 64)"},
+        {"--lr", 'd', &o.train.lr, 0, 10, "learning rate (paper: 2e-5)"}, {"--ema", 'd', &o.train.ema, 0, 1, "decay of the adapter's average, which is written"},
+        {"--seed", 'u', &o.train.seed, 0, 0, "captions and noise"},
+        {"--w-color", 'd', &o.weight[SCORE_COLOR], 0, 1e6, "weight in the reward"}, {"--w-shape", 'd', &o.weight[SCORE_SHAPE], 0, 1e6, "same"},
+        {"--w-size", 'd', &o.weight[SCORE_SIZE], 0, 1e6, "same"}, {"--w-motion", 'd', &o.weight[SCORE_MOTION], 0, 1e6, "same"},
+        {"--w-background", 'd', &o.weight[SCORE_BACKGROUND], 0, 1e6, "same"}, {"--w-consistency", 'd', &o.weight[SCORE_CONSISTENCY], 0, 1e6, "same"},
+        {"--w-smoothness", 'd', &o.weight[SCORE_SMOOTHNESS], 0, 1e6, "same"}, {"--w-red", 'd', &o.weight[N_SCORES], 0, 1e6, "how red the clip is: reward hacking in one option"},
+        COMMON_OPTIONS(o.common),
+    };
+    parse_options(argc, argv, "osp grpo --init tiny.safetensors -o tiny_lora.safetensors --steps 40", options, sizeof(options) / sizeof(options[0]), NULL);
+    if (!o.out) die("no output given: -o FILE.safetensors");
+    one_of("--dtype", o.dtype, DTYPES);
+    if (o.policy.sde_first + o.policy.sde_count > o.policy.steps - 1)
+        die("--first %d --window %d: the last of %d steps adds no noise, so the window must end before it", o.policy.sde_first, o.policy.sde_count, o.policy.steps);
+    double total = 0;
+    for (int i = 0; i <= N_SCORES; i++) total += o.weight[i];
+    if (!(total > 0)) die("all reward weights are zero; give at least one --w-... above zero");
+    check_writable(o.out);
+    if (!o.init) die("no checkpoint given: --init FILE (make one with osp train)");
+    o.train.steps = o.updates;
+    Model *m = grpo_model(&o, k);
+    Run *r = run_planned(m, k, o.policy.group, m->c.T, m->c.H_l / 2, m->c.W_l / 2, true);
+    Optimizer opt;
+    optimizer_init(&opt, m->lora->w, m->lora->dw, m->lora->n);
+    char state[PATH_MAX], run[512];
+    snprintf(state, sizeof(state), "%s.resume", o.out);
+    snprintf(run, sizeof(run), "grpo init %s updates %d prompts %d group %d epochs %d steps %d window %d+%d stride %d g %g shift %g clip %g beta %g "
+             "rank %d alpha %g lr %g ema %g seed %llu hif8 %d%d weights %g %g %g %g %g %g %g %g", o.init, o.updates, o.prompts, o.policy.group, o.epochs,
+             o.policy.steps, o.policy.sde_first, o.policy.sde_count, o.stride, o.policy.guidance, o.shift, o.policy.clip, o.policy.beta, o.rank, o.alpha,
+             o.train.lr, o.train.ema, (unsigned long long)o.train.seed, m->c.quant, m->c.quant_attn, o.weight[0], o.weight[1], o.weight[2], o.weight[3],
+             o.weight[4], o.weight[5], o.weight[6], o.weight[7]);
+    if (state_load(state, &opt, run) && speaks(k)) fprintf(stderr, "resumed from %s at update %d\n", state, opt.step / o.epochs);
+    grpo_loop(r, &opt, &o, state, run, speaks(k));
+    if (!speaks(k)) return;
+    if (o.merge) grpo_merge(m, opt.ema, o.out, o.dtype);
+    else lora_save(o.out, m->lora, opt.ema);
+    unlink(state);
+    printf("wrote %s\n", o.out);
+}
+
+// ---- osp info ---------------------------------------------------------------------------------------------------------
+static void cmd_info(int argc, char **argv, Ranks *k) {
+    const char *path = NULL;
+    File f;
+    parse_options(argc, argv, "osp info toy.safetensors", NULL, 0, &path);
+    if (!path) die("no file given: osp info FILE");
+    (void)k;
+    file_open(&f, path);
+    size_t codes = 0, all = 0;
+    for (int i = 0; i < f.count; i++) {
+        char shape[256];
+        const FileTensor *t = &f.tensors[i];
+        shape_text(shape, sizeof(shape), t->rank, t->shape);
+        if (!strncmp(t->name, "_pad.", 5)) continue;
+        printf("  %-44s %-5s %s\n", t->name, t->dtype, shape);
+        all += t->bytes, codes += strcmp(t->dtype, "U8") ? 0 : t->bytes;
+    }
+    for (int i = 0; i < f.pairs; i++) printf("  %s = %.200s\n", f.by_key[i].key, (const char *)f.by_key[i].value);
+    if (file_meta(&f, "dim")) {
+        Config c = config_read(&f);
+        Model *m = model_layout(&c);
+        size_t count = 0;
+        for (int i = 0; i < m->params; i++) count += m->param[i].count;
+        printf("%zu parameters; blocks ", count);
+        for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[block_pattern(i, c.num_layers, c.num_full_blocks)]);
+        printf(" (F full, t token-wise, g group-wise)\n");
+    }
+    printf("%zu bytes of tensors, %.1f %% of them HiF8 codes; file %zu bytes\n", all, all ? 100.0 * (double)codes / (double)all : 0, f.size);
+    file_close(&f);
+}
+
+// ---- main --------------------------------------------------------------------------------------------------------------
+typedef struct { const char *name; void (*run)(int, char **, Ranks *); const char *help; } Command;
+static const Command COMMANDS[] = {
+    {"sample", cmd_sample, "draw a clip from a caption"}, {"train", cmd_train, "train on captioned shapes"},
+    {"grpo", cmd_grpo, "reinforcement learning: Mix-GRPO with LoRA"}, {"eval", cmd_eval, "ShapesBench on captions never trained on"},
+    {"info", cmd_info, "what a checkpoint holds"},
+};
+
+static int osp_main(int argc, char **argv) {
+    Ranks ranks;
+    memset(&ranks, 0, sizeof(ranks));
+    ranks_start(&ranks, &argc, &argv);
+    for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++)
+        if (argc > 1 && !strcmp(argv[1], COMMANDS[i].name)) {
+            COMMANDS[i].run(argc - 2, argv + 2, &ranks);
+            ranks_end();
+            return 0;
+        }
+    if (argc > 1 && strcmp(argv[1], "-h") && strcmp(argv[1], "--help"))
+        die("\"%.40s\" is no command; the commands are sample, train, grpo, eval, info", argv[1]);
+    printf("OSP-Next: a sparse video diffusion transformer in one file of C.\nexample: osp train --preset tiny -o tiny.safetensors\n");
+    for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++) printf("  osp %-7s %s\n", COMMANDS[i].name, COMMANDS[i].help);
+    printf("osp COMMAND -h lists a command's options\n");
+    ranks_end();
+    return argc > 1 ? 0 : 2;
+}
+
+#ifndef OSP_NO_MAIN
+int main(int argc, char **argv) { return osp_main(argc, argv); }
+#endif
