@@ -653,15 +653,15 @@ static void writer_put(Writer *w, const float *x, size_t count) {
     for (size_t i = 0; u8 && i < count; i++) if (isfinite(x[i]) && fabsf(x[i]) > amax) amax = fabsf(x[i]);
     float k = hif8_scale(15.0f, amax);
     for (size_t i = 0; i < count; ) {
-        uint8_t block[16384];
+        uint8_t block[16384 + 4];
         size_t n = 0;
-        for (; n < sizeof block && i < count; i++, n += width) {
+        for (; n < 16384 && i < count; i++, n += width) {
             float v = x[i];
             uint32_t bits = f32 ? float_bits(v) : bf16 ? float_to_bf16(v) : u8 ? hif8_encode(v * k) : float_to_half(v);
             float y = f32 ? v : bf16 ? bits_float(bits << 16) : u8 ? hif8_round(v * k) / k : half_to_float(bits);
             if (!isfinite(y)) writer_fail(w, "tensor %.100s: value %zu is %g, no number of %s; lower --lr or write f32",
                                           t->name, w->filled + i, (double)v, t->dtype);
-            memcpy(block + n, &bits, width);
+            memcpy(block + n, &bits, 4);                                     // the next one overwrites what is too much
         }
         writer_bytes(w, block, n);
     }
