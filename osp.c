@@ -24,7 +24,8 @@
 #include <mpi.h>
 #endif
 
-static void abort_ranks(void);           // section 6
+static void wait_for_rank_0(void);       // section 6
+static void abort_ranks(void);
 // ============================================================================================================
 // 1. Tools: errors, memory, random numbers, time
 // ============================================================================================================
@@ -33,6 +34,7 @@ static void abort_ranks(void);           // section 6
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     va_list args;
+    wait_for_rank_0();                                       // on many ranks the first one says what all have to say
     va_start(args, format);
     fflush(stdout);
     fputs("osp: ", stderr);
@@ -1796,7 +1798,14 @@ typedef struct {
 #ifdef OSP_MPI
 static MPI_Comm sample_ranks = MPI_COMM_NULL, guidance_pair = MPI_COMM_NULL;
 
-static void abort_ranks(void) {              // called by die(): rank 0 speaks first, the others may have the same to say
+static void wait_for_rank_0(void) {          // rank 0's abort ends the others before they repeat its message
+    int up = 0, rank = 0;
+    MPI_Initialized(&up);
+    if (up) MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    if (rank > 0) sleep(2);
+}
+
+static void abort_ranks(void) {
     int up = 0;
     MPI_Initialized(&up);
     if (up) MPI_Abort(MPI_COMM_WORLD, 2);
@@ -1826,6 +1835,14 @@ static void ranks_start(Ranks *k, int *argc, char ***argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &k->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &k->size);
     k->halves = 1;
+#ifdef _OPENMP
+    MPI_Comm here;                           // the ranks of one machine share its cores, unless OMP_NUM_THREADS says how
+    int neighbours;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &neighbours);
+    MPI_Comm_free(&here);
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(omp_get_num_procs() > neighbours ? omp_get_num_procs() / neighbours : 1);
+#endif
 }
 
 // All ranks of the world -> `halves` groups of size/halves ranks.
@@ -1838,6 +1855,7 @@ static void ranks_split(Ranks *k, int halves) {
 
 static void ranks_end(void) { MPI_Finalize(); }
 #else
+static void wait_for_rank_0(void) {}
 static void abort_ranks(void) {}
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
                            int purpose) {
@@ -1913,6 +1931,14 @@ static void max_over_ranks(Ranks *k, float *m) {
     upload(m, host, sizeof(float));
     device_free(all);
     free(host);
+}
+
+// A line for each purpose that was used: what this rank sent to others.
+static void ranks_report(const Ranks *k) {
+    for (int p = 0; p < PURPOSES; p++)
+        if (k->calls[p])
+            fprintf(stderr, "rank %d, %s: %zu calls, %.3f MB sent, %.3f s\n", k->rank, PURPOSE_NAME[p], k->calls[p],
+                    (double)k->bytes[p] / 1e6, k->time[p]);
 }
 
 // All ranks must hold the same bytes (settings, weights, the program): everyone compares hashes and stops as one.
@@ -3871,6 +3897,17 @@ static float **sample_clips(Run *r, const SampleOptions *o, int count) {
     return clips;
 }
 
+// ShapesBench of one clip, where the caption is one of the world's.
+static void print_score(FILE *out, const float *x, const char *caption, const int size[3]) {
+    Scene asked;
+    float score[N_SCORES];
+    if (!parse_caption(&asked, caption)) return;
+    shapes_score(score, x, asked, size[0], 2 * size[1], 2 * size[2], false);
+    fprintf(out, "%s:", caption);
+    for (int s = 0; s < N_SCORES; s++) fprintf(out, " %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
+    fputc('\n', out);
+}
+
 static void cmd_sample(int argc, char **argv, Ranks *k) {
     SampleOptions o;
     memset(&o, 0, sizeof(o));
@@ -3923,6 +3960,7 @@ static void cmd_sample(int argc, char **argv, Ranks *k) {
             if (ends_with(o.out, ".png")) write_sheet(sheet, (const float *const *)clips, o.prompts.text, count, m->c.out_dim, size[0], H, W, scale, comment);
         }
         FILE *say = strcmp(o.out, "-") ? stdout : stderr;
+        for (int i = 0; m->c.vocab && i < count; i++) print_score(say, clips[i], o.prompts.text[i], size);
         fprintf(say, "wrote %s: seed %llu, %d steps, %.2f s\n", o.out, (unsigned long long)o.seed, o.steps, took);
         if (o.common.json) fprintf(say, "{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o.steps, count);
     }
@@ -4429,6 +4467,7 @@ static int osp_main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++)
         if (argc > 1 && !strcmp(argv[1], COMMANDS[i].name)) {
             COMMANDS[i].run(argc - 2, argv + 2, &ranks);
+            if (speaks(&ranks)) ranks_report(&ranks);
             ranks_end();
             return 0;
         }

@@ -1,0 +1,80 @@
+# make          builds osp, after saying what was found here and what was left out
+# make demo     a clip from your sentence        make test    all checks          make verify  the paper's claims
+# make bench    time of every part               make mutate  proves that the tests can fail
+# make sanitize tests and bad input under AddressSanitizer and UBSan              make fuzz    the file reader
+# make osp_mpi, make osp_cuda                    other builds, where mpicc and nvcc work
+# OMP=0 leaves OpenMP out; CC=clang, NATIVE=0 (no -march=native), GOLDEN=dir, ARCH=90a (CUDA), MPI=1 (osp_cuda with ranks)
+
+CC     ?= cc
+NATIVE ?= 1
+OMP    ?= 1
+GOLDEN ?= golden
+CFLAGS ?= -O3
+WARN    = -Wall -Wextra
+# Every probe compiles a few lines: what compiles is there, wherever it is installed.
+probe   = $(shell printf '%s\n' '$(2)' | $(1) -x c - -o /dev/null 2>/dev/null && echo yes)
+HAS_OMP := $(if $(filter 1,$(OMP)),$(call probe,$(CC) -fopenmp,int main(void) { return 0; }))
+HAS_STB := $(shell printf '\043if __has_include(<stb/stb_image_write.h>)\n\043include <stb/stb_image_write.h>\n\043else\n\043include <stb_image_write.h>\n\043endif\nint main(void) { return 0; }\n' | $(CC) -x c - -o /dev/null 2>/dev/null && echo yes)
+HAS_MPI := $(call probe,mpicc,int main(void) { return 0; })
+HAS_NVCC := $(shell nvcc --version >/dev/null 2>&1 && echo yes)
+FLAGS    = -std=gnu11 $(CFLAGS) -fno-math-errno $(if $(filter 1,$(NATIVE)),-march=native) $(if $(HAS_OMP),-fopenmp) $(WARN)
+LIBS     = -lm -ldl
+
+.PHONY: all report demo train-tiny test verify bench mutate sanitize fuzz test_mpi test_cuda test-weights clean
+all: report osp
+
+report:
+	@echo "$(if $(HAS_STB),✓ stb_image_write,✗ stb_image_write is missing and needed: apt-get install -y libstb-dev)"
+	@echo "$(if $(HAS_OMP),✓ OpenMP,→ without OpenMP: one thread (gcc has it; for clang: apt-get install -y libomp-dev))"
+	@echo "$(if $(HAS_MPI),✓ MPI: make osp_mpi,→ without MPI: no ranks (apt-get install -y libopenmpi-dev openmpi-bin))"
+	@echo "$(if $(HAS_NVCC),✓ nvcc: make osp_cuda,→ without nvcc: no GPU program (install the CUDA Toolkit))"
+
+osp: osp.c
+	$(CC) $(FLAGS) osp.c -o $@ $(LIBS)
+test_osp: test_osp.c osp.c
+	$(CC) $(FLAGS) test_osp.c -o $@ $(LIBS)
+osp_mpi: osp.c
+	OMPI_CC=$(CC) mpicc -DOSP_MPI $(FLAGS) osp.c -o $@ $(LIBS)
+test_osp_mpi: test_osp.c osp.c
+	OMPI_CC=$(CC) mpicc -DOSP_MPI $(FLAGS) test_osp.c -o $@ $(LIBS)
+
+# ---- GPU: the card found, or ARCH (80, 89, 90a, ...); without a card sm_80 and sm_90a
+ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
+gencode = -gencode=arch=compute_$(1),code=sm_$(1)
+NVFLAGS = -std=c++17 -O3 $(if $(ARCH),$(call gencode,$(ARCH)),$(call gencode,80) $(call gencode,90a)) -Xcompiler -fopenmp,-march=native \
+          $(if $(MPI),-DOSP_MPI $(patsubst -pthread,,$(shell mpicc --showme:compile)) $(patsubst -pthread,,$(patsubst -Wl%,,$(shell mpicc --showme:link))))
+osp_cuda: osp_cuda.cu osp.c
+	nvcc $(NVFLAGS) osp_cuda.cu -o $@ -lcublasLt
+test_osp_cuda: test_osp.c osp_cuda.cu osp.c
+	nvcc $(NVFLAGS) -x cu -DTEST_CUDA test_osp.c -o $@ -lcublasLt
+
+# ---- the demo: trains tiny from nothing (about three minutes on two cores); killed and run again, it resumes
+PROMPTS = -p "a large red circle moving left on a black background" -p "a small green square moving up on a navy background" \
+          -p "a large yellow triangle standing still on a gray background"
+tiny.safetensors: | osp
+	./osp train --preset tiny -o $@
+train-tiny demo: report osp tiny.safetensors
+	./osp sample -w tiny.safetensors $(PROMPTS) -o out.png
+	@echo "open out.png in a browser (it moves), out_sheet.png anywhere"
+
+# ---- proof
+test: osp test_osp
+	./test_osp --golden $(GOLDEN)
+	./test_osp badinput ./osp
+verify: test_osp
+	./test_osp verify --golden $(GOLDEN)
+bench: test_osp
+	./test_osp bench
+mutate: test_osp
+	./test_osp mutate
+SAN = -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer $(if $(HAS_OMP),-fopenmp) $(WARN)
+sanitize:
+	$(CC) $(SAN) osp.c -o osp_san $(LIBS)
+	$(CC) $(SAN) test_osp.c -o test_osp_san $(LIBS)
+	ASAN_OPTIONS=detect_leaks=0 ./test_osp_san --golden $(GOLDEN)
+	ASAN_OPTIONS=detect_leaks=0 ./test_osp_san badinput ./osp_san
+fuzz:
+	$(CC) $(SAN) test_osp.c -o test_osp_san $(LIBS)
+	ASAN_OPTIONS=detect_leaks=0 ./test_osp_san fuzz 1000000
+clean:
+	rm -f osp osp_mpi osp_cuda test_osp test_osp_mpi test_osp_cuda osp_san test_osp_san
