@@ -154,8 +154,54 @@ static float hif8_decode(uint8_t code) {
 // forward: the top of the 3-bit binades; 224 for gradients, whose small values matter more).
 EVERYWHERE float hif8_scale(float s, float amax) { return s / (amax < 1e-8f ? 1e-8f : amax); }
 // ============================================================================================================
-// Files: safetensors in and out
+// 3. Files: written whole or not at all; safetensors in and out
 // ============================================================================================================
+// An output file grows under a temporary name beside its target and takes the target's name when all of it is on the
+// disk: whoever stops the program finds the old file or the new one.
+typedef struct { char path[PATH_MAX], temp[PATH_MAX]; FILE *file; } Output;
+
+static void output_drop(Output *o) {
+    fclose(o->file);
+    unlink(o->temp);
+}
+
+static void output_failed(Output *o) {
+    int why = errno;
+    output_drop(o);
+    die("cannot write %s: %s; make room or choose another path", o->path, strerror(why));
+}
+
+static void output_open(Output *o, const char *path) {
+    struct stat s;
+    size_t length = strlen(path);
+    if (!length || path[length - 1] == '/' || (!stat(path, &s) && !S_ISREG(s.st_mode)))
+        die("cannot write '%s': not a regular file; give the name of a file", path);
+    if (!realpath(path, o->path)) snprintf(o->path, PATH_MAX, "%s", path);   // a link stays, its target is replaced
+    if (snprintf(o->temp, PATH_MAX, "%s.%ld.tmp", o->path, (long)getpid()) >= PATH_MAX)
+        die("cannot write %.60s...: the name is too long; choose a shorter one", path);
+    unlink(o->temp);                                                         // left by a killed process of our number
+    o->file = fopen(o->temp, "wbx");
+    if (!o->file) die("cannot write %s: %s; create its folder or choose another path", path, strerror(errno));
+    signal(SIGXFSZ, SIG_IGN);                                                // a file size limit: a failed write
+}
+
+static void output_bytes(Output *o, const void *data, size_t size) {
+    if (fwrite(data, 1, size, o->file) != size) output_failed(o);
+}
+
+static void output_close(Output *o) {
+    if (fflush(o->file) || fsync(fileno(o->file)) || rename(o->temp, o->path)) output_failed(o);
+    fclose(o->file);
+}
+
+// Before work starts: can path be written at its end? What stands there is not touched.
+static void check_writable(const char *path) {
+    Output o;
+    output_open(&o, path);
+    output_drop(&o);
+}
+
+// ---- safetensors --------------------------------------------------------------------------------------------------
 // Eight bytes hold n; then come n bytes of JSON, the header, and then the data:
 //
 //      {"__metadata__":{"dim":"64",..}, "NAME":{"dtype":"BF16","shape":[64,64],"data_offsets":[0,8192]}, ..}
@@ -173,18 +219,15 @@ typedef struct {
 } FileTensor;
 
 typedef struct { const char *key; const void *value; } Entry;
-static Entry entry(const char *key, const void *value) { Entry e = {key, value}; return e; }
 
 typedef struct {
     const char *path;                      // the caller's string
     uint8_t *map;                          // the whole file
     size_t size;
-    char error[256];
+    char error[256];                       // the first complaint; empty: none
     FileTensor *tensors;                   // in the order of their data
-    int count;
-    char **keys, **values;                 // __metadata__, in the order of the file
-    int pairs;
-    Entry *by_name, *by_key;               // both again, sorted
+    int count, pairs;
+    Entry *by_name, *by_key;               // the tensors and __metadata__, sorted
     char *header, *at;                     // a copy of the header, strings decoded in place; where the parser stands
     const char *part;                      // and in which tensor
 } File;
@@ -199,94 +242,73 @@ static bool complain(char error[256], const char *format, ...) {
 }
 
 // ---- a strict reader of the JSON that a header can hold -----------------------------------------------------------
-// The copy ends with a 0, which no rule accepts: no step can leave it. Nothing recurses.
-static bool expected(File *f, const char *what) {
+// No call looks at what another returned: after the first complaint json_each ends every loop, and the copy ends with a
+// 0, which no rule accepts, so that no step can leave it. Nothing recurses.
+static void expected(File *f, const char *what) {
     unsigned c = (unsigned char)*f->at;
     char found[16];
+    if (*f->error) return;                                                   // what follows is a consequence
     snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02X", c);
-    return complain(f->error, "header%s%.100s, byte %zu of the file: found %s, expected %s", f->part ? ", tensor " : "",
-                    f->part ? f->part : "", (size_t)(f->at - f->header) + 8, found, what);
+    complain(f->error, "%.100s, byte %zu of the file: found %s, expected %s", f->part, (size_t)(f->at - f->header) + 8,
+             found, what);
 }
 
 static char json_peek(File *f) {
-    while (*f->at == ' ' || *f->at == '\t' || *f->at == '\n' || *f->at == '\r') f->at++;
+    f->at += strspn(f->at, " \t\n\r");
     return *f->at;
 }
 
-static bool json_take(File *f, char c) {
+static void json_take(File *f, char c) {
     char what[4] = {'\'', c, '\'', 0};
-    if (json_peek(f) != c) return expected(f, what);
-    f->at++;
-    return true;
+    if (json_peek(f) == c) f->at++; else expected(f, what);
 }
 
-// After an opening bracket (first) or an element: 1 if an element follows, 0 if the bracket closes, -1 if neither.
-static int json_more(File *f, char close, bool first) {
-    char c = json_peek(f);
-    if (first && c != close) return 1;
-    if (c != close && c != ',') { expected(f, close == '}' ? "',' or '}'" : "',' or ']'"); return -1; }
-    f->at++;
-    return c == ',';
+// Is there an element i? Takes the opening bracket before the first, a comma before any other, or the closing bracket.
+static bool json_each(File *f, const char *brackets, int i) {
+    if (i == 0) json_take(f, brackets[0]);
+    bool closed = json_peek(f) == brackets[1];
+    if (closed || i > 0) json_take(f, closed ? brackets[1] : ',');
+    return !closed && !*f->error;
 }
 
-static bool json_numbers(File *f, size_t *out, int *count, int most) {       // [a, b, ..]
-    int more = json_take(f, '[') ? json_more(f, ']', true) : -1;
-    for (*count = 0; more > 0; more = json_more(f, ']', false)) {
-        if (*count == most) return expected(f, "fewer numbers");
-        if (!isdigit((unsigned char)json_peek(f))) return expected(f, "a whole number");
-        if (*f->at == '0' && isdigit((unsigned char)f->at[1])) return expected(f, "no leading zero");
-        size_t n = 0;
-        for (; isdigit((unsigned char)*f->at); f->at++) {
-            size_t digit = (size_t)(*f->at - '0');
-            if (n > (SIZE_MAX - digit) / 10) return expected(f, "a number below 2^64");
-            n = n * 10 + digit;
-        }
-        out[(*count)++] = n;
+static int json_numbers(File *f, size_t *out, int most) {                    // [a, b, ..]; returns how many
+    int n = 0;
+    for (; json_each(f, "[]", n); n++) {
+        bool digit = isdigit((unsigned char)json_peek(f));
+        errno = 0;
+        if (n == most) expected(f, "fewer numbers");
+        else if (!digit || (*f->at == '0' && isdigit((unsigned char)f->at[1]))) expected(f, "a whole number");
+        else out[n] = strtoull(f->at, &f->at, 10);
+        if (errno) expected(f, "a number below 2^64 before this");
     }
-    return more == 0;
+    return n;
 }
 
-static bool json_hex(File *f, uint32_t *code) {                              // XXXX of \uXXXX
-    *code = 0;
-    for (int i = 0; i < 4; i++, f->at++) {
-        unsigned char c = (unsigned char)*f->at;
-        if (!isxdigit(c)) return expected(f, "four hexadecimal digits");
-        *code = *code * 16 + (uint32_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
-    }
-    return true;
+// What an escape stands for, 0 if it is none; its last byte becomes the current one. All above ASCII becomes '?': no name
+// needs it.
+static unsigned char json_escape(File *f) {
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    const char *hit = strchr(names, *++f->at);
+    char hex[5] = "";
+    if (*f->at && hit) return (unsigned char)values[hit - names];
+    if (*f->at != 'u' || strspn(f->at + 1, "0123456789abcdefABCDEF") < 4) return 0;
+    memcpy(hex, f->at + 1, 4);
+    f->at += 4;
+    unsigned long code = strtoul(hex, NULL, 16);
+    return (unsigned char)(code < 0x80 ? code : '?');
 }
 
-static bool json_escape(File *f, uint32_t *code) {                           // what stands after a backslash
-    const char *names = "\"\\/bfnrt", *hit = *f->at ? strchr(names, *f->at) : NULL;
-    uint32_t low = 0;
-    if (!hit && *f->at != 'u') return expected(f, "an escape");
-    f->at++;
-    if (hit) *code = (uint32_t)"\"\\/\b\f\n\r\t"[hit - names];
-    else if (!json_hex(f, code)) return false;
-    if (*code >> 10 == 0xD800 >> 10) {                                       // the first half of a surrogate pair
-        if (f->at[0] != '\\' || f->at[1] != 'u') return expected(f, "the second half of a surrogate pair");
-        f->at += 2;
-        if (!json_hex(f, &low)) return false;
-        *code = low >> 10 == 0xDC00 >> 10 ? 0x10000 + ((*code & 0x3FF) << 10 | (low & 0x3FF)) : 0;
-    }
-    return *code == 0 || *code >> 10 == 0xDC00 >> 10 ? expected(f, "a character before this") : true;
-}
-
-// Decoded in place, for no escape is shorter than its UTF-8. Only values of the metadata may hold control characters.
-static char *json_string(File *f, bool control) {
-    if (!json_take(f, '"')) return NULL;
+// Decoded in place, for no escape is shorter than what it stands for. Only values may hold control characters, escaped.
+static const char *json_string(File *f, bool value) {
+    json_take(f, '"');
     char *start = f->at, *out = f->at;
-    while (*f->at != '"') {
-        uint32_t c = (unsigned char)*f->at;
-        bool plain = c != '\\';
-        if (c < 0x20) { expected(f, "'\"' before this"); return NULL; }
-        f->at++;
-        if (!plain && !json_escape(f, &c)) return NULL;
-        if (!control && (c < 0x20 || c == 0x7F)) { expected(f, "no control character before this"); return NULL; }
-        int tail = plain || c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;          // bytes after the first
-        *out++ = (char)(tail ? (0xF00u >> tail & 0xFFu) | c >> 6 * tail : c);
-        while (tail--) *out++ = (char)(0x80 | (c >> 6 * tail & 0x3F));
+    while (!*f->error && *f->at != '"') {
+        bool escape = *f->at == '\\';
+        unsigned char c = escape ? json_escape(f) : (unsigned char)*f->at;
+        if (!c || (c < 0x20 && !(escape && value))) expected(f, "a character of a string");
+        else f->at++, *out++ = (char)c;
     }
+    if (*f->error) return "";
     f->at++;
     *out = 0;
     return start;
@@ -302,20 +324,19 @@ static size_t dtype_bytes(const char *dtype) {                               // 
 
 static bool parse_tensor(File *f, const char *name) {
     FileTensor *t = &f->tensors[f->count++];
-    const char *dtype = NULL;
+    const char *dtype = "";
     size_t offsets[2] = {0, 0};
-    int seen = 0, ends = 2, more = json_take(f, '{') ? json_more(f, '}', true) : -1;
-    for (t->name = name; more > 0; more = json_more(f, '}', false)) {
+    int fields = 0, seen = 0, ends = 0;
+    for (t->name = name; json_each(f, "{}", fields); fields++) {
         const char *key = json_string(f, false);
-        if (!key || !json_take(f, ':')) return false;
-        int field = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
-        if (!field || (seen & field)) return expected(f, "dtype, shape and data_offsets, each once");
-        seen |= field;
-        if (field == 1 ? !(dtype = json_string(f, false)) : field == 2 ? !json_numbers(f, t->shape, &t->rank, 8)
-                       : !json_numbers(f, offsets, &ends, 2)) return false;
+        json_take(f, ':');
+        if (!strcmp(key, "dtype")) seen |= 1, dtype = json_string(f, false);
+        else if (!strcmp(key, "shape")) seen |= 2, t->rank = json_numbers(f, t->shape, 8);
+        else if (!strcmp(key, "data_offsets")) seen |= 4, ends = json_numbers(f, offsets, 2);
+        else expected(f, "dtype, shape or data_offsets before this");
     }
-    if (more < 0) return false;
-    if (seen != 7 || ends != 2) return expected(f, "dtype, shape and two data_offsets before this");
+    if (fields != 3 || seen != 7 || ends != 2) expected(f, "dtype, shape and two data_offsets before this, each once");
+    if (*f->error) return false;
     if (!dtype_bytes(dtype))
         return complain(f->error, "tensor %.100s: found dtype %.20s, expected F32, BF16, F16 or U8", name, dtype);
     strcpy(t->dtype, dtype);
@@ -330,32 +351,29 @@ static bool parse_tensor(File *f, const char *name) {
                     offsets[0], offsets[1], t->bytes, dtype);
 }
 
-static bool parse_metadata(File *f, size_t n) {
-    if (f->keys) return expected(f, "__metadata__ once");
-    f->keys = (char **)calloc(n / 5 + 1, sizeof(char *));                    // a pair takes 5 characters at least
-    f->values = (char **)calloc(n / 5 + 1, sizeof(char *));
-    if (!f->keys || !f->values) return complain(f->error, "no memory for %zu bytes of header", n);
-    int more = json_take(f, '{') ? json_more(f, '}', true) : -1;
-    for (; more > 0; more = json_more(f, '}', false), f->pairs++)
-        if (!(f->keys[f->pairs] = json_string(f, false)) || !json_take(f, ':')
-            || !(f->values[f->pairs] = json_string(f, true))) return false;
-    return more == 0;
-}
-
-static bool parse_header(File *f, const uint8_t *data, size_t n) {
-    f->header = f->at = (char *)malloc(n + 1);
-    f->tensors = (FileTensor *)calloc(n / 40 + 2, sizeof(FileTensor));       // a tensor takes 40 characters at least
-    if (!f->header || !f->tensors) return complain(f->error, "no memory for %zu bytes of header", n);
+static void parse_header(File *f, const uint8_t *data, size_t n) {
+    const size_t tensors = n / 40 + 2, pairs = n / 5 + 2;                    // the fewest characters that each can take
+    bool metadata = false;
+    f->part = "header";
+    f->header = f->at = (char *)xalloc(n + 1, 1);
+    f->tensors = (FileTensor *)xalloc(tensors, sizeof(FileTensor));
+    f->by_name = (Entry *)xalloc(tensors, sizeof(Entry));
+    f->by_key = (Entry *)xalloc(pairs, sizeof(Entry));
     memcpy(f->header, data, n);
-    f->header[n] = 0;
-    int more = json_take(f, '{') ? json_more(f, '}', true) : -1;
-    for (; more > 0; more = json_more(f, '}', false), f->part = NULL) {
+    for (int i = 0; json_each(f, "{}", i); i++, f->part = "header") {
         const char *name = f->part = json_string(f, false);
-        if (!name || !json_take(f, ':')) return false;
-        if (strcmp(name, "__metadata__") == 0 ? !parse_metadata(f, n) : !parse_tensor(f, name)) return false;
+        json_take(f, ':');
+        if (strcmp(name, "__metadata__")) { parse_tensor(f, name); continue; }
+        if (metadata) expected(f, "__metadata__ once");
+        metadata = true;
+        for (int j = 0; json_each(f, "{}", j); j++) {
+            Entry *e = &f->by_key[f->pairs++];
+            e->key = json_string(f, false);
+            json_take(f, ':');
+            e->value = json_string(f, true);
+        }
     }
-    if (more < 0) return false;
-    return json_peek(f) || f->at != f->header + n ? expected(f, "only spaces after the last '}'") : true;
+    if (json_peek(f) || f->at != f->header + n) expected(f, "only spaces after the last '}'");
 }
 
 static int compare_entries(const void *a, const void *b) {
@@ -364,8 +382,7 @@ static int compare_entries(const void *a, const void *b) {
 
 static int compare_places(const void *a, const void *b) {                    // an empty tensor before its neighbour
     const FileTensor *s = (const FileTensor *)a, *t = (const FileTensor *)b;
-    if (s->begin != t->begin) return s->begin < t->begin ? -1 : 1;
-    return s->bytes != t->bytes ? (s->bytes < t->bytes ? -1 : 1) : strcmp(s->name, t->name);
+    return s->begin != t->begin ? (s->begin < t->begin ? -1 : 1) : s->bytes < t->bytes ? -1 : s->bytes > t->bytes;
 }
 
 static bool sort_entries(char error[256], Entry *table, int count) {
@@ -375,60 +392,47 @@ static bool sort_entries(char error[256], Entry *table, int count) {
     return true;
 }
 
-static const void *lookup(const Entry *table, int count, const char *key) {
-    Entry wanted = entry(key, NULL);
-    if (!count) return NULL;
-    const Entry *hit = (const Entry *)bsearch(&wanted, table, (size_t)count, sizeof *table, compare_entries);
-    return hit ? hit->value : NULL;
-}
-
 // The tensors must tile the data, data[size]; their names and those of the metadata must differ.
 static bool check_layout(File *f, const uint8_t *data, size_t size) {
     size_t end = 0;
     qsort(f->tensors, (size_t)f->count, sizeof *f->tensors, compare_places);
-    for (int i = 0; i < f->count; end += f->tensors[i++].bytes) {
-        size_t begin = f->tensors[i].begin;
-        if (begin != end)
-            return complain(f->error, "tensor %.100s: found its data at %zu, expected %zu (%s)", f->tensors[i].name,
-                            begin, end, begin < end ? "an overlap" : "a hole");
+    for (int i = 0; i < f->count; i++) {
+        FileTensor *t = &f->tensors[i];
+        if (t->begin != end)
+            return complain(f->error, "tensor %.100s: found its data at %zu, expected %zu (%s)", t->name, t->begin, end,
+                            t->begin < end ? "an overlap" : "a hole");
+        end += t->bytes;
+        if (end > size) break;
+        t->data = data + t->begin;
+        f->by_name[i].key = t->name;
+        f->by_name[i].value = t;
     }
     if (end != size)
-        return complain(f->error, "%s: found %zu bytes, expected %zu, where tensor %.100s ends", end > size ?
-                        "cut short" : "too long", f->size, f->size - size + end,
-                        f->count ? f->tensors[f->count - 1].name : "(none)");
-    f->by_name = (Entry *)calloc((size_t)f->count + 1, sizeof(Entry));
-    f->by_key = (Entry *)calloc((size_t)f->pairs + 1, sizeof(Entry));
-    if (!f->by_name || !f->by_key) return complain(f->error, "no memory for %d tensors", f->count);
-    for (int i = 0; i < f->count; i++) {
-        f->tensors[i].data = data + f->tensors[i].begin;
-        f->by_name[i] = entry(f->tensors[i].name, &f->tensors[i]);
-    }
-    for (int i = 0; i < f->pairs; i++) f->by_key[i] = entry(f->keys[i], f->values[i]);
+        return complain(f->error, "%s: found %zu bytes of data, but the tensors take %zu", end > size ? "cut short" :
+                        "too long", size, end);
     return sort_entries(f->error, f->by_name, f->count) && sort_entries(f->error, f->by_key, f->pairs);
 }
 
 static void file_close(File *f) {
-    free(f->header); free(f->tensors); free(f->keys); free(f->values); free(f->by_name); free(f->by_key);
+    free(f->header); free(f->tensors); free(f->by_name); free(f->by_key);
     if (f->map) munmap(f->map, f->size);
-    f->header = NULL; f->tensors = NULL; f->keys = f->values = NULL; f->by_name = f->by_key = NULL; f->map = NULL;
+    f->header = NULL; f->tensors = NULL; f->by_name = f->by_key = NULL; f->map = NULL;
     f->count = f->pairs = 0;
 }
 
-// f, whatever it held, from the bytes of a file, which must outlive it. False: f->error says what and where, and
-// nothing stays allocated.
+// f from the bytes of a file, which must outlive it. False: f->error says what and where, and nothing stays allocated.
 static bool parse_safetensors(File *f, const uint8_t *data, size_t size) {
     uint64_t n = 0;
-    bool ok;
     memset(f, 0, sizeof *f);
     f->size = size;
     if (size >= 8) memcpy(&n, data, 8);
-    if (size < 10 || n > 100000000 || (n <= size - 8 && (n < 2 || data[8] != '{')))
-        ok = complain(f->error, "not safetensors: found %zu bytes, of which %llu header, expected a header in { }",
-                      size, (unsigned long long)n);
-    else if (n > size - 8) ok = complain(f->error, "cut short: found %zu bytes, expected > %zu", size, (size_t)n + 7);
-    else ok = parse_header(f, data + 8, (size_t)n) && check_layout(f, data + 8 + n, size - 8 - (size_t)n);
-    if (!ok) file_close(f);
-    return ok;
+    if (n < 2 || n > 100000000 || (size > 8 && data[8] != '{'))
+        return complain(f->error, "not safetensors: found no header { } of %llu bytes", (unsigned long long)n);
+    if (n > size - 8) return complain(f->error, "cut short: found %zu bytes, expected > %zu", size, (size_t)n + 7);
+    parse_header(f, data + 8, n);
+    if (!*f->error && check_layout(f, data + 8 + n, size - 8 - n)) return true;
+    file_close(f);
+    return false;
 }
 
 // ---- reading ------------------------------------------------------------------------------------------------------
@@ -437,11 +441,10 @@ static bool file_load(File *f, const char *path) {
     memset(f, 0, sizeof *f);
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);                  // a pipe must not hang it
     if (fd < 0 || fstat(fd, &s)) return complain(f->error, "%s", strerror(errno));
-    bool regular = S_ISREG(s.st_mode) && s.st_size > 0;
-    void *map = regular ? mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
-    int why = errno;
+    errno = EINVAL;
+    void *map = S_ISREG(s.st_mode) ? mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
     close(fd);
-    if (map == MAP_FAILED) return complain(f->error, "%s", regular ? strerror(why) : "empty or not a regular file");
+    if (map == MAP_FAILED) return complain(f->error, "empty or not a regular file (%s)", strerror(errno));
     bool ok = parse_safetensors(f, (const uint8_t *)map, (size_t)s.st_size);
     f->path = path;
     if (ok) f->map = (uint8_t *)map; else munmap(map, (size_t)s.st_size);
@@ -450,6 +453,12 @@ static bool file_load(File *f, const char *path) {
 
 static void file_open(File *f, const char *path) {
     if (!file_load(f, path)) die("%s: %s; check the path, copy the file again or write it again", path, f->error);
+}
+
+static const void *lookup(const Entry *table, int count, const char *key) {
+    const Entry wanted = {key, NULL}, *hit =
+        (const Entry *)bsearch(&wanted, table, (size_t)count, sizeof *table, compare_entries);
+    return hit ? hit->value : NULL;
 }
 
 static const char *file_meta(const File *f, const char *key) { return (const char *)lookup(f->by_key, f->pairs, key); }
@@ -476,9 +485,8 @@ static float half_to_float(uint32_t h) {
 // The value of every HiF8 code in t.
 static bool read_scale(char error[256], float value[256], const File *f, const FileTensor *t) {
     float k = 0;
-    size_t room = strlen(t->name) + 7;
-    char *name = (char *)xalloc(room, 1);
-    snprintf(name, room, "%s.scale", t->name);
+    char *name = NULL;
+    if (asprintf(&name, "%s.scale", t->name) < 0) return complain(error, "out of memory; close other programs");
     const FileTensor *scale = file_find(f, name);
     free(name);
     if (!scale) return complain(error, "tensor %.100s: U8 without a .scale; write the file again", t->name);
@@ -496,15 +504,15 @@ static bool try_read(char error[256], float *out, const File *f, const FileTenso
         return complain(error, "tensor %.100s: found %zu values, expected %zu; use a file of this model", t->name,
                         t->count, count);
     if (u8 ? !read_scale(error, value, f, t) : !bf16 && !f16 && !read_raw(error, out, t, "F32", count)) return false;
-    for (size_t i = 0; (bf16 || f16) && i < count; i++) {
-        uint16_t h;
-        memcpy(&h, t->data + 2 * i, 2);
-        out[i] = bf16 ? bits_float((uint32_t)h << 16) : half_to_float(h);
-    }
-    for (size_t i = 0; u8 && i < count; i++) out[i] = value[t->data[i]];
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
+        uint16_t h = 0;
+        if (bf16 || f16) memcpy(&h, t->data + 2 * i, 2);
+        if (u8) out[i] = value[t->data[i]];
+        else if (bf16) out[i] = bits_float((uint32_t)h << 16);
+        else if (f16) out[i] = half_to_float(h);
         if (!isfinite(out[i]))
             return complain(error, "tensor %.100s: value %zu is %g; use an earlier file", t->name, i, (double)out[i]);
+    }
     return true;
 }
 
@@ -515,56 +523,21 @@ static void file_read(float *out, const File *f, const FileTensor *t, size_t cou
 }
 
 // ---- writing ------------------------------------------------------------------------------------------------------
-// writer_open, writer_meta.., writer_declare.., writer_put for each tensor as declared, writer_close. The target stays
-// as it was until writer_close renames; any failure removes the temporary file.
+// writer_open, writer_meta.., writer_declare.., then writer_put for each tensor as declared, writer_close.
 typedef struct {
-    char *path, *temp, *text;
-    FILE *file, *header;                   // header: in memory, in text[length], until the first put
-    FileTensor *tensors;                   // as declared; tensors[next] is being put, `filled` of its values are
-    int pairs, count, next;
-    size_t length, bytes, filled;          // bytes: of all tensors declared
+    Output out;
+    FILE *header;                          // in memory, in text[length], until the first put
+    char *text;
+    FileTensor *tensors;                   // as declared; tensors[next] is the next to be put
+    int pairs, lines, count, next;         // pairs, lines: of the header
+    size_t length, bytes;                  // bytes: of all tensors declared
 } Writer;
 
-static void writer_abort(Writer *w) {
-    if (w->file) fclose(w->file);
-    w->file = NULL;
-    unlink(w->temp);
-}
-
-__attribute__((noreturn, format(printf, 2, 3)))
-static void writer_fail(Writer *w, const char *format, ...) {
-    char error[256];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(error, sizeof error, format, args);
-    va_end(args);
-    writer_abort(w);
-    die("%s: %s", w->path, error);
-}
-
 static void writer_open(Writer *w, const char *path) {
-    struct stat s;
     memset(w, 0, sizeof *w);
-    w->path = realpath(path, NULL);                                          // a link stays, its target is replaced
-    if (!w->path && !(w->path = strdup(path))) die("%s: out of memory; close other programs", path);
-    const char *slash = strrchr(w->path, '/'), *name = slash ? slash + 1 : w->path;
-    if (!*name || (!stat(w->path, &s) && !S_ISREG(s.st_mode)))
-        die("'%s': not a regular file; give the name of a file to write", path);
-    size_t room = strlen(w->path) + 64;
-    w->temp = (char *)xalloc(room, 1);
-    snprintf(w->temp, room, "%.*s.%.200s.tmp.%ld", (int)(name - w->path), w->path, name, (long)getpid());
-    unlink(w->temp);                                                         // left by a killed process of our number
-    int fd = open(w->temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    w->file = fd < 0 ? NULL : fdopen(fd, "wb");
-    if (!w->file) die("%s: cannot write there: %s; choose another place", path, strerror(errno));
-    signal(SIGXFSZ, SIG_IGN);                                                // a file size limit: a failed write
-    if (!(w->header = open_memstream(&w->text, &w->length))) writer_fail(w, "out of memory; close other programs");
-}
-
-static void write_json_string(FILE *out, const char *s) {
-    fputc('"', out);
-    for (; *s; s++) fprintf(out, (unsigned char)*s < 0x20 ? "\\u%04x" : *s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
-    fputc('"', out);
+    output_open(&w->out, path);
+    if (!(w->header = open_memstream(&w->text, &w->length))) output_failed(&w->out);
+    fputs("{\"__metadata__\":{", w->header);
 }
 
 // A string of __metadata__; before the first tensor is declared.
@@ -573,120 +546,83 @@ static void writer_meta(Writer *w, const char *key, const char *format, ...) {
     char *text = NULL;
     va_list args;
     va_start(args, format);
-    if (w->count || vasprintf(&text, format, args) < 0) writer_fail(w, "metadata %.100s: too late or too large", key);
+    if (vasprintf(&text, format, args) < 0) output_failed(&w->out);
     va_end(args);
-    fputs(w->pairs++ ? "," : "{\"__metadata__\":{", w->header);
-    write_json_string(w->header, key);
-    fputc(':', w->header);
-    write_json_string(w->header, text);
+    fprintf(w->header, "%s\"%s\":\"", w->pairs++ ? "," : "", key);
+    for (const char *s = text; *s; s++)
+        fprintf(w->header, (unsigned char)*s < 0x20 ? "\\u%04x" : *s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
+    fputc('"', w->header);
     free(text);
 }
 
-// dtype F32, BF16, F16 or U8; U8 means HiF8 and declares name.scale too.
+// The header's line of a tensor; returns how many values it has.
+static size_t header_line(Writer *w, const char *name, const char *suffix, const char *dtype, int rank,
+                          const size_t *shape) {
+    size_t count = 1, begin = w->bytes;
+    fprintf(w->header, "%s\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", w->lines++ ? ",\n" : "},\n", name, suffix, dtype);
+    for (int i = 0; i < rank; count *= shape[i++]) fprintf(w->header, i ? ",%zu" : "%zu", shape[i]);
+    w->bytes += count * dtype_bytes(dtype);
+    fprintf(w->header, "],\"data_offsets\":[%zu,%zu]}", begin, w->bytes);
+    return count;
+}
+
+// dtype F32, BF16 or U8, which means HiF8 and declares name.scale too. The name, plain ASCII, must outlive the writer.
 static void writer_declare(Writer *w, const char *name, const char *dtype, int rank, const size_t *shape) {
-    bool u8 = !strcmp(dtype, "U8"), f16 = !strcmp(dtype, "BF16") || !strcmp(dtype, "F16");
-    if (!w->header || !(u8 || f16 || !strcmp(dtype, "F32")) || rank > 8)
-        writer_fail(w, "tensor %.100s: cannot declare it as %.20s of rank %d here", name, dtype, rank);
-    if (!(w->count & (w->count - 1)))                                        // full at every power of two
-        w->tensors = (FileTensor *)realloc(w->tensors, (2 * (size_t)w->count + 1) * sizeof *w->tensors);
-    char *copy = strdup(name);
-    if (!w->tensors || !copy) writer_fail(w, "out of memory; close other programs");
-    FileTensor *t = &w->tensors[w->count];
-    fputs(w->count++ ? ",\n" : w->pairs ? "},\n" : "{", w->header);
-    write_json_string(w->header, name);
-    fprintf(w->header, ":{\"dtype\":\"%s\",\"shape\":[", dtype);
-    t->name = copy;
+    w->tensors = (FileTensor *)realloc(w->tensors, ((size_t)w->count + 1) * sizeof *w->tensors);
+    if (!w->tensors) output_failed(&w->out);
+    FileTensor *t = &w->tensors[w->count++];
+    t->name = name;
     strcpy(t->dtype, dtype);
-    t->count = 1;
-    for (int i = 0; i < rank; t->count *= shape[i++]) fprintf(w->header, i ? ",%zu" : "%zu", shape[i]);
-    fprintf(w->header, "],\"data_offsets\":[%zu,", w->bytes);
-    w->bytes += t->count * dtype_bytes(dtype);
-    fprintf(w->header, "%zu]}", w->bytes);
-    if (!u8) return;
-    char *scale = (char *)xalloc(strlen(name) + 7, 1);
-    sprintf(scale, "%s.scale", name);
+    t->count = header_line(w, name, "", dtype, rank, shape);
     const size_t one = 1;
-    writer_declare(w, scale, "F32", 1, &one);
-    free(scale);
+    if (!strcmp(dtype, "U8")) header_line(w, name, ".scale", "F32", 1, &one);
 }
 
-static void writer_bytes(Writer *w, const void *p, size_t bytes) {
-    if (fwrite(p, 1, bytes, w->file) == bytes) return;
-    writer_fail(w, "cannot write: %s; make room or choose another place", strerror(errno));
-}
-
-static void writer_start(Writer *w) {                                        // the header, ending at a multiple of 8
-    fputs(w->count ? "}" : w->pairs ? "}}" : "{}", w->header);
+static void writer_start(Writer *w) {
+    fputc('}', w->header);
     fflush(w->header);
-    fprintf(w->header, "%*s", (int)((8 - w->length % 8) % 8), "");
-    bool bad = ferror(w->header) != 0;
-    bad = fclose(w->header) != 0 || bad;
+    fprintf(w->header, "%*s", (int)((8 - w->length % 8) % 8), "");           // data start at a multiple of 8
+    if (fclose(w->header)) output_failed(&w->out);
     w->header = NULL;
-    if (bad) writer_fail(w, "out of memory; close other programs");
     uint64_t n = w->length;
-    writer_bytes(w, &n, 8);
-    writer_bytes(w, w->text, w->length);
+    output_bytes(&w->out, &n, 8);
+    output_bytes(&w->out, w->text, w->length);
 }
 
-// To 16 bits, to the nearest, ties to even.
-static uint32_t float_to_bf16(float x) {
+static uint32_t float_to_bf16(float x) {                                     // to the nearest, ties to even
     uint32_t u = float_bits(x);
     return isnan(x) ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
 }
 
-static uint32_t float_to_half(float x) {
-    uint32_t u = float_bits(x), a = u & 0x7FFFFFFFu, sign = u >> 16 & 0x8000;
-    if (!(fabsf(x) < 65520.0f)) return sign | (isnan(x) ? 0x7E00 : 0x7C00);
-    if (a < 0x38800000u) return sign | (uint32_t)lrintf(bits_float(a) * 0x1p24f);        // below 2^-14: counts of 2^-24
-    return sign | (((a + 0xFFF + (a >> 13 & 1)) >> 13) - (112u << 10));
-}
-
-// The next count values of the tensor whose turn it is: in any number of pieces, but all at once for U8, whose scale
-// depends on all. Once with count 0 for an empty tensor. What file_read would refuse is refused here: NaN and Inf.
+// x[count] becomes the tensor whose turn it is. What file_read would refuse is refused here: NaN and Inf.
 static void writer_put(Writer *w, const float *x, size_t count) {
     if (w->header) writer_start(w);
-    if (w->next == w->count) writer_fail(w, "%zu values after the last tensor", count);
-    const FileTensor *t = &w->tensors[w->next];
-    bool u8 = !strcmp(t->dtype, "U8"), f32 = !strcmp(t->dtype, "F32"), bf16 = !strcmp(t->dtype, "BF16");
-    size_t width = dtype_bytes(t->dtype), room = t->count - w->filled;
-    if (u8 ? count != room : count > room)
-        writer_fail(w, "tensor %.100s: %zu values put, expected %zu", t->name, count, room);
+    if (w->next == w->count || w->tensors[w->next].count != count) die("%s: not the tensor declared", w->out.path);
+    const FileTensor *t = &w->tensors[w->next++];
+    bool u8 = !strcmp(t->dtype, "U8"), bf16 = !strcmp(t->dtype, "BF16");
+    size_t width = dtype_bytes(t->dtype);
+    uint8_t *bytes = (uint8_t *)xalloc(count * width + 4, 1);
     float amax = 0;
     for (size_t i = 0; u8 && i < count; i++) if (isfinite(x[i]) && fabsf(x[i]) > amax) amax = fabsf(x[i]);
     float k = hif8_scale(15.0f, amax);
-    for (size_t i = 0; i < count; ) {
-        uint8_t block[16384 + 4];
-        size_t n = 0;
-        for (; n < 16384 && i < count; i++, n += width) {
-            float v = x[i];
-            uint32_t bits = f32 ? float_bits(v) : bf16 ? float_to_bf16(v) : u8 ? hif8_encode(v * k) : float_to_half(v);
-            float y = f32 ? v : bf16 ? bits_float(bits << 16) : u8 ? hif8_round(v * k) / k : half_to_float(bits);
-            if (!isfinite(y)) writer_fail(w, "tensor %.100s: value %zu is %g, no number of %s; lower --lr or write f32",
-                                          t->name, w->filled + i, (double)v, t->dtype);
-            memcpy(block + n, &bits, 4);                                     // the next one overwrites what is too much
-        }
-        writer_bytes(w, block, n);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits = bf16 ? float_to_bf16(x[i]) : u8 ? hif8_encode(x[i] * k) : float_bits(x[i]);
+        float y = bf16 ? bits_float(bits << 16) : u8 ? hif8_round(x[i] * k) / k : x[i];
+        memcpy(bytes + width * i, &bits, 4);                                 // the next one overwrites what is too much
+        if (isfinite(y)) continue;
+        output_drop(&w->out);
+        die("%s: tensor %s: value %zu is %g, no number of %s; lower --lr or write f32", w->out.path, t->name, i,
+            (double)x[i], t->dtype);
     }
-    if (u8) writer_bytes(w, &k, 4);
-    w->filled += count;
-    if (count == room) { w->filled = 0; w->next += u8 ? 2 : 1; }
+    output_bytes(&w->out, bytes, count * width);
+    if (u8) output_bytes(&w->out, &k, 4);
+    free(bytes);
 }
 
-// Everything on the disk and readable, then renamed.
 static void writer_close(Writer *w) {
-    File check;
-    if (w->header) writer_start(w);
-    if (w->next < w->count) writer_fail(w, "tensor %.100s: not all of its values were put", w->tensors[w->next].name);
-    bool ok = fflush(w->file) == 0 && fsync(fileno(w->file)) == 0;
-    if (!ok) writer_fail(w, "cannot write: %s; make room or choose another place", strerror(errno));
-    ok = fclose(w->file) == 0;
-    w->file = NULL;
-    if (!ok) writer_fail(w, "cannot write: %s; make room or choose another place", strerror(errno));
-    if (!file_load(&check, w->temp)) writer_fail(w, "cannot read what was written: %.150s", check.error);
-    file_close(&check);
-    if (rename(w->temp, w->path)) writer_fail(w, "cannot rename: %s; choose another place", strerror(errno));
-    for (int i = 0; i < w->count; i++) free((void *)w->tensors[i].name);
-    free(w->tensors); free(w->text); free(w->path); free(w->temp);
+    if (w->next < w->count) die("%s: tensor %s was not put", w->out.path, w->tensors[w->next].name);
+    output_close(&w->out);
+    free(w->tensors); free(w->text);
 }
 // ============================================================================================================
 // 4. The operations: what a backend provides
@@ -716,6 +652,8 @@ typedef struct {
 } Sequences;
 
 // ---- memory -------------------------------------------------------------------------------------------------
+static void   device_start(const char *dtype, int rank);  // first of all; f32, bf16, or NULL: the backend's choice
+static void   wait_device(void);                        // until all that was asked for is done
 static void  *device_alloc(size_t bytes);               // zeroed; dies with the number of bytes where there is no room
 static void   device_free(void *p);
 static size_t act_size(void);                           // bytes of one act
@@ -799,7 +737,7 @@ static void   adamw(float *w, float *m, float *v, float *ema, const float *g, si
 // 5. The operations on a CPU
 // ============================================================================================================
 // float32 throughout; OpenMP splits rows, tiles or heads, never a sum, so any number of threads gives the same bytes.
-// Matrix products and attention share one inner kernel, `tile`; everything else is a plain loop the compiler vectorises.
+// Matrix products and attention share one inner kernel, `tile`; all else is plain loops that the compiler vectorises.
 #ifndef _OPENMP
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
@@ -815,9 +753,11 @@ enum { LANES = 4, TILE_M = 6 };
 enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,             // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
+    FAR = 512,                // a matrix read by columns that lie further apart is copied first ...
+    NEAR_M = 256,             // ... in blocks of this many rows of the product
     CHUNKS = 16,              // a sum over rows is cut in this many parts, whatever the number of threads
     KEYS = 64,                // attention: keys taken at a time
-    QUERY_BLOCKS = 8,         // attention forward: blocks of TILE_N queries that one task carries through all keys
+    QUERY_BLOCKS = 16,        // attention forward: blocks of TILE_N queries that one task carries through all keys
     PARALLEL = 1 << 14        // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -828,20 +768,20 @@ static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
 static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
 
-// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below 2^-126: 0;
-// above: 2^126. NaN stays NaN. Loops over it vectorise.
+// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below 2^-126
+// it gives 0, above 2^126 that; NaN stays NaN. The ends are cut with bit masks, not branches: loops over it vectorise.
 static inline float exp2_fast(float x) {
-    x = x < -127.0f ? -127.0f : x;
-    x = x > 126.0f ? 126.0f : x;
+    uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
     float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);            // + 1.5·2^23 rounds to an integer
-    float p = 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
+    float p = 1.54531634e-4f;
+    p = p * f + 1.33908633e-3f;
+    p = p * f + 9.61808302e-3f;
+    p = p * f + 5.55035695e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
-    return p * bits_float((float_bits(shifted) + 127u) << 23);
+    p *= bits_float((float_bits(shifted) + 127u) << 23);
+    return bits_float((float_bits(p) & ~(low | high)) | (high & 0x7E800000u));
 }
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
 
@@ -912,44 +852,63 @@ static void pack(float *panel, const float *b, size_t b_row, size_t b_col, size_
                     panel[k * TILE_N + j] = b[k * b_row + j * b_col];
 }
 
-// Rows of c that one task computes: few enough to keep every thread busy and a's rows in the L2 cache.
-static size_t rows_of_task(size_t M, size_t panels) {
-    size_t threads = 1;
-#ifdef _OPENMP
-    threads = (size_t)omp_get_max_threads();
-#endif
-    size_t tasks = blocks_of(4 * threads, panels), rows = blocks_of(blocks_of(M, tasks), TILE_M) * TILE_M;
-    return rows < 64 ? 64 : rows > 1024 ? 1024 : rows;
-}
-
-// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. a and b have any strides, so
-// this is the forward product, dx and dw alike. Each sum runs over k in order, TILE_K at a time, in one task.
-static void matmul(float *c, const float *bias, bool add, const float *a, size_t a_row, size_t a_col,
-                   const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K) {
-    size_t panels = blocks_of(N, TILE_N), task_rows = rows_of_task(M, panels), tasks = panels * blocks_of(M, task_rows);
-    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
-    for (size_t task = 0; task < tasks; task++) {
-        float panel[TILE_K * TILE_N], edge[TILE_M * TILE_N], head[TILE_N] = {0};
-        size_t j = task % panels * TILE_N, first = task / panels * task_rows, last = least(first + task_rows, M);
-        size_t columns = least(TILE_N, N - j);
-        if (bias) memcpy(head, bias + j, 4 * columns);
-        for (size_t k = 0; k < K; k += TILE_K) {
-            size_t depth = least(TILE_K, K - k);
+// Rows first..last-1 and columns left..right-1 of matmul below, TILE_K steps of every sum at a time.
+static void matmul_block(float *c, const float *bias, bool add, const float *a, size_t a_row, size_t a_col,
+                         const float *b, size_t b_row, size_t b_col, size_t N, size_t K,
+                         size_t first, size_t last, size_t left, size_t right) {
+    float panel[TILE_K * TILE_N], head[TILE_N], edge[TILE_M * TILE_N], near[TILE_K * (NEAR_M + 8)];
+    for (size_t k = 0; k < K; k += TILE_K) {
+        size_t depth = least(TILE_K, K - k), row = a_row, col = a_col;
+        const float *block = a + first * a_row + k * a_col;
+        if (a_col > FAR) {                                  // a column of a would fall into a few cache sets: move it
+            for (size_t d = 0; d < depth; d++) memcpy(near + d * (NEAR_M + 8), block + d * a_col, 4 * (last - first));
+            block = near;
+            col = NEAR_M + 8;
+        }
+        for (size_t j = left; j < right; j += TILE_N) {
+            size_t columns = least(TILE_N, N - j);
+            bool onto = add || k;
+            memset(head, 0, sizeof head);
+            if (bias) memcpy(head, bias + j, 4 * columns);
             pack(panel, b + k * b_row + j * b_col, b_row, b_col, depth, columns);
             for (size_t i = first; i < last; i += TILE_M) {
-                const float *ai = a + i * a_row + k * a_col;
+                const float *ai = block + (i - first) * row;
                 float *cij = c + i * N + j;
                 size_t rows = least(TILE_M, last - i);
-                bool onto = add || k;
                 if (columns == TILE_N) {
-                    tile(cij, N, onto ? cij : head, onto ? N : 0, ai, a_row, a_col, rows, panel, depth);
+                    tile(cij, N, onto ? cij : head, onto ? N : 0, ai, row, col, rows, panel, depth);
                     continue;
                 }
                 for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, onto ? cij + r * N : head, 4 * columns);
-                tile(edge, TILE_N, edge, TILE_N, ai, a_row, a_col, rows, panel, depth);
+                tile(edge, TILE_N, edge, TILE_N, ai, row, col, rows, panel, depth);
                 for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
             }
         }
+    }
+}
+
+// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. a[i, k] stands at
+// a + i·a_row + k·a_col and b likewise: this is the forward product, dx and dw alike. How c is cut into tasks depends
+// on the threads; the order of a sum does not: k from 0 to K−1, with a stop in c every TILE_K.
+static void matmul(float *c, const float *bias, bool add, const float *a, size_t a_row, size_t a_col,
+                   const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K) {
+    size_t wanted = 4, panels = blocks_of(N, TILE_N), wide = 1, high = 1024;
+#ifdef _OPENMP
+    wanted *= (size_t)omp_get_max_threads();
+#endif
+    if (a_col > FAR) {                                      // moved blocks of a serve up to 8 panels of b each
+        high = NEAR_M;
+        wide = least(8, 1 + panels * blocks_of(M, high) / wanted);
+    }
+    size_t groups = blocks_of(panels, wide);
+    size_t rows = blocks_of(blocks_of(M, blocks_of(wanted, groups)), TILE_M) * TILE_M;
+    high = least(high, rows < 64 ? 64 : rows);
+    size_t tasks = groups * blocks_of(M, high);
+    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
+    for (size_t task = 0; task < tasks; task++) {
+        size_t first = task / groups * high, left = task % groups * wide * TILE_N;
+        matmul_block(c, bias, add, a, a_row, a_col, b, b_row, b_col, N, K, first, least(first + high, M), left,
+                     least(left + wide * TILE_N, N));
     }
 }
 
@@ -988,7 +947,8 @@ static void linear_backward(act *dx, float *dw, float *db, const act *dy, const 
 }
 
 // gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): no cancellation anywhere.
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out, int in) {
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out,
+                                int in) {
     const float *u = pre ? pre : y;
     size_t n = rows * (size_t)out;
     linear_forward(pre ? pre : y, x, w, b, rows, out, in);
@@ -1074,8 +1034,8 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, const float
 }
 
 // With g = dh·(one + scale) and x̂ = (x − mean)·rstd:  dx += rstd·(g − mean g − x̂·mean(g·x̂)).
-static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x, const float *stat,
-                          PerSample scale, float one, int B, size_t n, int dim) {
+static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x,
+                          const float *stat, PerSample scale, float one, int B, size_t n, int dim) {
     size_t D = (size_t)dim, parts = (size_t)B * CHUNKS;
     float *partial = scratch(parts * 2 * D);                    // [B, CHUNKS, (shift, scale), dim]
     #pragma omp parallel for if (parts / CHUNKS * n * D > PARALLEL)
@@ -1107,7 +1067,8 @@ static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const a
     free(partial);
 }
 
-static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n, int dim) {
+static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n,
+                          int dim) {
     size_t D = (size_t)dim, parts = (size_t)B * CHUNKS;
     float *partial = scratch(parts * D);
     #pragma omp parallel for if (parts / CHUNKS * n * D > PARALLEL)
@@ -1213,9 +1174,12 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // kept in powers of two: p = 2^(c·s − m), c = log2(e)/√head_dim.
 #define LOG2E 1.44269504088896341
 
-// block[n, head_dim] = head h of rows first..first+n-1 of x[.., heads·head_dim].
-static void take_head(float *block, const float *x, size_t first, size_t n, size_t h, size_t heads, size_t head_dim) {
-    for (size_t i = 0; i < n; i++) memcpy(block + i * head_dim, x + ((first + i) * heads + h) * head_dim, 4 * head_dim);
+// Head h of queries q0..q1-1 against keys k0..k1-1: what one task works on.
+typedef struct { size_t q0, q1, k0, k1, h, heads, dim; } Head;
+
+// block[n, dim] = the head's columns of rows first..first+n-1 of x[.., heads·dim].
+static void take_rows(float *block, const float *x, size_t first, size_t n, Head t) {
+    for (size_t i = 0; i < n; i++) memcpy(block + i * t.dim, x + ((first + i) * t.heads + t.h) * t.dim, 4 * t.dim);
 }
 
 // out[i, query] = Σ_d a[i, d]·panel[d, query]: the scores of n keys (or v·dout) against TILE_N queries.
@@ -1228,6 +1192,15 @@ static void scores(float *out, const float *a, const float *panel, size_t n, siz
 static void mix(float *sum, const float *a, const float *p, size_t n, size_t head_dim) {
     for (size_t d = 0; d < head_dim; d += TILE_M)
         tile(sum + d * TILE_N, TILE_N, sum + d * TILE_N, TILE_N, a + d, 1, head_dim, head_dim - d, p, n);
+}
+
+// sum[i, d] += Σ_query p[i, query]·r[query, d] over n keys; r in panels [TILE_N queries, TILE_N dims], sum [n, wide].
+static void mix_back(float *sum, const float *p, const float *r, size_t n, size_t wide) {
+    for (size_t d = 0; d < wide; d += TILE_N)
+        for (size_t i = 0; i < n; i += TILE_M) {
+            float *to = sum + i * wide + d;
+            tile(to, wide, to, wide, p + i * TILE_N, TILE_N, 1, n - i, r + d * TILE_N, TILE_N);
+        }
 }
 
 // One step of the running softmax: s[n, query] becomes 2^(c·s − m) under the new maximum m, sum[query] and o[head_dim,
@@ -1253,36 +1226,37 @@ static void softmax_step(float *s, float *m, float *sum, float *o, float c, size
         for (int j = 0; j < TILE_N; j++) o[d * TILE_N + j] *= shrink[j];
 }
 
-// Queries q0..q1-1 (at most QUERY_BLOCKS·TILE_N of them) of head h through keys k0..k1-1; `room` is the working memory.
-static void attend(act *o, float *lse, const act *q, const act *k, const act *v, size_t q0, size_t q1, size_t k0, size_t k1,
-                   size_t h, size_t heads, size_t hd, float *room) {
-    size_t blocks = blocks_of(q1 - q0, TILE_N), row = heads * hd, panel = hd * TILE_N;
-    float *kb = room, *vb = kb + KEYS * hd, *s = vb + KEYS * hd, *m = s + KEYS * TILE_N;
+// At most QUERY_BLOCKS·TILE_N queries through all keys of their sequence; `room` is the working memory.
+static void attend(act *o, float *lse, const act *q, const act *k, const act *v, Head t, float *room) {
+    size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim, panel = t.dim * TILE_N;
+    float *kb = room, *vb = kb + KEYS * t.dim, *s = vb + KEYS * t.dim, *m = s + KEYS * TILE_N;
     float *sum = m + QUERY_BLOCKS * TILE_N, *qt = sum + QUERY_BLOCKS * TILE_N, *ot = qt + QUERY_BLOCKS * panel;
+    float c = (float)(LOG2E / sqrt((double)t.dim));
     for (size_t g = 0; g < blocks; g++)
-        pack(qt + g * panel, q + (q0 + g * TILE_N) * row + h * hd, 1, row, hd, least(TILE_N, q1 - q0 - g * TILE_N));
+        pack(qt + g * panel, q + (t.q0 + g * TILE_N) * row + t.h * t.dim, 1, row, t.dim,
+             least(TILE_N, count - g * TILE_N));
     for (size_t j = 0; j < blocks * TILE_N; j++) { m[j] = -INFINITY; sum[j] = 0.0f; }
     memset(ot, 0, 4 * blocks * panel);
-    for (size_t key = k0; key < k1; key += KEYS) {
-        size_t n = least(KEYS, k1 - key);
-        take_head(kb, k, key, n, h, heads, hd);
-        take_head(vb, v, key, n, h, heads, hd);
+    for (size_t key = t.k0; key < t.k1; key += KEYS) {
+        size_t n = least(KEYS, t.k1 - key);
+        take_rows(kb, k, key, n, t);
+        take_rows(vb, v, key, n, t);
         for (size_t g = 0; g < blocks; g++) {
-            scores(s, kb, qt + g * panel, n, hd);
-            softmax_step(s, m + g * TILE_N, sum + g * TILE_N, ot + g * panel, (float)(LOG2E / sqrt((double)hd)), n, hd);
-            mix(ot + g * panel, vb, s, n, hd);
+            scores(s, kb, qt + g * panel, n, t.dim);
+            softmax_step(s, m + g * TILE_N, sum + g * TILE_N, ot + g * panel, c, n, t.dim);
+            mix(ot + g * panel, vb, s, n, t.dim);
         }
     }
-    for (size_t i = 0; i < q1 - q0; i++) {
+    for (size_t i = 0; i < count; i++) {
         const float *column = ot + i / TILE_N * panel + i % TILE_N;
         float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
-        for (size_t d = 0; d < hd; d++) o[(q0 + i) * row + h * hd + d] = column[d * TILE_N] * inverse;
-        if (lse) lse[(q0 + i) * heads + h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
+        for (size_t d = 0; d < t.dim; d++) o[(t.q0 + i) * row + t.h * t.dim + d] = column[d * TILE_N] * inverse;
+        if (lse) lse[(t.q0 + i) * t.heads + t.h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
     }
 }
 
-static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s, int heads,
-                              int head_dim) {
+static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s,
+                              int heads, int head_dim) {
     size_t H = (size_t)heads, hd = (size_t)head_dim, span = QUERY_BLOCKS * TILE_N, count = (size_t)s->count, tasks = 0;
     size_t *first = (size_t *)xalloc(count + 1, sizeof *first);         // first task of each sequence
     for (size_t i = 0; i < count; i++) first[i + 1] = tasks += H * blocks_of((size_t)(s->q[i + 1] - s->q[i]), span);
@@ -1294,78 +1268,80 @@ static void attention_forward(act *o, float *lse, const act *q, const act *k, co
         for (size_t task = 0; task < tasks; task++) {
             while (task < first[i]) i--;
             while (task >= first[i + 1]) i++;
-            size_t h = (task - first[i]) % H, q0 = (size_t)s->q[i] + (task - first[i]) / H * span;
-            attend(o, lse, q, k, v, q0, least(q0 + span, (size_t)s->q[i + 1]), (size_t)s->k[i], (size_t)s->k[i + 1],
-                   h, H, hd, room);
+            size_t q0 = (size_t)s->q[i] + (task - first[i]) / H * span;
+            Head t = {q0, least(q0 + span, (size_t)s->q[i + 1]), (size_t)s->k[i], (size_t)s->k[i + 1],
+                      (task - first[i]) % H, H, hd};
+            attend(o, lse, q, k, v, t, room);
         }
         free(room);
     }
     free(first);
 }
 
+// s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).
+static void softmax_back(float *s, float *dp, const float *L, const float *D, float c, size_t n) {
+    for (size_t i = 0; i < n; i++, s += TILE_N, dp += TILE_N)
+        for (int j = 0; j < TILE_N; j++) {
+            s[j] = exp2_fast(c * s[j] - L[j]);
+            dp[j] = s[j] * (dp[j] - D[j]);
+        }
+}
+
 // The backward pass of one head of one sequence. With P = exp(S − lse), D = Σ_d dout·o:
 //   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − D)/√head_dim,  dq = dS·k,  dk = dS^T·q.
 // P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks, in order.
-static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v, const act *o,
-                            const float *lse, size_t q0, size_t q1, size_t k0, size_t k1, size_t h, size_t heads, size_t hd) {
-    size_t blocks = blocks_of(q1 - q0, TILE_N), row = heads * hd, panel = hd * TILE_N, wide = blocks_of(hd, TILE_N) * TILE_N;
-    float scale = (float)(1.0 / sqrt((double)hd)), c = (float)(LOG2E / sqrt((double)hd));
-    float *room = scratch(blocks * (3 * panel + 2 * wide * TILE_N + 2 * TILE_N) + 2 * KEYS * (hd + wide + TILE_N));
-    float *qt = room, *dot = qt + blocks * panel, *dqt = dot + blocks * panel;          // transposed: [head_dim, query]
-    float *qr = dqt + blocks * panel, *dor = qr + blocks * wide * TILE_N;               // panels of [query, TILE_N dims]
-    float *L = dor + blocks * wide * TILE_N, *D = L + blocks * TILE_N;
-    float *kb = D + blocks * TILE_N, *vb = kb + KEYS * hd, *dkb = vb + KEYS * hd, *dvb = dkb + KEYS * wide;
-    float *p = dvb + KEYS * wide, *ds = p + KEYS * TILE_N;
+static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v,
+                            const act *o, const float *lse, Head t) {
+    size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim, first = t.h * t.dim;
+    size_t panel = t.dim * TILE_N, wide = blocks_of(t.dim, TILE_N) * TILE_N, rows = wide * TILE_N;
+    float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
+    float *room = scratch(blocks * (3 * panel + 2 * rows + 2 * TILE_N) + 2 * KEYS * (t.dim + wide + TILE_N));
+    float *qt = room, *dot = qt + blocks * panel, *dqt = dot + blocks * panel;          // transposed: [dim, query]
+    float *qr = dqt + blocks * panel, *dor = qr + blocks * rows;                        // panels [query, TILE_N dims]
+    float *L = dor + blocks * rows, *D = L + blocks * TILE_N, *kb = D + blocks * TILE_N, *vb = kb + KEYS * t.dim;
+    float *dkb = vb + KEYS * t.dim, *dvb = dkb + KEYS * wide, *p = dvb + KEYS * wide, *ds = p + KEYS * TILE_N;
     memset(dqt, 0, 4 * blocks * panel);
-    memset(qr, 0, 4 * (2 * blocks * wide * TILE_N + 2 * blocks * TILE_N));
+    memset(L, 0, 4 * 2 * blocks * TILE_N);
     for (size_t g = 0; g < blocks; g++) {
-        size_t at = (q0 + g * TILE_N) * row + h * hd, n = least(TILE_N, q1 - q0 - g * TILE_N);
-        pack(qt + g * panel, q + at, 1, row, hd, n);
-        pack(dot + g * panel, dout + at, 1, row, hd, n);
-        for (size_t d = 0; d < hd; d += TILE_N) {
-            pack(qr + (g * wide + d) * TILE_N, q + at + d, row, 1, n, least(TILE_N, hd - d));
-            pack(dor + (g * wide + d) * TILE_N, dout + at + d, row, 1, n, least(TILE_N, hd - d));
+        size_t at = (t.q0 + g * TILE_N) * row + first, n = least(TILE_N, count - g * TILE_N);
+        pack(qt + g * panel, q + at, 1, row, t.dim, n);
+        pack(dot + g * panel, dout + at, 1, row, t.dim, n);
+        memset(qr + g * rows, 0, 4 * rows);
+        memset(dor + g * rows, 0, 4 * rows);
+        for (size_t d = 0; d < t.dim; d += TILE_N) {
+            pack(qr + g * rows + d * TILE_N, q + at + d, row, 1, n, least(TILE_N, t.dim - d));
+            pack(dor + g * rows + d * TILE_N, dout + at + d, row, 1, n, least(TILE_N, t.dim - d));
         }
         for (size_t j = 0; j < n; j++) {
             float sum = 0.0f;
             #pragma omp simd reduction(+ : sum)
-            for (size_t d = 0; d < hd; d++) sum += dout[at + j * row + d] * o[at + j * row + d];
+            for (size_t d = 0; d < t.dim; d++) sum += dout[at + j * row + d] * o[at + j * row + d];
             D[g * TILE_N + j] = sum;
-            L[g * TILE_N + j] = (float)(LOG2E * lse[(q0 + g * TILE_N + j) * heads + h]);
+            L[g * TILE_N + j] = (float)(LOG2E * lse[(t.q0 + g * TILE_N + j) * t.heads + t.h]);
         }
     }
-    for (size_t key = k0; key < k1; key += KEYS) {
-        size_t n = least(KEYS, k1 - key);
-        take_head(kb, k, key, n, h, heads, hd);
-        take_head(vb, v, key, n, h, heads, hd);
+    for (size_t key = t.k0; key < t.k1; key += KEYS) {
+        size_t n = least(KEYS, t.k1 - key);
+        take_rows(kb, k, key, n, t);
+        take_rows(vb, v, key, n, t);
         memset(dkb, 0, 4 * 2 * KEYS * wide);
         for (size_t g = 0; g < blocks; g++) {
-            const float *Lg = L + g * TILE_N, *Dg = D + g * TILE_N;
-            scores(p, kb, qt + g * panel, n, hd);
-            scores(ds, vb, dot + g * panel, n, hd);
-            for (size_t i = 0; i < n; i++)
-                for (int j = 0; j < TILE_N; j++) {
-                    size_t ij = i * TILE_N + (size_t)j;
-                    p[ij] = exp2_fast(c * p[ij] - Lg[j]);
-                    ds[ij] = p[ij] * (ds[ij] - Dg[j]);
-                }
-            mix(dqt + g * panel, kb, ds, n, hd);
-            for (size_t d = 0; d < hd; d += TILE_N)
-                for (size_t i = 0; i < n; i += TILE_M) {
-                    float *to_k = dkb + i * wide + d, *to_v = dvb + i * wide + d;
-                    tile(to_k, wide, to_k, wide, ds + i * TILE_N, TILE_N, 1, n - i, qr + (g * wide + d) * TILE_N, TILE_N);
-                    tile(to_v, wide, to_v, wide, p + i * TILE_N, TILE_N, 1, n - i, dor + (g * wide + d) * TILE_N, TILE_N);
-                }
+            scores(p, kb, qt + g * panel, n, t.dim);
+            scores(ds, vb, dot + g * panel, n, t.dim);
+            softmax_back(p, ds, L + g * TILE_N, D + g * TILE_N, c, n);
+            mix(dqt + g * panel, kb, ds, n, t.dim);
+            mix_back(dkb, ds, qr + g * rows, n, wide);
+            mix_back(dvb, p, dor + g * rows, n, wide);
         }
         for (size_t i = 0; i < n; i++)
-            for (size_t d = 0; d < hd; d++) {
-                dk[(key + i) * row + h * hd + d] = scale * dkb[i * wide + d];
-                dv[(key + i) * row + h * hd + d] = dvb[i * wide + d];
+            for (size_t d = 0; d < t.dim; d++) {
+                dk[(key + i) * row + first + d] = scale * dkb[i * wide + d];
+                dv[(key + i) * row + first + d] = dvb[i * wide + d];
             }
     }
-    for (size_t i = 0; i < q1 - q0; i++)
-        for (size_t d = 0; d < hd; d++)
-            dq[(q0 + i) * row + h * hd + d] = scale * dqt[i / TILE_N * panel + d * TILE_N + i % TILE_N];
+    for (size_t i = 0; i < count; i++)
+        for (size_t d = 0; d < t.dim; d++)
+            dq[(t.q0 + i) * row + first + d] = scale * dqt[i / TILE_N * panel + d * TILE_N + i % TILE_N];
     free(room);
 }
 
@@ -1374,9 +1350,10 @@ static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const
     size_t H = (size_t)heads, tasks = (size_t)s->count * H;
     #pragma omp parallel for schedule(dynamic)
     for (size_t task = 0; task < tasks; task++) {
-        size_t i = task / H, h = task % H;
-        attend_backward(dq, dk, dv, dout, q, k, v, o, lse, (size_t)s->q[i], (size_t)s->q[i + 1], (size_t)s->k[i],
-                        (size_t)s->k[i + 1], h, H, (size_t)head_dim);
+        size_t i = task / H;
+        Head t = {(size_t)s->q[i], (size_t)s->q[i + 1], (size_t)s->k[i], (size_t)s->k[i + 1],
+                  task % H, H, (size_t)head_dim};
+        attend_backward(dq, dk, dv, dout, q, k, v, o, lse, t);
     }
 }
 
@@ -1403,7 +1380,8 @@ static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m)
 // Where the 4·C numbers of a token lie: element (c, ph, pw) of token (t, h, w) in x[C, T, 2H, 2W] of a sample.
 static inline size_t pixel(size_t token, size_t column, int C, int T, int H, int W, bool channels_first) {
     size_t Wt = (size_t)W, Ht = (size_t)H, w = token % Wt, h = token / Wt % Ht, t = token / Wt / Ht;
-    size_t c = channels_first ? column / 4 : column % (size_t)C, patch = channels_first ? column % 4 : column / (size_t)C;
+    size_t c = channels_first ? column / 4 : column % (size_t)C;
+    size_t patch = channels_first ? column % 4 : column / (size_t)C;
     return ((c * (size_t)T + t) * 2 * Ht + 2 * h + patch / 2) * 2 * Wt + 2 * w + patch % 2;
 }
 
@@ -1465,10 +1443,10 @@ static double mse(float *dout, const float *out, const float *target, size_t n) 
     return sum_squares(out, target, n) / (double)n;
 }
 
-// m = β1·m + (1−β1)·g, v = β2·v + (1−β2)·g², w = w − lr·(weight_decay·w + m̂/(√v̂ + eps)), m̂ = m/(1−β1^t), v̂ = v/(1−β2^t).
+// m = β1·m + (1−β1)·g, v = β2·v + (1−β2)·g², w −= lr·(weight_decay·w + m̂/(√v̂ + eps)), m̂ = m/(1−β1^t), v̂ alike.
 // 0.999f is not 0.999, which would show in 1 − β: the decimal that was meant is restored first.
-static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr, float beta1,
-                  float beta2, float eps, float weight_decay, float ema_decay, int t) {
+static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr,
+                  float beta1, float beta2, float eps, float weight_decay, float ema_decay, int t) {
     double b1 = rint(beta1 * 1e7) / 1e7, b2 = rint(beta2 * 1e7) / 1e7, decay = rint(ema_decay * 1e7) / 1e7;
     float new1 = (float)(1.0 - b1), new2 = (float)(1.0 - b2), fresh = (float)(1.0 - decay);
     float rate = (float)(lr / (1.0 - pow(b1, t))), grow = (float)(1.0 / sqrt(1.0 - pow(b2, t)));
@@ -1482,6 +1460,13 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
         if (ema) ema[i] = ema_decay * ema[i] + fresh * w[i];
     }
 }
+#endif
+#ifndef OSP_CUDA
+static void device_start(const char *dtype, int rank) {
+    (void)rank;
+    if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
+}
+static void wait_device(void) {}
 #endif
 // ============================================================================================================
 // 4. Skiparse-2D: which tokens attend together (spec §4)
@@ -1623,7 +1608,8 @@ typedef struct {
     size_t shape[5], count, offset;          // offset: floats into the arenas
     float *w, *dw;                           // w NULL: only c is kept (sampling with copies)
     act *c;
-    bool block_matrix;                       // one of the matrices that HiF8 covers
+    bool product;                            // a matrix that products read, not a vector or a table
+    bool block_matrix;                       // one of those that HiF8 covers
     bool codes;                              // w came from HiF8 codes: it is its own rounding, until training moves it
 } Param;
 
@@ -1688,7 +1674,8 @@ static void param_add(Model *m, const ParamRow *row, void *owner, int block) {
     else snprintf(p->name, sizeof(p->name), "blocks.%d.%s", block, row->name);
     p->count = 1;
     for (int i = 0; i < 5 && row->shape[i]; i++) p->count *= p->shape[p->rank++] = config_size(&m->c, row->shape[i]);
-    p->block_matrix = block >= 0 && p->rank == 2;
+    p->product = p->rank > 1 && row->shape[0] != 1 && row->shape[0] != WORDS_;    // modulations begin with 1
+    p->block_matrix = block >= 0 && p->product;
     *(Param **)(void *)((char *)owner + row->field) = p;
     p->offset = m->count;
     m->count += (p->count + 15) & ~(size_t)15;               // every tensor starts at a multiple of 64 bytes
@@ -1713,7 +1700,7 @@ static bool needs_work(const Model *m) { return act_size() != sizeof(float) || m
 // Bytes of weights on the device. Only training keeps masters (and gradients) of matrices that have a working copy.
 static size_t model_bytes(const Model *m, bool training) {
     size_t matrices = 0;
-    for (int i = 0; i < m->params; i++) matrices += m->param[i].rank > 1 ? m->param[i].count : 0;
+    for (int i = 0; i < m->params; i++) matrices += m->param[i].product ? m->param[i].count : 0;
     size_t masters = training || !needs_work(m) ? m->count : m->count - matrices;
     return masters * sizeof(float) * (training ? 2 : 1) + (needs_work(m) ? matrices * act_size() : 0);
 }
@@ -1727,7 +1714,7 @@ static void model_allocate(Model *m, bool training) {
     }
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
-        bool copied = p->rank > 1 && needs_work(m);
+        bool copied = p->product && needs_work(m);
         if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
         else if (!copied) p->w = (float *)device_alloc(p->count * sizeof(float));
         p->c = copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w;
@@ -1738,7 +1725,7 @@ static void lora_merge(Model *m, Param *p);  // section 9
 
 // Master weight w[count] -> what products read: cast, LoRA merged, rounded to HiF8.
 static void param_prepare(Model *m, Param *p, const float *w) {
-    if (p->rank < 2 || !needs_work(m)) return;
+    if (!p->product || !needs_work(m)) return;
     to_act(p->c, w, p->count);
     if (m->lora) lora_merge(m, p);
     if (!m->c.quant || !p->block_matrix || (p->codes && !m->lora)) return;
@@ -1882,6 +1869,7 @@ static void device_all_to_all(void *to, const void *from, const int *receive, co
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
                        size_t row_bytes, int purpose) {
     int R = purpose == GUIDANCE ? k->halves : k->size, me = purpose == GUIDANCE ? k->half : k->rank;
+    wait_device();                                                      // so that the time is the transfer's alone
     double begin = seconds();
     device_all_to_all(to, from, receive, send, same, row_bytes, R, purpose);
     k->time[purpose] += seconds() - begin;
@@ -2209,7 +2197,7 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
     r->saved = (Saved *)xalloc((size_t)c->num_layers + 1, sizeof(Saved));
     for (int i = 0; i < c->num_layers; i++) {
         r->saved[i].pattern = block_pattern(i, c->num_layers, c->num_full_blocks);
-        r->saved[i].place = ranks->ulysses ? FULL : r->saved[i].pattern;
+        r->saved[i].place = ranks->ulysses && ranks->size > 1 ? FULL : r->saved[i].pattern;
     }
     Arena a = {NULL, 0};
     run_buffers(&a, r, most);
@@ -2558,12 +2546,7 @@ static const float GROUND[BACKGROUNDS][3] = { { 0, 0, 0 }, { 0.4f, 0.4f, 0.4f },
 static const float STEP[MOTIONS][2] = { { -1, 0 }, { 1, 0 }, { 0, -1 }, { 0, 1 }, { 0, 0 } };       // (x, y), y down
 
 static Scene scene_of(int caption) {                              // caption in [0, CAPTIONS)
-    Scene s;
-    s.background = caption % BACKGROUNDS; caption /= BACKGROUNDS;
-    s.motion = caption % MOTIONS; caption /= MOTIONS;
-    s.shape = caption % SHAPES; caption /= SHAPES;
-    s.color = caption % COLORS;
-    s.size = caption / COLORS;
+    Scene s = { caption / 480, caption / 60 % COLORS, caption / 15 % SHAPES, caption / 3 % MOTIONS, caption % 3 };
     return s;
 }
 
@@ -2583,24 +2566,21 @@ static void caption_text(char *text, size_t room, Scene s) {
 
 // ids[<= max] of the words of text, case ignored; returns how many (0: the empty prompt).
 static int words_of(int *ids, int max, const char *text) {
+    static const char space[] = " \t\n\v\f\r";
     int n = 0;
-    for (const char *p = text; ; n++) {
-        while (isspace((unsigned char)*p)) p++;
-        if (!*p) return n;
-        size_t length = 0;
-        while (p[length] && !isspace((unsigned char)p[length])) length++;
-        if (n == max) die("the caption has more than %d words; shorten it", max);
+    for (text += strspn(text, space); *text; n++) {
+        size_t length = strcspn(text, space);
+        char known[256] = "";
         int id = 0;
-        while (id < VOCAB && (strlen(WORDS[id]) != length || strncasecmp(WORDS[id], p, length))) id++;
-        if (id == VOCAB) {
-            char word[41] = "", known[256] = "";
-            for (size_t i = 0; i < length && i < 40; i++) word[i] = iscntrl((unsigned char)p[i]) ? '?' : p[i];
-            for (id = 0; id < VOCAB; id++) strcat(strcat(known, " "), WORDS[id]);
-            die("unknown word \"%s\" in the caption; the words are:%s", word, known);
-        }
+        if (n == max) die("the caption has more than %d words; shorten it", max);
+        while (id < VOCAB && (strlen(WORDS[id]) != length || strncasecmp(WORDS[id], text, length))) id++;
+        for (int i = 0; id == VOCAB && i < VOCAB; i++) strcat(strcat(known, " "), WORDS[i]);
+        if (id == VOCAB)
+            die("unknown word \"%.*s\" in the caption; the words are:%s", (int)(length < 40 ? length : 40), text, known);
         ids[n] = id;
-        p += length;
+        text += length + strspn(text + length, space);
     }
+    return n;
 }
 
 // Is text one of the 960 captions? Then *s is its scene. (Other known words may be sampled, but not scored.)
@@ -2683,9 +2663,9 @@ typedef struct {                          // what one frame shows
     float found;                          // 1: one clear object is there; 0: not, and its fields mean nothing
 } Look;
 
-typedef struct {                          // what a clip shows: means over the frames with an object
-    float back[3], ring, color[3], area, fit[SHAPES], found;        // found: the share of such frames
-    float velocity[2];                    // pixels a frame: the slope of the least-squares line through the centres
+typedef struct {                          // what a clip shows
+    Look mean;                            // over the frames with an object (the background over all; no `at`) ...
+    float velocity[2];                    // ... found: their share. Pixels a frame: the least-squares slope of `at`
     float consistency, smoothness;        // the two scores of quality
 } Seen;
 
@@ -2700,7 +2680,7 @@ static void pixel_rgb(float rgb[3], const float *x, size_t plane, size_t i) {
 
 // The border ring's mean color, then that of the pixels near it (an object may touch the border); ring: their share.
 static void look_at_ring(Look *look, const float *x, size_t plane, int H, int W) {
-    float rgb[3], mean[3] = { 0, 0, 0 }, all = 0, near = 0;
+    float rgb[3], all = 0, near = 0;
     for (int pass = 0; pass < 2; pass++) {
         float sum[3] = { 0, 0, 0 };
         all = near = 0;
@@ -2708,22 +2688,25 @@ static void look_at_ring(Look *look, const float *x, size_t plane, int H, int W)
             for (int w = 0; w < W; w += h == 0 || h == H - 1 || W == 1 ? 1 : W - 1) {
                 pixel_rgb(rgb, x, plane, (size_t)h * W + w);
                 all++;
-                if (pass && color_distance(rgb, mean) > 0.3f) continue;
+                if (pass && color_distance(rgb, look->back) > 0.3f) continue;
                 near++;
                 for (int c = 0; c < 3; c++) sum[c] += rgb[c];
             }
-        if (near > 0) for (int c = 0; c < 3; c++) mean[c] = sum[c] / near;
+        for (int c = 0; c < 3 && near > 0; c++) look->back[c] = sum[c] / near;
     }
-    memcpy(look->back, mean, sizeof mean);
     look->ring = near / all;
 }
 
-// How much of a pixel the object covers: its distance from the background's color in parts of the object's. Edges are
-// made 1.75 times as steep, here and in the templates below, so that noise on the background counts for nothing.
-static float pixel_cover(const Look *look, float contrast, const float *x, size_t plane, size_t i) {
-    float rgb[3];
-    pixel_rgb(rgb, x, plane, i);
-    return clamp01(1.75f * color_distance(rgb, look->back) / contrast - 0.375f);
+// The object's color: the pixels that differ most from the background say most.
+static void look_at_color(Look *look, const float *x, size_t plane, int pixels) {
+    float rgb[3], sum[3] = { 0, 0, 0 }, weight = 0;
+    for (int i = 0; i < pixels; i++) {
+        pixel_rgb(rgb, x, plane, (size_t)i);
+        float d = color_distance(rgb, look->back), d4 = d * d * d * d;
+        weight += d4;
+        for (int c = 0; c < 3; c++) sum[c] += d4 * rgb[c];
+    }
+    for (int c = 0; c < 3; c++) look->color[c] = weight > 0 ? sum[c] / weight : look->back[c];
 }
 
 // One frame x[3][plane]: the background from the border, the object as whatever differs from it.
@@ -2731,39 +2714,33 @@ static Look look_at(const float *x, size_t plane, int H, int W) {
     Look look;
     memset(&look, 0, sizeof look);
     look_at_ring(&look, x, plane, H, W);
-    float rgb[3], sum[3] = { 0, 0, 0 }, weight = 0, small = shape_radius(0, H, W), large = shape_radius(1, H, W);
-    for (size_t i = 0; i < (size_t)H * W; i++) {                  // its color: the pixels that differ most say most
-        pixel_rgb(rgb, x, plane, i);
-        float d = color_distance(rgb, look.back), d4 = d * d * d * d;
-        weight += d4;
-        for (int c = 0; c < 3; c++) sum[c] += d4 * rgb[c];
+    look_at_color(&look, x, plane, H * W);
+    float contrast = color_distance(look.color, look.back), best = 0, least = shape_radius(0, H, W);
+    float most = shape_radius(1, H, W), *cover = (float *)xalloc((size_t)H * W, sizeof(float));
+    for (int i = 0; i < H * W; i++) {
+        float rgb[3];                     // cover: a pixel's distance from the background in parts of the object's; 1.75,
+        pixel_rgb(rgb, x, plane, (size_t)i);          // here and below: steep edges, so that noise counts for nothing
+        cover[i] = clamp01(1.75f * color_distance(rgb, look.back) / contrast - 0.375f);
+        look.area += cover[i];
+        look.at[0] += cover[i] * ((float)(i % W) + 0.5f);
+        look.at[1] += cover[i] * ((float)(i / W) + 0.5f);
     }
-    for (int c = 0; c < 3; c++) look.color[c] = weight > 0 ? sum[c] / weight : look.back[c];
-    float contrast = color_distance(look.color, look.back);
-    if (contrast < 0.2f) return look;
-    for (int h = 0; h < H; h++)
-        for (int w = 0; w < W; w++) {
-            float cover = pixel_cover(&look, contrast, x, plane, (size_t)h * W + w);
-            look.area += cover;
-            look.at[0] += cover * ((float)w + 0.5f);
-            look.at[1] += cover * ((float)h + 0.5f);
-        }
-    if (look.area < 1.2f * small * small || look.area > 8 * large * large) return look;   // πr² is 3.1·r²
+    bool clear = contrast >= 0.2f && look.area >= 1.2f * least * least && look.area <= 8 * most * most;   // πr²: 3.1·r²
+    float r = sqrtf(look.area / 3.14159265f);
     for (int i = 0; i < 2; i++) look.at[i] /= look.area;
-    float r = sqrtf(look.area / 3.14159265f), best = 0;
-    for (int shape = 0; shape < SHAPES; shape++) {
+    for (int shape = 0; clear && shape < SHAPES; shape++) {
         float both = 0, template_area = 0;
-        for (int h = 0; h < H; h++)
-            for (int w = 0; w < W; w++) {
-                float dx = (float)w + 0.5f - look.at[0], dy = (float)h + 0.5f - look.at[1];
-                if (fabsf(dx) > 1.6f * r + 1 || fabsf(dy) > 1.6f * r + 1) continue;
-                float model = clamp01(0.5f - 1.75f * shape_distance(shape, dx, dy, r));
-                template_area += model;
-                both += fminf(model, pixel_cover(&look, contrast, x, plane, (size_t)h * W + w));
-            }
+        for (int i = 0; i < H * W; i++) {
+            float dx = (float)(i % W) + 0.5f - look.at[0], dy = (float)(i / W) + 0.5f - look.at[1];
+            if (fabsf(dx) > 1.6f * r + 1 || fabsf(dy) > 1.6f * r + 1) continue;
+            float model = clamp01(0.5f - 1.75f * shape_distance(shape, dx, dy, r));
+            template_area += model;
+            both += fminf(model, cover[i]);
+        }
         look.fit[shape] = both / (look.area + template_area - both);
         best = fmaxf(best, look.fit[shape]);
     }
+    free(cover);
     look.found = best > 0.4f;
     return look;
 }
@@ -2773,48 +2750,48 @@ static Look look_at(const float *x, size_t plane, int H, int W) {
 static void judge_quality(Seen *seen, const Look *looks, int T, int H, int W) {
     float step = 1 + (float)(H < W ? H : W) / 64, smooth = 0;
     for (int t = 0; t < T; t++) {
-        if (!looks[t].found) continue;
-        float shape = 0;
-        for (int k = 0; k < SHAPES; k++) shape = fmaxf(shape, fabsf(looks[t].fit[k] - seen->fit[k]));
-        float paint = color_distance(looks[t].color, seen->color), area = fabsf(logf(looks[t].area / seen->area));
+        const Look *now = &looks[t], *mean = &seen->mean;
+        if (!now->found) continue;
+        float shape = 0, paint = color_distance(now->color, mean->color), area = fabsf(logf(now->area / mean->area));
+        for (int k = 0; k < SHAPES; k++) shape = fmaxf(shape, fabsf(now->fit[k] - mean->fit[k]));
         seen->consistency += clamp01(1.2f - paint - area - 2 * shape) / (float)T;     // 0.2: what pixels may do
-        if (t < 2 || !looks[t - 1].found || !looks[t - 2].found) continue;
+        if (t < 2 || !now[-1].found || !now[-2].found) continue;
         float bend[2];
-        for (int i = 0; i < 2; i++) bend[i] = looks[t].at[i] - 2 * looks[t - 1].at[i] + looks[t - 2].at[i];
+        for (int i = 0; i < 2; i++) bend[i] = now[0].at[i] - 2 * now[-1].at[i] + now[-2].at[i];
         smooth += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / step);
     }
-    seen->smoothness = T > 2 ? smooth / (float)(T - 2) : seen->found;
+    seen->smoothness = T > 2 ? smooth / (float)(T - 2) : seen->mean.found;
 }
 
 // The measurements of a clip x[3, T, H, W].
 static Seen watch(const float *x, int T, int H, int W) {
     Seen seen;
-    memset(&seen, 0, sizeof seen);
-    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
+    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look)), *mean = &seen.mean;
     float n = 0, time = 0, spread = 0;
+    memset(&seen, 0, sizeof seen);
     for (int t = 0; t < T; t++) {
         Look *look = &looks[t];
         *look = look_at(x + (size_t)t * H * W, (size_t)T * H * W, H, W);
-        for (int c = 0; c < 3; c++) seen.back[c] += look->back[c] / (float)T;
-        seen.ring += look->ring / (float)T;
-        n += look->found;
-        time += look->found * (float)t;
-        seen.area += look->found * look->area;
-        for (int c = 0; c < 3; c++) seen.color[c] += look->found * look->color[c];
-        for (int k = 0; k < SHAPES; k++) seen.fit[k] += look->found * look->fit[k];
+        for (int c = 0; c < 3; c++) mean->back[c] += look->back[c] / (float)T;
+        mean->ring += look->ring / (float)T;
+        if (!look->found) continue;
+        n++;
+        time += (float)t;
+        mean->area += look->area;
+        for (int c = 0; c < 3; c++) mean->color[c] += look->color[c];
+        for (int k = 0; k < SHAPES; k++) mean->fit[k] += look->fit[k];
     }
-    seen.found = n / (float)T;
+    mean->found = n / (float)T;
     n = fmaxf(n, 1);
-    time /= n;
-    seen.area /= n;
-    for (int c = 0; c < 3; c++) seen.color[c] /= n;
-    for (int k = 0; k < SHAPES; k++) seen.fit[k] /= n;
+    mean->area /= n;
+    for (int c = 0; c < 3; c++) mean->color[c] /= n;
+    for (int k = 0; k < SHAPES; k++) mean->fit[k] /= n;
     for (int t = 0; t < T; t++) {
-        float dt = looks[t].found * ((float)t - time);
+        float dt = looks[t].found * ((float)t - time / n);
         spread += dt * dt;
-        for (int i = 0; i < 2; i++) seen.velocity[i] += dt * looks[t].at[i];
+        for (int i = 0; i < 2 && looks[t].found; i++) seen.velocity[i] += dt * looks[t].at[i];
     }
-    for (int i = 0; i < 2; i++) seen.velocity[i] /= spread > 0 ? spread : 1;
+    for (int i = 0; i < 2 && spread > 0; i++) seen.velocity[i] /= spread;
     judge_quality(&seen, looks, T, H, W);
     free(looks);
     return seen;
@@ -2835,15 +2812,15 @@ static int nearest_color(float *margin, const float (*palette)[3], int count, co
 
 // The scene that a clip shows, for tables of asked against seen. -1: nothing of the kind is there.
 static Scene scene_seen(const Seen *seen, int T, int H, int W) {
+    const Look *mean = &seen->mean;
     Scene s = { -1, -1, -1, -1, -1 };
-    float margin;
-    if (seen->ring > 0.5f) s.background = nearest_color(&margin, GROUND, BACKGROUNDS, seen->back, 0);
-    if (seen->found < 0.5f) return s;
-    s.color = nearest_color(&margin, PAINT, COLORS, seen->color, 0);
-    s.size = seen->area > 3.14159265f * shape_radius(0, H, W) * shape_radius(1, H, W);    // the geometric mean
+    float margin, vx = seen->velocity[0], vy = seen->velocity[1];
+    if (mean->ring > 0.5f) s.background = nearest_color(&margin, GROUND, BACKGROUNDS, mean->back, 0);
+    if (mean->found < 0.5f) return s;
+    s.color = nearest_color(&margin, PAINT, COLORS, mean->color, 0);
+    s.size = mean->area > 3.14159265f * shape_radius(0, H, W) * shape_radius(1, H, W);    // the geometric mean
     s.shape = 0;
-    for (int k = 1; k < SHAPES; k++) if (seen->fit[k] > seen->fit[s.shape]) s.shape = k;
-    float vx = seen->velocity[0], vy = seen->velocity[1];
+    for (int k = 1; k < SHAPES; k++) if (mean->fit[k] > mean->fit[s.shape]) s.shape = k;
     s.motion = fabsf(vx) > fabsf(vy) ? vx > 0 : 2 + (vy > 0);     // the main axis, then the sign ...
     if (fmaxf(fabsf(vx), fabsf(vy)) < 0.5f * scene_speed(s, T, H, W)) s.motion = STILL;   // ... or under half a step
     return s;
@@ -2854,29 +2831,21 @@ static Scene scene_seen(const Seen *seen, int T, int H, int W) {
 static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int T, int H, int W, bool soft) {
     Seen seen = watch(x, T, H, W);
     Scene saw = scene_seen(&seen, T, H, W);
-    float color, back, speed = scene_speed(asked, T, H, W), other = 0;
-    nearest_color(&color, PAINT, COLORS, seen.color, asked.color);
-    int ground = nearest_color(&back, GROUND, BACKGROUNDS, seen.back, asked.background);
-    for (int k = 0; k < SHAPES; k++) if (k != asked.shape) other = fmaxf(other, seen.fit[k]);
-    if (soft) {
-        float fit = seen.fit[asked.shape], nominal = shape_radius(asked.size, H, W);
-        float off = fabsf(logf(fmaxf(seen.area, 1e-3f) / (3.14159265f * nominal * nominal)));   // in log area, of ...
-        float gap = 2 * logf(shape_radius(1, H, W) / shape_radius(0, H, W));                    // ... small to large
-        float dx = seen.velocity[0] - speed * STEP[asked.motion][0];
-        float dy = seen.velocity[1] - speed * STEP[asked.motion][1];
-        float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;                    // 1: the opposite way
-        score[SCORE_COLOR] = clamp01(1.2f * color) * seen.found;
-        score[SCORE_SHAPE] = clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit) * seen.found;
-        score[SCORE_SIZE] = clamp01(1.1f - off / gap) * seen.found;
-        score[SCORE_MOTION] = clamp01(1.05f - miss) * clamp01(1.05f - miss) * seen.found;
-        score[SCORE_BACKGROUND] = clamp01(1.2f * back) * seen.ring;
-    } else {
-        score[SCORE_COLOR] = saw.color == asked.color ? seen.found : 0;
-        score[SCORE_SHAPE] = saw.shape == asked.shape ? seen.found : 0;
-        score[SCORE_SIZE] = saw.size == asked.size ? seen.found : 0;
-        score[SCORE_MOTION] = saw.motion == asked.motion ? seen.found : 0;
-        score[SCORE_BACKGROUND] = ground == asked.background ? seen.ring : 0;
-    }
+    const Look *mean = &seen.mean;
+    float color, back, other = 0, fit = mean->fit[asked.shape], speed = scene_speed(asked, T, H, W);
+    float nominal = shape_radius(asked.size, H, W), gap = 2 * logf(shape_radius(1, H, W) / shape_radius(0, H, W));
+    float off = fabsf(logf(fmaxf(mean->area, 1e-3f) / (3.14159265f * nominal * nominal)));    // in log area, of the gap
+    float dx = seen.velocity[0] - speed * STEP[asked.motion][0], dy = seen.velocity[1] - speed * STEP[asked.motion][1];
+    float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;                      // 1: the opposite way
+    nearest_color(&color, PAINT, COLORS, mean->color, asked.color);
+    int ground = nearest_color(&back, GROUND, BACKGROUNDS, mean->back, asked.background);
+    for (int k = 0; k < SHAPES; k++) if (k != asked.shape) other = fmaxf(other, mean->fit[k]);
+    const float soft_score[] = { clamp01(1.2f * color), clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit),
+        clamp01(1.1f - off / gap), clamp01(1.05f - miss) * clamp01(1.05f - miss), clamp01(1.2f * back) };
+    const bool hard_score[] = { saw.color == asked.color, saw.shape == asked.shape, saw.size == asked.size,
+        saw.motion == asked.motion, ground == asked.background };
+    for (int k = SCORE_COLOR; k <= SCORE_BACKGROUND; k++)         // as far as there is an object, or one background
+        score[k] = (soft ? soft_score[k] : hard_score[k]) * (k == SCORE_BACKGROUND ? mean->ring : mean->found);
     score[SCORE_CONSISTENCY] = seen.consistency;
     score[SCORE_SMOOTHNESS] = seen.smoothness;
 }
@@ -3212,47 +3181,11 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
 #endif
 #pragma GCC diagnostic pop
 
-// ---- files: all or nothing ------------------------------------------------------------------------------------
-static void temporary_name(char temporary[PATH_MAX], const char *path) {
-    if (snprintf(temporary, PATH_MAX, "%s.%d.tmp", path, (int)getpid()) >= PATH_MAX)
-        die("cannot write %.60s...: the name is too long; choose a shorter one", path);
-}
-
-// Before work starts: can path be written at its end? Tries with a temporary file; an existing file is not touched.
-static void check_writable(const char *path) {
-    struct stat info;
-    char temporary[PATH_MAX];
-    size_t length = strlen(path);
-    if (!length) die("the output path is empty; give a file name");
-    bool exists = !stat(path, &info);
-    if (path[length - 1] == '/' || (exists && S_ISDIR(info.st_mode)))
-        die("cannot write %s: it is a folder; give a file name", path);
-    if (exists && !S_ISREG(info.st_mode)) {                       // a device or a pipe is written in place
-        if (access(path, W_OK)) die("cannot write %s: %s; choose another path", path, strerror(errno));
-        return;
-    }
-    temporary_name(temporary, path);
-    int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (file < 0) die("cannot write %s: %s; create its folder or choose another path", path, strerror(errno));
-    close(file);
-    remove(temporary);
-}
-
-// The file appears whole or not at all: data go to a temporary file beside it, which then takes its name.
 static void write_file(const char *path, const void *data, size_t size) {
-    struct stat info;
-    char temporary[PATH_MAX];
-    bool in_place = !stat(path, &info) && !S_ISREG(info.st_mode);
-    temporary_name(temporary, path);
-    const char *target = in_place ? path : temporary;
-    FILE *file = fopen(target, "wb");
-    bool ok = file && fwrite(data, 1, size, file) == size;
-    int error = errno;
-    if (file && fclose(file) && ok) { ok = false; error = errno; }
-    if (ok && !in_place && rename(temporary, path)) { ok = false; error = errno; }
-    if (ok) return;
-    if (!in_place && file) remove(temporary);
-    die("cannot write %s (%zu bytes): %s; free some space or choose another path", path, size, strerror(error));
+    Output o;
+    output_open(&o, path);
+    output_bytes(&o, data, size);
+    output_close(&o);
 }
 
 // ---- drawing: colors are 0xRRGGBB, the origin is the upper left corner, what lies outside is cut off -------------
@@ -3268,16 +3201,6 @@ static Picture new_picture(int width, int height, uint32_t color) {
     Picture p = { width, height, (uint8_t *)xalloc((size_t)width * height, 3) };
     fill_rect(&p, 0, 0, width, height, color);
     return p;
-}
-
-__attribute__((unused))                                           // osp draws no plots, test_osp does
-static void draw_line(Picture *p, float x0, float y0, float x1, float y1, int thick, uint32_t color) {
-    int steps = (int)fmaxf(fabsf(x1 - x0), fabsf(y1 - y0)) + 1;
-    for (int i = 0; i <= steps; i++) {
-        float u = (float)i / (float)steps, x = x0 + u * (x1 - x0), y = y0 + u * (y1 - y0);
-        float half = 0.5f * (float)(thick - 1);
-        fill_rect(p, (int)floorf(x - half), (int)floorf(y - half), thick, thick, color);
-    }
 }
 
 // Printable ASCII from ' ' on, 5x7 pixels: 7 characters a glyph, one a row, whose pixels are the bits of (c - '0').
@@ -3315,28 +3238,30 @@ static void put_bytes(Bytes *b, const void *data, size_t size) {
     b->size += size;
 }
 
-static void put_u32(Bytes *b, size_t v) {                         // most significant byte first
-    uint8_t bytes[4] = { (uint8_t)(v >> 24), (uint8_t)(v >> 16), (uint8_t)(v >> 8), (uint8_t)v };
-    put_bytes(b, bytes, 4);
+static void put_numbers(Bytes *b, int count, const size_t *v) {   // 4 bytes each, the most significant first
+    for (int i = 0; i < count; i++)
+        for (int shift = 24; shift >= 0; shift -= 8) {
+            uint8_t byte = (uint8_t)(v[i] >> shift);
+            put_bytes(b, &byte, 1);
+        }
 }
 
 static void put_chunk(Bytes *b, const char *name, Bytes *content) {           // and empties content
-    uint32_t crc = 0xFFFFFFFFu;
-    put_u32(b, content->size);
-    size_t start = b->size;
+    size_t start = b->size + 4, crc = 0xFFFFFFFFu;
+    put_numbers(b, 1, &content->size);
     put_bytes(b, name, 4);
     put_bytes(b, content->data, content->size);
     for (size_t i = start; i < b->size; i++) {
         crc ^= b->data[i];
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
-    put_u32(b, ~crc);
+    crc = ~crc;
+    put_numbers(b, 1, &crc);
     content->size = 0;
 }
 
-// The pixels of one frame: rows, each after a 0 (no filter), compressed. IDAT is the picture that every viewer shows;
-// fdAT, which begins with its place in the sequence, are the later frames of an animation.
-static void put_pixels(Bytes *b, const Picture *p, const char *name, size_t sequence) {
+// The pixels of one frame: rows, each after a 0 (no filter), compressed.
+static void put_pixels(Bytes *b, const Picture *p) {
     size_t row = (size_t)p->width * 3, size = (row + 1) * p->height;
     if (size > INT_MAX / 2) die("a picture of %dx%d pixels is too large; use smaller ones", p->width, p->height);
     uint8_t *rows = (uint8_t *)xalloc(size, 1);
@@ -3344,41 +3269,33 @@ static void put_pixels(Bytes *b, const Picture *p, const char *name, size_t sequ
     int packed_size;
     uint8_t *packed = stbi_zlib_compress(rows, (int)size, &packed_size, 8);
     if (!packed) die("out of memory: compressing %zu bytes of a picture; use a smaller one", size);
-    Bytes content = { NULL, 0, 0 };
-    if (name[0] == 'f') put_u32(&content, sequence);
-    put_bytes(&content, packed, (size_t)packed_size);
-    put_chunk(b, name, &content);
-    free(content.data);
+    put_bytes(b, packed, (size_t)packed_size);
     free(packed);
     free(rows);
 }
 
 // A PNG of one frame, or an animated one (APNG) of several equally large ones that loops for ever; the comment is a
-// tEXt chunk "osp" (exiftool shows it).
+// tEXt chunk "osp" (exiftool shows it). IDAT is the picture that every viewer shows; fdAT, which begins with its place
+// in the sequence of fcTL and fdAT, are the later frames.
 static void save_frames(const char *path, const Picture *frames, int count, int fps, const char *comment) {
     Bytes png = { NULL, 0, 0 }, chunk = { NULL, 0, 0 };
-    size_t sequence = 0, width = (size_t)frames->width, height = (size_t)frames->height;
+    size_t sequence = 0, size[2] = { (size_t)frames->width, (size_t)frames->height };
     put_bytes(&png, "\x89PNG\r\n\x1a\n", 8);
-    put_u32(&chunk, width);
-    put_u32(&chunk, height);
+    put_numbers(&chunk, 2, size);
     put_bytes(&chunk, "\x08\x02\x00\x00\x00", 5);                 // 8 bits, RGB, deflate, filters, not interlaced
     put_chunk(&png, "IHDR", &chunk);
     put_bytes(&chunk, "osp", 4);                                  // keyword, 0, text
     put_bytes(&chunk, comment, strlen(comment));
     put_chunk(&png, "tEXt", &chunk);
-    if (count > 1) {
-        put_u32(&chunk, (size_t)count);
-        put_u32(&chunk, 0);                                       // times to play: 0 = for ever
-        put_chunk(&png, "acTL", &chunk);
-    }
+    size_t animation[2] = { (size_t)count, 0 };                   // frames; times to play: 0 = for ever
+    if (count > 1) put_numbers(&chunk, 2, animation), put_chunk(&png, "acTL", &chunk);
     for (int i = 0; i < count; i++) {
-        if (count > 1) {                                          // its size, place (0, 0), 1/fps s; it replaces all
-            size_t control[6] = { sequence++, width, height, 0, 0, (size_t)1 << 16 | (size_t)fps };
-            for (int k = 0; k < 6; k++) put_u32(&chunk, control[k]);
-            put_bytes(&chunk, "\0\0", 2);
-            put_chunk(&png, "fcTL", &chunk);
-        }
-        put_pixels(&png, &frames[i], i ? "fdAT" : "IDAT", i ? sequence++ : 0);
+        size_t control[6] = { sequence, size[0], size[1], 0, 0, (size_t)1 << 16 | (size_t)fps };    // at (0, 0) for 1/fps s
+        if (count > 1) put_numbers(&chunk, 6, control), put_bytes(&chunk, "\0\0", 2), put_chunk(&png, "fcTL", &chunk);
+        sequence++;
+        if (i) put_numbers(&chunk, 1, &sequence), sequence++;
+        put_pixels(&chunk, &frames[i]);
+        put_chunk(&png, i ? "fdAT" : "IDAT", &chunk);
     }
     put_chunk(&png, "IEND", &chunk);
     write_file(path, png.data, png.size);
@@ -3407,10 +3324,8 @@ static void write_sheet(const char *path, const float *const *clips, const char 
                         int T, int H, int W, int scale, const char *comment) {
     int gap = 4, column = W * scale + gap, title = captions ? 13 : 0, row = title + H * scale + gap;
     int width = T * column + gap;
-    for (int i = 0; captions && i < count; i++) {
-        int wide = captions[i] ? text_width(captions[i], 1) + 2 * gap : 0;
-        if (wide > width) width = wide;
-    }
+    for (int i = 0; captions && i < count; i++)
+        if (captions[i] && text_width(captions[i], 1) + 2 * gap > width) width = text_width(captions[i], 1) + 2 * gap;
     Picture p = new_picture(width, count * row + gap, 0x202024);
     for (int i = 0; i < count; i++) {
         if (title && captions[i]) draw_text(&p, gap, i * row + gap + 2, captions[i], 1, 0xE8E8E8);
@@ -3427,21 +3342,17 @@ static void put_y4m(Bytes *b, const Picture *frames, int count, int fps) {
                                         { 128, 112, -93.786f, -18.214f } };
     char header[96];
     size_t pixels = (size_t)frames->width * frames->height;
-    uint8_t *plane = (uint8_t *)xalloc(pixels, 1);
     snprintf(header, sizeof header, "YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C444\n", frames->width, frames->height, fps);
     put_bytes(b, header, strlen(header));
     for (int t = 0; t < count; t++) {
         put_bytes(b, "FRAME\n", 6);
-        for (int k = 0; k < 3; k++) {
-            const float *m = TO_YUV[k];
-            for (size_t i = 0; i < pixels; i++) {
-                const uint8_t *rgb = frames[t].rgb + 3 * i;
-                plane[i] = (uint8_t)(m[0] + (m[1] * rgb[0] + m[2] * rgb[1] + m[3] * rgb[2]) / 255 + 0.5f);
-            }
-            put_bytes(b, plane, pixels);
+        for (size_t i = 0; i < 3 * pixels; i++) {
+            const float *m = TO_YUV[i / pixels];
+            const uint8_t *rgb = frames[t].rgb + 3 * (i % pixels);
+            uint8_t byte = (uint8_t)(m[0] + (m[1] * rgb[0] + m[2] * rgb[1] + m[3] * rgb[2]) / 255 + 0.5f);
+            put_bytes(b, &byte, 1);
         }
     }
-    free(plane);
 }
 
 static bool ends_with(const char *text, const char *end) {
@@ -3461,9 +3372,7 @@ static void check_clip_path(const char *path) {
     if (!ends_with(path, ".png") && !ends_with(path, ".y4m"))
         die("cannot write a clip to %s: the name must end in .png or .y4m, or be - (y4m to stdout)", path);
     check_writable(path);
-    if (!ends_with(path, ".png")) return;
-    sheet_name(sheet, path);
-    check_writable(sheet);
+    if (ends_with(path, ".png")) sheet_name(sheet, path), check_writable(sheet);
 }
 
 // NAME.png: an animated PNG, and NAME_sheet.png with the frames side by side. NAME.y4m or -: YUV4MPEG2.
@@ -3573,7 +3482,8 @@ static void model_save(const char *path, const Model *m, const float *weights, c
     config_write(&w, &m->c);
     for (int i = 0; i < m->params; i++) {
         const Param *p = &m->param[i];
-        writer_declare(&w, p->name, hif8 ? p->block_matrix ? "U8" : "F32" : !strcmp(dtype, "bf16") ? "BF16" : "F32", p->rank, p->shape);
+        bool f32 = !strcmp(dtype, "f32") || !p->product;                 // vectors and tables are small and matter
+        writer_declare(&w, p->name, hif8 && p->block_matrix ? "U8" : f32 ? "F32" : "BF16", p->rank, p->shape);
     }
     for (int i = 0; i < m->params; i++) {
         const Param *p = &m->param[i];
@@ -3756,7 +3666,7 @@ typedef struct {
     {"--hif8", 'b', &(c).hif8, 0, 0, "8 bits: HiF8 linear layers and attention"}, \
     {"--hif8-linear", 'b', &(c).hif8_linear, 0, 0, "HiF8 linear layers only"}, \
     {"--hif8-attn", 'b', &(c).hif8_attn, 0, 0, "HiF8 q, k, v only"}, \
-    {"--device-dtype", 's', &(c).device, 0, 0, "arithmetic on a GPU: f32 or bf16 (the CPU has f32)"}, \
+    {"--device-dtype", 's', &(c).device, 0, 0, "arithmetic on a GPU: f32 or bf16, its default (the CPU has f32)"}, \
     {"--sp", 's', &(c).sp, 0, 0, "with ranks, sparse blocks under: ssp or ulysses"}, \
     {"--json", 'b', &(c).json, 0, 0, "figures as one JSON object on the last line"}
 
@@ -3780,6 +3690,7 @@ static Model *model_open(const char *path, const Common *o, Ranks *k, bool train
     File f;
     if (!path) die("no checkpoint given: -w FILE (make one with osp train)");
     file_open(&f, path);
+    device_start(o->device, k->rank);
     ranks_agree(k, f.map, f.size, "checkpoint");
     Config c = config_read(&f);
     config_override(&c, o);
@@ -3911,7 +3822,7 @@ static void print_score(FILE *out, const float *x, const char *caption, const in
 static void cmd_sample(int argc, char **argv, Ranks *k) {
     SampleOptions o;
     memset(&o, 0, sizeof(o));
-    o.common.sp = "ssp", o.common.device = "bf16", o.out = "out.png";
+    o.common.sp = "ssp", o.out = "out.png";
     o.steps = 20, o.guidance = 4, o.shift = 3, o.seed = 1, o.fps = 8;
     const Option options[] = {
         {"-w", 's', &o.common.weights, 0, 0, "checkpoint"},
@@ -4042,7 +3953,7 @@ static void print_bench(const Bench *b, int clips, bool json) {
 static void cmd_eval(int argc, char **argv, Ranks *k) {
     Common common;
     memset(&common, 0, sizeof(common));
-    common.sp = "ssp", common.device = "bf16";
+    common.sp = "ssp";
     int clips = 96, steps = 20, batch = 8, soft = 0;
     double guidance = 4, shift = 3;
     uint64_t seed = 1;
@@ -4088,6 +3999,7 @@ static Model *train_model(const TrainCommand *o, Ranks *k) {
     Config c = {0};
     for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o->preset, PRESETS[i].name)) c = PRESETS[i].c;
     config_override(&c, &o->common);
+    device_start(o->common.device, k->rank);
     ranks_arrange(k, &c, o->common.sp, false);
     Model *m = model_layout(&c);
     model_allocate(m, true);
@@ -4136,7 +4048,7 @@ static void train_loop(Run *r, Optimizer *opt, const TrainCommand *o, const char
 static void cmd_train(int argc, char **argv, Ranks *k) {
     TrainCommand o;
     memset(&o, 0, sizeof(o));
-    o.preset = "tiny", o.out = NULL, o.dtype = "f32", o.common.sp = "ssp", o.common.device = "bf16", o.save_seconds = 15;
+    o.preset = "tiny", o.out = NULL, o.dtype = "f32", o.common.sp = "ssp", o.save_seconds = 15;
     for (int i = 0; i + 1 < argc; i++) if (!strcmp(argv[i], "--preset")) o.preset = argv[i + 1];
     const Preset *p = NULL;
     for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o.preset, PRESETS[i].name)) p = &PRESETS[i];
@@ -4287,6 +4199,7 @@ static void policy_update(Run *r, Optimizer *opt, PolicyFigures *f, Rollout *all
 static Model *grpo_model(const GrpoCommand *o, Ranks *k) {
     File f;
     file_open(&f, o->init);
+    device_start(o->common.device, k->rank);
     ranks_agree(k, f.map, f.size, "checkpoint");
     Config c = config_read(&f);
     config_override(&c, &o->common);
@@ -4367,7 +4280,7 @@ static void grpo_loop(Run *r, Optimizer *opt, const GrpoCommand *o, const char *
 static void cmd_grpo(int argc, char **argv, Ranks *k) {
     GrpoCommand o;
     memset(&o, 0, sizeof(o));
-    o.common.sp = "ssp", o.common.device = "bf16", o.dtype = "f32";
+    o.common.sp = "ssp", o.dtype = "f32";
     o.updates = 40, o.prompts = 4, o.epochs = 1, o.rank = 8, o.alpha = 16, o.shift = 1;
     o.policy.steps = 12, o.policy.sde_count = 5, o.policy.group = 8, o.policy.guidance = 2, o.policy.clip = 1e-3, o.policy.beta = 0.004;
     o.train.lr = 1e-3, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1, o.train.ema = 0.9, o.train.seed = 1;

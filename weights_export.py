@@ -392,14 +392,12 @@ def load_model(src, args):
 
 
 # ------------------------------------------------------------------------------------------------------- 5. writing
-def stored_as(name, t, dtype):
-    """f32: everything F32. bf16: matrices BF16. hif8: the blocks' matrices HiF8, other matrices as they came (BF16 or
-    F32). Vectors (biases, norms, modulation) are F32 always: a thousandth of the bytes, each acting on every token."""
-    if dtype == "f32" or len(t.shape) == 1 or name.endswith("modulation"):
+def stored_as(name, shape, dtype):
+    """f32: everything F32. bf16: matrices BF16. hif8: the blocks' matrices HiF8, other matrices BF16. Vectors (biases,
+    norms, modulation) are F32 always: a thousandth of the bytes, each acting on every token."""
+    if dtype == "f32" or len(shape) == 1 or name.endswith("modulation"):
         return "F32"
-    if dtype == "hif8" and BLOCK_MATRIX.fullmatch(name):
-        return "U8"
-    return "BF16" if dtype == "bf16" or t.dtype == "BF16" else "F32"
+    return "U8" if dtype == "hif8" and BLOCK_MATRIX.fullmatch(name) else "BF16"
 
 
 def hif8_scale(name, t):
@@ -437,7 +435,7 @@ def write_weights(path, plan, meta):
                 raw = t.read(lo, hi) if same else from_f32(t.f32(lo, hi), dtype, k)
                 if len(raw) != hi - lo or not is_finite(raw, dtype):
                     raise Error(f"{name}: holds NaN or Inf, or its file changed: the source is damaged, fetch it again")
-                if raw[0] or raw.any():
+                if raw.view(f"u{raw.itemsize}").any():
                     f.write(memoryview(raw).cast("B"))
                 else:
                     f.seek(raw.nbytes, os.SEEK_CUR)              # zeros stay a hole in the file
@@ -450,7 +448,7 @@ def write_weights(path, plan, meta):
 def dit(args):
     """Checkpoint -> one file for osp."""
     tensors, c = load_model(args.src, args)
-    size = write_weights(args.output, [(n, stored_as(n, t, args.dtype), t) for n, t in tensors.items()],
+    size = write_weights(args.output, [(n, stored_as(n, t.shape, args.dtype), t) for n, t in tensors.items()],
                          dict(c, eps=np.format_float_positional(c["eps"])))
     L, F = c["num_layers"], c["num_full_blocks"]
     layout = "all full" if F == L else f"{F} full, {(L - F) // 2} token-wise, {(L - F) // 2} group-wise"
@@ -695,7 +693,7 @@ def save_folder(folder, arrays, config, dtype="F32", shards=1):
     return folder
 
 
-def run(*argv):
+def attempt(*argv):
     """A command in this process: (exit status, stderr)."""
     import io
     err = io.StringIO()
@@ -732,7 +730,8 @@ def test_numbers(check, golden):
 
 def tiny_weights():
     rng = np.random.default_rng(1)
-    return {n: rng.normal(0, 0.1, s).astype(np.float32) for n, s in spec_shapes(TINY).items()}
+    weights = {n: rng.normal(0, 0.1, s).astype(np.float32) for n, s in spec_shapes(TINY).items()}
+    return {**weights, "head.head.bias": np.full(16, -0.0, np.float32)}           # a zero with a sign keeps it
 
 
 def tiny_config(naming="original"):
@@ -746,8 +745,8 @@ def is_exported(path, weights, source, dtype):
     ok = meta == {k: "0.000001" if k == "eps" else str(v) for k, v in TINY.items()}
     for n, w in weights.items():
         w = to_f32(from_f32(w, source), source).reshape(-1)
-        kind = stored_as(n, Tensor(source, weights[n].shape, None), dtype)
-        k = np.float32(15) / np.abs(w).max()
+        kind = stored_as(n, weights[n].shape, dtype)
+        k = np.float32(15) / np.abs(w).max() if kind == "U8" else None
         ok &= t[n].dtype == kind and t[n].shape == weights[n].shape
         ok &= t[n].read(0, t[n].size).tobytes() == from_f32(w, kind, k).tobytes()
         ok &= kind != "U8" or t[n + ".scale"].array()[0] == k
@@ -762,16 +761,16 @@ def test_export(check, at):
             src = save_folder(at(f"{naming} {source} {shards}"), dict(zip(rename(weights, table), weights.values())),
                               tiny_config(naming), source, shards)
             for dtype in ("f32", "bf16", "hif8"):
-                status, err = run("dit", src, "-o", out, "--dtype", dtype, "--layout", "dual_end")
+                status, err = attempt("dit", src, "-o", out, "--dtype", dtype, "--layout", "dual_end")
                 check(f"dit: {naming} names, {source}, {shards} file{'s'[:shards > 1]} -> {dtype}",
                       status == 0 and is_exported(out, weights, source, dtype), err)
     for dtype in ("f32", "bf16", "hif8"):
-        run("dit", at("original F32 1"), "-o", at("one.safetensors"), "--dtype", dtype)
-        run("dit", at("one.safetensors"), "-o", out, "--dtype", dtype)
+        attempt("dit", at("original F32 1"), "-o", at("one.safetensors"), "--dtype", dtype)
+        attempt("dit", at("one.safetensors"), "-o", out, "--dtype", dtype)
         with open(at("one.safetensors"), "rb") as f, open(out, "rb") as g:
             one, two = f.read(), g.read()
         check(f"dit: {dtype} export of an export, bit for bit", one == two and len(deserialize(one)) >= len(weights))
-    run("dit", at("diffusers F32 1"), "-o", out)
+    attempt("dit", at("diffusers F32 1"), "-o", out)
     check("dit: Wan's own model is all full", read_safetensors(out)[1]["num_full_blocks"] == "8")
 
     rng = np.random.default_rng(2)
@@ -785,8 +784,8 @@ def test_export(check, at):
         if kind == "peft":
             save_json(at(kind, "adapter_config.json"), dict(r=4, lora_alpha=8))
         for dtype, step in ("f32", 1e-7), ("bf16", 0.002), ("hif8", 0.04):
-            run("dit", at("original F32 1"), "-o", at("one.safetensors"), "--dtype", dtype)
-            status, err = run("lora", at("one.safetensors"), "--lora", at(kind), "-o", out)
+            attempt("dit", at("original F32 1"), "-o", at("one.safetensors"), "--dtype", dtype)
+            status, err = attempt("lora", at("one.safetensors"), "--lora", at(kind), "-o", out)
             one, two = load(at("one.safetensors"))[0], load(out)[0]
             off = {n: np.abs(two[n].array() - t.array() - delta.get(n, 0)).max() for n, t in one.items()}
             ok = status == 0 and all(two[n].dtype == one[n].dtype and off[n] <= step * (n in delta) for n in one)
@@ -799,7 +798,7 @@ def test_bad_input(check, at):
     os.makedirs(at("empty"))
 
     def refuses(what, expect, *argv):
-        status, err = run(*argv, "-o", at("empty", "x"))
+        status, err = attempt(*argv, "-o", at("empty", "x"))
         check(f"refuses {what}", status == 2 and err.count("\n") == 1 and re.match(f"weights_export: .*{expect}", err)
               and not os.listdir(at("empty")), err)
 
@@ -836,7 +835,7 @@ def test_bad_input(check, at):
     refuses("a pickle of another kind", "no file of torch.save", "dit", at("weights.pth"))
     refuses("a path that is not there", "no such file", "dit", at("nowhere"))
     refuses("an unknown option", "unrecognized", "dit", at("short"), "--dtyp", "f32")
-    status, err = run("dit", at("original F32 1"), "-o", at("nowhere", "x"))
+    status, err = attempt("dit", at("original F32 1"), "-o", at("nowhere", "x"))
     check("refuses a folder that is not there", status == 2 and err.count("\n") == 1, err)
 
 
@@ -865,24 +864,31 @@ def test_osp(check, at, osp):
 
     def program(*argv):
         done = subprocess.run([osp, *argv], capture_output=True, text=True)
-        done.returncode and check("osp " + argv[0], False, done.stderr)
-    tensors = lambda name: {n: (t.dtype, t.shape, t.read(0, t.size).tobytes()) for n, t in read_safetensors(at(name))[0].items()}
-    program("train", "--preset", "tiny", "--steps", "0", "-o", at("a"))
-    run("dit", at("a"), "-o", at("b"), "--dtype", "f32")
+        if done.returncode:
+            check(f"osp {argv[0]}", False, done.stderr)
+
+    def tensors(name):
+        return {n: (t.dtype, t.shape, t.read(0, t.size).tobytes()) for n, t in read_safetensors(at(name))[0].items()}
+    program("train", "--preset", "tiny", "--steps", "0", "-o", at("new"))
+    t, meta = read_safetensors(at("new"))
+    rng = np.random.default_rng(3)                               # its first weights would be zero in places
+    save(at("a"), {n: x.array() + rng.normal(0, 0.1, x.shape) for n, x in t.items()}, meta=meta)
+    attempt("dit", at("a"), "-o", at("b"), "--dtype", "f32")
     program("train", "--init", at("b"), "--steps", "0", "-o", at("c"))
-    run("dit", at("c"), "-o", at("d"), "--dtype", "f32")
+    attempt("dit", at("c"), "-o", at("d"), "--dtype", "f32")
     check("osp -> dit -> osp -> dit, bit for bit", tensors("a") == tensors("b") == tensors("c") == tensors("d"))
     program("train", "--init", at("a"), "--steps", "0", "--dtype", "hif8", "-o", at("e"))
-    run("dit", at("a"), "-o", at("f"), "--dtype", "hif8")
-    check("dit writes osp's HiF8 codes, bit for bit", tensors("e") == tensors("f"))
-    grpo = ["grpo", "--init", at("a"), *"--steps 2 --prompts 1 --group 4 -n 4 --window 2 --lr 0.05".split()]
+    attempt("dit", at("a"), "-o", at("f"), "--dtype", "hif8")
+    e, f = ({n: x for n, x in tensors(name).items() if BLOCK_MATRIX.match(n)} for name in "ef")
+    check("dit writes osp's HiF8 codes and scales, bit for bit", len(e) > 0 and e == f, f"{len(e) // 2} matrices")
+    grpo = ["grpo", "--init", at("a"), *"--steps 2 --prompts 1 --group 2 -n 3 --window 1 --lr 0.05".split()]
     program(*grpo, "-o", at("l.safetensors"))
     program(*grpo, "-o", at("g"), "--merge")
-    run("lora", at("a"), "--lora", at("l.safetensors"), "-o", at("h"))
+    attempt("lora", at("a"), "--lora", at("l.safetensors"), "-o", at("h"))
     (one, _), (two, _), (base, _) = (read_safetensors(at(f)) for f in "gha")
     off = max(np.abs(one[n].array() - two[n].array()).max() for n in one)
     moved = max(np.abs(one[n].array() - base[n].array()).max() for n in one)
-    check("lora merges osp's adapter as osp does", off <= 1e-5 * moved, f"off by {off:.1e}, weights moved by {moved:.1e}")
+    check("lora merges osp's adapter as osp does", off <= 1e-5 * moved, f"off by {off:.1e}, moved by {moved:.1e}")
 
 
 def test_torch(check, at, osp):
@@ -903,11 +909,11 @@ def test_torch(check, at, osp):
     for dtype, source in (torch.float32, "F32"), (torch.bfloat16, "BF16"):
         torch.save({"state_dict": {"module." + n: w.to(dtype) for n, w in weights.items()}}, at("w.pth"))
         save_json(at("config.json"), tiny_config())
-        status, err = run("dit", at("w.pth"), "-o", at("w.out"))
+        status, err = attempt("dit", at("w.pth"), "-o", at("w.out"))
         check(f"dit: .pth, {source}", status == 0 and is_exported(at("w.out"), tiny_weights(), source, "bf16"), err)
     for what, thing in ("a pickled object", {"w": torch.nn.Linear(2, 2)}), ("a dict without tensors", {"epoch": 3}):
         torch.save(thing, at("bad.pth"))
-        status, err = run("dit", at("bad.pth"), "-o", at("bad.out"))
+        status, err = attempt("dit", at("bad.pth"), "-o", at("bad.out"))
         check(f"refuses {what}", status == 2 and err.count("\n") == 1 and not os.path.exists(at("bad.out")), err)
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(
@@ -919,7 +925,7 @@ def test_torch(check, at, osp):
     encoder = scrambled(transformers.UMT5EncoderModel(transformers.UMT5Config(
         vocab_size=8, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)))
     encoder.save_pretrained(at("pipe", "text_encoder"))
-    status, err = run("text", "a red  fox runs", "--negative", "blurred", "-o", at("text.safetensors"), "--encoder",
+    status, err = attempt("text", "a red  fox runs", "--negative", "blurred", "-o", at("text.safetensors"), "--encoder",
                       at("pipe"), "--dtype", "f32", "--device", "cpu")
     t, meta = read_safetensors(at("text.safetensors"))
     ok = status == 0 and meta["text_rows"] == "5" and meta["negative"] == "blurred"
@@ -935,12 +941,12 @@ def test_torch(check, at, osp):
     save(at("latent.safetensors"), {"latent": noise.numpy()})
     mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
     want = (vae.decode(noise[None] / (1 / std) + mean).sample[0].detach().clamp(-1, 1) + 1) * 127.5
-    status, err = run("video", at("latent.safetensors"), "-o", at("frames/"), "--vae", at("pipe"), "--device", "cpu")
+    status, err = attempt("video", at("latent.safetensors"), "-o", at("frames/"), "--vae", at("pipe"))
     files = sorted(os.listdir(at("frames"))) if status == 0 else []
     got = np.float32([np.asarray(Image.open(at("frames", f))) for f in files])
     ok = len(got) == 9 and np.abs(got - want.permute(1, 2, 3, 0).numpy()).max() < 0.51
     check("video: PNG frames of Wan's VAE", ok, "" if ok else err)
-    status, err = run("video", at("latent.safetensors"), "-o", at("clip.mp4"), "--vae", at("pipe", "vae"))
+    status, err = attempt("video", at("latent.safetensors"), "-o", at("clip.mp4"), "--vae", at("pipe", "vae"))
     check("video: MP4", None if "no ffmpeg" in err else status == 0 and os.path.getsize(at("clip.mp4")) > 500, err)
 
     model = scrambled(diffusers.WanTransformer3DModel(num_attention_heads=2, attention_head_dim=32, in_channels=16,
@@ -960,7 +966,7 @@ def test_torch(check, at, osp):
                 names = rename(spec_names(state, src)[0], NAMINGS[naming])
                 save_folder(src, dict(zip(names, state.values())), dict(num_heads=2),
                             "BF16" if dtype == torch.bfloat16 else "F32", shards)
-            status, err = run("dit", src, "-o", at("dit.safetensors"), "--dtype", "f32", "--layout", "full")
+            status, err = attempt("dit", src, "-o", at("dit.safetensors"), "--dtype", "f32", "--layout", "full")
             name = f"osp against diffusers' forward: {naming} names, {dtype}, {'one file' if shards == 1 else 'shards'}"
             if status or not os.path.exists(osp):
                 check(name, False if status else None, err or f"no program {osp}: make osp")
@@ -975,10 +981,11 @@ def test_torch(check, at, osp):
             got = read_safetensors(at("latent.safetensors"))[0]["latent"].array()
             error = relative(got - noise.numpy(), (x[0] - noise).numpy())
             check(name, error < 1e-5, f"relative L2 {error:.1e}")
-    status, err = run("video", at("latent.safetensors"), "-o", at("clip/"), "--vae", at("pipe"))
+    status, err = attempt("video", at("latent.safetensors"), "-o", at("clip/"), "--vae", at("pipe"))
     check("text, dit, osp sample, video: a whole pass", None if not os.path.exists(osp) else status == 0)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that a half-written file is removed
+    for sig in (signal.SIGTERM, signal.SIGHUP):                  # so that a half-written file is removed
+        signal.signal(sig, lambda n, _: sys.exit(128 + n))
     sys.exit(main())
