@@ -1,4 +1,6 @@
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -730,8 +732,8 @@ static void   lincomb(float *y, float a, const float *x, float b, const float *z
 static double sum_squares(const float *x, const float *z, size_t n);                             // Σ (x − z)² (z NULL: Σ x²)
 static double mse(float *dout, const float *out, const float *target, size_t n);   // mean (out−target)²; dout = 2(out−target)/n
 // Decoupled AdamW at step t = 1, 2, ..; g is multiplied by gscale first; ema (may be NULL) = decay·ema + (1−decay)·w.
-static void   adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr, float beta1,
-                    float beta2, float eps, float weight_decay, float ema_decay, int t);
+static void   adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr, double beta1,
+                    double beta2, float eps, float weight_decay, double ema_decay, int t);
 #ifndef OSP_CUDA
 // ============================================================================================================
 // 5. The operations on a CPU
@@ -786,6 +788,11 @@ static inline float exp2_fast(float x) {
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
 
 // ---- memory -------------------------------------------------------------------------------------------------
+static void device_start(const char *dtype, int rank) {
+    (void)rank;
+    if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
+}
+static void wait_device(void) {}
 static void *device_alloc(size_t bytes) {
     size_t room = bytes < 64 ? 64 : (bytes + 63) & ~(size_t)63;
     void *p = room < bytes ? NULL : aligned_alloc(64, room);
@@ -923,8 +930,11 @@ static void add_partials(PerSample dst, const float *partial, size_t width, size
 }
 static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CHUNKS; }
 
+// With few rows (the timestep's) the bias comes after the sum, which rounds less: e0 may nearly cancel `modulation`.
 static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in) {
-    matmul(y, b, false, x, (size_t)in, 1, w, 1, (size_t)in, rows, (size_t)out, (size_t)in);
+    bool after = b && rows < 64;
+    matmul(y, after ? NULL : b, false, x, (size_t)in, 1, w, 1, (size_t)in, rows, (size_t)out, (size_t)in);
+    for (size_t i = 0; after && i < rows * (size_t)out; i++) y[i] += b[i % (size_t)out];
 }
 
 static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w, size_t rows,
@@ -967,7 +977,7 @@ static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n) {
 
 static void silu_forward(act *y, const act *x, size_t n) {
     #pragma omp parallel for simd if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++) y[i] = x[i] * sigmoid(x[i]);
+    for (size_t i = 0; i < n; i++) y[i] = x[i] / (1.0f + expf(-x[i]));       // few values, exact
 }
 
 static void silu_backward(act *dx, const act *dy, const act *x, size_t n) {
@@ -1446,27 +1456,20 @@ static double mse(float *dout, const float *out, const float *target, size_t n) 
 // m = β1·m + (1−β1)·g, v = β2·v + (1−β2)·g², w −= lr·(weight_decay·w + m̂/(√v̂ + eps)), m̂ = m/(1−β1^t), v̂ alike.
 // 0.999f is not 0.999, which would show in 1 − β: the decimal that was meant is restored first.
 static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr,
-                  float beta1, float beta2, float eps, float weight_decay, float ema_decay, int t) {
-    double b1 = rint(beta1 * 1e7) / 1e7, b2 = rint(beta2 * 1e7) / 1e7, decay = rint(ema_decay * 1e7) / 1e7;
-    float new1 = (float)(1.0 - b1), new2 = (float)(1.0 - b2), fresh = (float)(1.0 - decay);
-    float rate = (float)(lr / (1.0 - pow(b1, t))), grow = (float)(1.0 / sqrt(1.0 - pow(b2, t)));
+                  double beta1, double beta2, float eps, float weight_decay, double ema_decay, int t) {
+    float old1 = (float)beta1, old2 = (float)beta2, stay = (float)ema_decay;
+    float new1 = (float)(1.0 - beta1), new2 = (float)(1.0 - beta2), fresh = (float)(1.0 - ema_decay);
+    float rate = (float)(lr / (1.0 - pow(beta1, t))), grow = (float)(1.0 / sqrt(1.0 - pow(beta2, t)));
     float keep = (float)(1.0 - (double)lr * weight_decay);
     #pragma omp parallel for simd if (n > PARALLEL)
     for (size_t i = 0; i < n; i++) {
         float gi = g[i] * gscale;
-        m[i] = beta1 * m[i] + new1 * gi;
-        v[i] = beta2 * v[i] + new2 * gi * gi;
+        m[i] = old1 * m[i] + new1 * gi;
+        v[i] = old2 * v[i] + new2 * gi * gi;
         w[i] = keep * w[i] - rate * m[i] / (sqrtf(v[i]) * grow + eps);
-        if (ema) ema[i] = ema_decay * ema[i] + fresh * w[i];
+        if (ema) ema[i] = stay * ema[i] + fresh * w[i];
     }
 }
-#endif
-#ifndef OSP_CUDA
-static void device_start(const char *dtype, int rank) {
-    (void)rank;
-    if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
-}
-static void wait_device(void) {}
 #endif
 // ============================================================================================================
 // 4. Skiparse-2D: which tokens attend together (spec §4)
@@ -2954,8 +2957,8 @@ static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *opt
     if (!isfinite(norm)) return norm;
     o->step++;
     double young = (1.0 + o->step) / (10.0 + o->step);                  // a short run must not average in its beginning
-    adamw(o->w, o->m, o->v, o->ema, o->dw, o->n, (float)scale, (float)lr, (float)options->beta1, (float)options->beta2,
-          (float)options->eps, (float)options->weight_decay, (float)(young < options->ema ? young : options->ema), o->step);
+    adamw(o->w, o->m, o->v, o->ema, o->dw, o->n, (float)scale, (float)lr, options->beta1, options->beta2,
+          (float)options->eps, (float)options->weight_decay, young < options->ema ? young : options->ema, o->step);
     zero(o->dw, o->n * sizeof(float));
     return norm;
 }
@@ -3658,11 +3661,12 @@ static const char *const SP[] = {"ssp", "ulysses", NULL};
 // ---- what the commands share ----------------------------------------------------------------------------------------
 typedef struct {
     const char *weights, *lora, *device, *sp;
-    int full, hif8, hif8_linear, hif8_attn, json;
+    int full, full_blocks, hif8, hif8_linear, hif8_attn, json;
 } Common;
 
 #define COMMON_OPTIONS(c) \
     {"--full", 'b', &(c).full, 0, 0, "full attention in every block"}, \
+    {"--full-blocks", 'i', &(c).full_blocks, 0, 1024, "so many full blocks at the two ends; -1: as the file says"}, \
     {"--hif8", 'b', &(c).hif8, 0, 0, "8 bits: HiF8 linear layers and attention"}, \
     {"--hif8-linear", 'b', &(c).hif8_linear, 0, 0, "HiF8 linear layers only"}, \
     {"--hif8-attn", 'b', &(c).hif8_attn, 0, 0, "HiF8 q, k, v only"}, \
@@ -3670,10 +3674,19 @@ typedef struct {
     {"--sp", 's', &(c).sp, 0, 0, "with ranks, sparse blocks under: ssp or ulysses"}, \
     {"--json", 'b', &(c).json, 0, 0, "figures as one JSON object on the last line"}
 
+static Common common_defaults(void) {
+    Common o;
+    memset(&o, 0, sizeof(o));
+    o.sp = "ssp", o.full_blocks = -1;
+    return o;
+}
+
 static void config_override(Config *c, const Common *o) {
+    if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8 || o->hif8_linear) c->quant = 1;
     if (o->hif8 || o->hif8_attn) c->quant_attn = 1;
+    config_check(c, "--full-blocks");
 }
 
 // The ranks' groups: all on one sample, or (guidance) two halves.
@@ -3822,7 +3835,7 @@ static void print_score(FILE *out, const float *x, const char *caption, const in
 static void cmd_sample(int argc, char **argv, Ranks *k) {
     SampleOptions o;
     memset(&o, 0, sizeof(o));
-    o.common.sp = "ssp", o.out = "out.png";
+    o.common = common_defaults(), o.out = "out.png";
     o.steps = 20, o.guidance = 4, o.shift = 3, o.seed = 1, o.fps = 8;
     const Option options[] = {
         {"-w", 's', &o.common.weights, 0, 0, "checkpoint"},
@@ -3951,9 +3964,7 @@ static void print_bench(const Bench *b, int clips, bool json) {
 }
 
 static void cmd_eval(int argc, char **argv, Ranks *k) {
-    Common common;
-    memset(&common, 0, sizeof(common));
-    common.sp = "ssp";
+    Common common = common_defaults();
     int clips = 96, steps = 20, batch = 8, soft = 0;
     double guidance = 4, shift = 3;
     uint64_t seed = 1;
@@ -4048,7 +4059,7 @@ static void train_loop(Run *r, Optimizer *opt, const TrainCommand *o, const char
 static void cmd_train(int argc, char **argv, Ranks *k) {
     TrainCommand o;
     memset(&o, 0, sizeof(o));
-    o.preset = "tiny", o.out = NULL, o.dtype = "f32", o.common.sp = "ssp", o.save_seconds = 15;
+    o.preset = "tiny", o.dtype = "f32", o.common = common_defaults(), o.save_seconds = 15;
     for (int i = 0; i + 1 < argc; i++) if (!strcmp(argv[i], "--preset")) o.preset = argv[i + 1];
     const Preset *p = NULL;
     for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o.preset, PRESETS[i].name)) p = &PRESETS[i];
@@ -4280,7 +4291,7 @@ static void grpo_loop(Run *r, Optimizer *opt, const GrpoCommand *o, const char *
 static void cmd_grpo(int argc, char **argv, Ranks *k) {
     GrpoCommand o;
     memset(&o, 0, sizeof(o));
-    o.common.sp = "ssp", o.dtype = "f32";
+    o.common = common_defaults(), o.dtype = "f32";
     o.updates = 40, o.prompts = 4, o.epochs = 1, o.rank = 8, o.alpha = 16, o.shift = 1;
     o.policy.steps = 12, o.policy.sde_count = 5, o.policy.group = 8, o.policy.guidance = 2, o.policy.clip = 1e-3, o.policy.beta = 0.004;
     o.train.lr = 1e-3, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1, o.train.ema = 0.9, o.train.seed = 1;
