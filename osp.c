@@ -286,8 +286,8 @@ static int json_numbers(File *f, size_t *out, int most) {                    // 
     return n;
 }
 
-// What an escape stands for, 0 if it is none; its last byte becomes the current one. All above ASCII becomes '?': no name
-// needs it.
+// What an escape stands for, 0 if it is none; its last byte becomes the current one. All above ASCII becomes '?': no
+// name needs it.
 static unsigned char json_escape(File *f) {
     static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
     const char *hit = strchr(names, *++f->at);
@@ -2579,7 +2579,7 @@ static int words_of(int *ids, int max, const char *text) {
         while (id < VOCAB && (strlen(WORDS[id]) != length || strncasecmp(WORDS[id], text, length))) id++;
         for (int i = 0; id == VOCAB && i < VOCAB; i++) strcat(strcat(known, " "), WORDS[i]);
         if (id == VOCAB)
-            die("unknown word \"%.*s\" in the caption; the words are:%s", (int)(length < 40 ? length : 40), text, known);
+            die("unknown word \"%.*s\" in the caption; the words are:%s", length < 40 ? (int)length : 40, text, known);
         ids[n] = id;
         text += length + strspn(text + length, space);
     }
@@ -2676,75 +2676,71 @@ static float color_distance(const float a[3], const float b[3]) {
     return sqrtf((a[0] - b[0]) * (a[0] - b[0]) + (a[1] - b[1]) * (a[1] - b[1]) + (a[2] - b[2]) * (a[2] - b[2]));
 }
 
-// Pixel i of a frame x[3][plane] as RGB in [0, 1].
-static void pixel_rgb(float rgb[3], const float *x, size_t plane, size_t i) {
-    for (int c = 0; c < 3; c++) rgb[c] = clamp01(0.5f + 0.5f * x[c * plane + i]);
-}
-
 // The border ring's mean color, then that of the pixels near it (an object may touch the border); ring: their share.
-static void look_at_ring(Look *look, const float *x, size_t plane, int H, int W) {
-    float rgb[3], all = 0, near = 0;
+static void look_at_ring(Look *look, float (*rgb)[3], int H, int W) {
+    float all = 0, near = 0;
     for (int pass = 0; pass < 2; pass++) {
         float sum[3] = { 0, 0, 0 };
         all = near = 0;
-        for (int h = 0; h < H; h++)
-            for (int w = 0; w < W; w += h == 0 || h == H - 1 || W == 1 ? 1 : W - 1) {
-                pixel_rgb(rgb, x, plane, (size_t)h * W + w);
-                all++;
-                if (pass && color_distance(rgb, look->back) > 0.3f) continue;
-                near++;
-                for (int c = 0; c < 3; c++) sum[c] += rgb[c];
-            }
+        for (int i = 0; i < H * W; i++) {
+            if (i / W > 0 && i / W < H - 1 && i % W > 0 && i % W < W - 1) continue;
+            all++;
+            if (pass && color_distance(rgb[i], look->back) > 0.3f) continue;
+            near++;
+            for (int c = 0; c < 3; c++) sum[c] += rgb[i][c];
+        }
         for (int c = 0; c < 3 && near > 0; c++) look->back[c] = sum[c] / near;
     }
     look->ring = near / all;
 }
 
-// The object's color: the pixels that differ most from the background say most.
-static void look_at_color(Look *look, const float *x, size_t plane, int pixels) {
-    float rgb[3], sum[3] = { 0, 0, 0 }, weight = 0;
-    for (int i = 0; i < pixels; i++) {
-        pixel_rgb(rgb, x, plane, (size_t)i);
-        float d = color_distance(rgb, look->back), d4 = d * d * d * d;
-        weight += d4;
-        for (int c = 0; c < 3; c++) sum[c] += d4 * rgb[c];
-    }
-    for (int c = 0; c < 3; c++) look->color[c] = weight > 0 ? sum[c] / weight : look->back[c];
-}
-
-// One frame x[3][plane]: the background from the border, the object as whatever differs from it.
-static Look look_at(const float *x, size_t plane, int H, int W) {
-    Look look;
-    memset(&look, 0, sizeof look);
-    look_at_ring(&look, x, plane, H, W);
-    look_at_color(&look, x, plane, H * W);
-    float contrast = color_distance(look.color, look.back), best = 0, least = shape_radius(0, H, W);
-    float most = shape_radius(1, H, W), *cover = (float *)xalloc((size_t)H * W, sizeof(float));
-    for (int i = 0; i < H * W; i++) {
-        float rgb[3];                     // cover: a pixel's distance from the background in parts of the object's; 1.75,
-        pixel_rgb(rgb, x, plane, (size_t)i);          // here and below: steep edges, so that noise counts for nothing
-        cover[i] = clamp01(1.75f * color_distance(rgb, look.back) / contrast - 0.375f);
-        look.area += cover[i];
-        look.at[0] += cover[i] * ((float)(i % W) + 0.5f);
-        look.at[1] += cover[i] * ((float)(i / W) + 0.5f);
-    }
-    bool clear = contrast >= 0.2f && look.area >= 1.2f * least * least && look.area <= 8 * most * most;   // πr²: 3.1·r²
-    float r = sqrtf(look.area / 3.14159265f);
-    for (int i = 0; i < 2; i++) look.at[i] /= look.area;
-    for (int shape = 0; clear && shape < SHAPES; shape++) {
+// The shape that fits best, of the area and at the place found: cover, the object's share of every pixel, against the
+// share that the shape would have.
+static float look_at_shape(Look *look, const float *cover, int H, int W) {
+    float r = sqrtf(look->area / 3.14159265f), best = 0;
+    for (int shape = 0; shape < SHAPES; shape++) {
         float both = 0, template_area = 0;
         for (int i = 0; i < H * W; i++) {
-            float dx = (float)(i % W) + 0.5f - look.at[0], dy = (float)(i / W) + 0.5f - look.at[1];
+            float dx = (float)(i % W) + 0.5f - look->at[0], dy = (float)(i / W) + 0.5f - look->at[1];
             if (fabsf(dx) > 1.6f * r + 1 || fabsf(dy) > 1.6f * r + 1) continue;
             float model = clamp01(0.5f - 1.75f * shape_distance(shape, dx, dy, r));
             template_area += model;
             both += fminf(model, cover[i]);
         }
-        look.fit[shape] = both / (look.area + template_area - both);
-        best = fmaxf(best, look.fit[shape]);
+        look->fit[shape] = both / (look->area + template_area - both);
+        best = fmaxf(best, look->fit[shape]);
     }
+    return best;
+}
+
+// One frame x[3][plane]: the background from the border, the object as whatever differs from it. Edges are made 1.75
+// times as steep, here and in look_at_shape, so that noise on the background counts for nothing.
+static Look look_at(const float *x, size_t plane, int H, int W) {
+    Look look;
+    float (*rgb)[3] = (float (*)[3])xalloc((size_t)H * W, sizeof *rgb), sum[3] = { 0, 0, 0 }, weight = 0;
+    float *cover = (float *)xalloc((size_t)H * W, sizeof(float));
+    float least = shape_radius(0, H, W), most = shape_radius(1, H, W);
+    memset(&look, 0, sizeof look);
+    for (int i = 0; i < 3 * H * W; i++) rgb[i / 3][i % 3] = clamp01(0.5f + 0.5f * x[i % 3 * plane + (size_t)(i / 3)]);
+    look_at_ring(&look, rgb, H, W);
+    for (int i = 0; i < H * W; i++) {                             // its color: the pixels that differ most say most
+        float d = color_distance(rgb[i], look.back), d4 = d * d * d * d;
+        weight += d4;
+        for (int c = 0; c < 3; c++) sum[c] += d4 * rgb[i][c];
+    }
+    for (int c = 0; c < 3; c++) look.color[c] = weight > 0 ? sum[c] / weight : look.back[c];
+    float contrast = color_distance(look.color, look.back);
+    for (int i = 0; i < H * W; i++) {                             // its area and centre
+        cover[i] = clamp01(1.75f * color_distance(rgb[i], look.back) / contrast - 0.375f);
+        look.area += cover[i];
+        look.at[0] += cover[i] * ((float)(i % W) + 0.5f);
+        look.at[1] += cover[i] * ((float)(i / W) + 0.5f);
+    }
+    for (int i = 0; i < 2; i++) look.at[i] /= look.area;
+    if (contrast >= 0.2f && look.area >= 1.2f * least * least && look.area <= 8 * most * most)    // πr² is 3.1·r²
+        look.found = look_at_shape(&look, cover, H, W) > 0.4f;
+    free(rgb);
     free(cover);
-    look.found = best > 0.4f;
     return look;
 }
 
@@ -3293,7 +3289,7 @@ static void save_frames(const char *path, const Picture *frames, int count, int 
     size_t animation[2] = { (size_t)count, 0 };                   // frames; times to play: 0 = for ever
     if (count > 1) put_numbers(&chunk, 2, animation), put_chunk(&png, "acTL", &chunk);
     for (int i = 0; i < count; i++) {
-        size_t control[6] = { sequence, size[0], size[1], 0, 0, (size_t)1 << 16 | (size_t)fps };    // at (0, 0) for 1/fps s
+        size_t control[6] = { sequence, size[0], size[1], 0, 0, (size_t)1 << 16 | (size_t)fps };   // at (0, 0), 1/fps s
         if (count > 1) put_numbers(&chunk, 6, control), put_bytes(&chunk, "\0\0", 2), put_chunk(&png, "fcTL", &chunk);
         sequence++;
         if (i) put_numbers(&chunk, 1, &sequence), sequence++;
