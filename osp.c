@@ -1,3 +1,29 @@
+// ============================================================================================================
+// osp.c: OSP-Next, a sparse video diffusion transformer, in one file (paper: arXiv 2605.28691)
+// ============================================================================================================
+// A text-to-video DiT (Wan2.1's architecture) in which most blocks attend sparsely, trained with 8-bit numbers, run on
+// several ranks with a quarter of the usual communication, and improved by reinforcement learning. All of the method is
+// here, forward and backward by hand. test_osp.c proves it; osp_cuda.cu brings the same operations for one GPU.
+// Not here: the text encoder and the VAE of the real model (weights_export.py runs them), downloads, and speed at any price.
+//
+//   caption ── words ── table or UMT5 ──► text [512, text_dim] ─► Linear, GELU, Linear ─► context [text_len, dim] ──────┐
+//   timestep t = 1000σ ─► sin/cos ─► Linear, SiLU, Linear ─► e [dim] ─► SiLU, Linear ─► e0 [6, dim] ────────────┐       │
+//                                                                                                               ▼       ▼
+//   latent [C, T, 2H, 2W] ─► 2x2 patches ─► x [N, dim] ─► block ─► block ─► ... ─► block ─► LN, Linear ─► v [C, T, 2H, 2W]
+//                                                        full     token   group     full
+//   block:  x += gate1 · SelfAttention(LN(x)(1 + scale1) + shift1)      full, token-wise or group-wise (section 5)
+//           x += CrossAttention(LN(x), context)
+//           x += gate2 · FFN(LN(x)(1 + scale2) + shift2)                shift, scale, gate = modulation + e0
+//
+// Letters, in every comment: B samples, C channels, T x H x W token grid (T frames, H x W patches), N = T·H·W tokens,
+// dim, D = dim, P sparse ratio (P² subsequences), R ranks, n = tokens of a sample that this rank holds, L blocks,
+// F full ones, σ noise level from 1 (noise) to 0 (data), v velocity from data to noise, S sampling steps, G group size.
+//
+//    1 tools    2 HiF8    3 files    4 operations: declared once, CPU bodies    5 Skiparse-2D    6 the model as data
+//    7 ranks    8 the DiT, forward and backward    9 the small world and ShapesBench    10 flow matching and training
+//   11 Mix-GRPO    12 pictures    13 checkpoints    14 commands
+//
+// Build: cc -O3 -march=native -fopenmp osp.c -o osp -lm (make says what else it finds). Valid C11 and C++17.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -21,12 +47,14 @@
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 #ifdef OSP_MPI
 #include <mpi.h>
 #endif
 
-static void wait_for_rank_0(void);       // section 6
+static void wait_for_rank_0(void);       // section 7
 static void abort_ranks(void);
 // ============================================================================================================
 // 1. Tools: errors, memory, random numbers, time
@@ -736,13 +764,10 @@ static void   adamw(float *w, float *m, float *v, float *ema, const float *g, si
                     double beta2, float eps, float weight_decay, double ema_decay, int t);
 #ifndef OSP_CUDA
 // ============================================================================================================
-// 5. The operations on a CPU
+// 4, continued: the operations on a CPU
 // ============================================================================================================
 // float32 throughout; OpenMP splits rows, tiles or heads, never a sum, so any number of threads gives the same bytes.
 // Matrix products and attention share one inner kernel, `tile`; all else is plain loops that the compiler vectorises.
-#ifndef _OPENMP
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"
-#endif
 
 // A vector of LANES floats in one register, and the tile of a product that fits the register file.
 #if defined(__AVX512F__)
@@ -1472,7 +1497,7 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 }
 #endif
 // ============================================================================================================
-// 4. Skiparse-2D: which tokens attend together (spec §4)
+// 5. Skiparse-2D: which tokens attend together (spec §4)
 // ============================================================================================================
 // Sparse ratio P cuts the grid into P² subsequences by (h, w); time is never cut. With P = 2 on a 4 x 8 frame, the
 // subsequence of each token:
@@ -1564,7 +1589,7 @@ static void exchange_init(Exchange *e, const Pattern *from, const Pattern *to, i
         }
 }
 // ============================================================================================================
-// 5. The model as data: configuration and parameters (spec §2)
+// 6. The model as data: configuration and parameters (spec §2)
 // ============================================================================================================
 typedef struct {
     int dim, ffn_dim, num_heads, num_layers, num_full_blocks, sparse_ratio, in_dim, out_dim, text_dim, text_len, freq_dim;
@@ -1620,7 +1645,7 @@ typedef struct { Param *w, *b; } Linear;     // [out, in], [out]
 typedef struct { Linear q, k, v, o; Param *norm_q, *norm_k; } Attention;
 typedef struct { Param *modulation; Attention self, cross; Linear norm3, ffn0, ffn2; } Block;
 
-typedef struct Lora Lora;                    // section 9
+typedef struct Lora Lora;                    // section 11
 typedef struct {
     Config c;
     Linear patch, text0, text2, time0, time2, time_proj, head;
@@ -1724,7 +1749,7 @@ static void model_allocate(Model *m, bool training) {
     }
 }
 
-static void lora_merge(Model *m, Param *p);  // section 9
+static void lora_merge(Model *m, Param *p);  // section 11
 
 // Master weight w[count] -> what products read: cast, LoRA merged, rounded to HiF8.
 static void param_prepare(Model *m, Param *p, const float *w) {
@@ -1766,7 +1791,7 @@ static void model_random(Model *m, uint64_t seed) {
     }
 }
 // ============================================================================================================
-// 6. Ranks: one sample on many processes (spec §5)
+// 7. Ranks: one sample on many processes (spec §5)
 // ============================================================================================================
 // Sparse blocks under SSP need ONE all_to_all, of x, between two blocks: a rank holds whole subsequences, so attention
 // needs no other rank. Full blocks (and sparse ones with --sp ulysses, to compare) run under Ulysses: q, k, v and the
@@ -1891,7 +1916,7 @@ static void all_gather(Ranks *k, void *to, const void *from, int count, size_t r
 }
 
 // x[n] = Σ over ranks, in rank order, so that every run gives the same bytes: each rank adds up one slice, then all
-// gather the slices. only_first: the other ranks end with zeros instead (see the text's gradients in section 7).
+// gather the slices. only_first: the other ranks end with zeros instead (see the text's gradients in section 8).
 static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     int R = k->size, slice = (int)((n + (size_t)R - 1) / (size_t)R);
     if (R == 1) return;
@@ -1952,7 +1977,7 @@ static void ranks_agree(Ranks *k, const void *data, size_t size, const char *wha
     free(all);
 }
 // ============================================================================================================
-// 7. The DiT, forward and backward (spec §2, §3, §5)
+// 8. The DiT, forward and backward (spec §2, §3, §5)
 // ============================================================================================================
 // What one attention layer keeps for its backward pass. Rows are the rank's own tokens; the four *_all are the same
 // vectors where attention sees them: under Ulysses all tokens and 1/R of the heads, otherwise just q, k, v, o.
@@ -2529,7 +2554,7 @@ static void backward(Run *r, float *dlatent, const float *dout) {
     time_backward(r);
 }
 // ============================================================================================================
-// 10. The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
+// 9. The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ============================================================================================================
 // A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`: 2·8·4·5·3 = 960 of
 // them. A clip is x[3, T, H, W] in [-1, 1], a function of (scene, seed, index) alone: nothing is stored.
@@ -2849,7 +2874,7 @@ static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int
     score[SCORE_SMOOTHNESS] = seen.smoothness;
 }
 // ============================================================================================================
-// 8. Flow matching: schedule, sampling, training (spec §7)
+// 10. Flow matching: schedule, sampling, training (spec §7)
 // ============================================================================================================
 // Noise and data are joined by straight lines x_σ = σ·ε + (1 − σ)·x0. The model learns the line's direction
 // v = ε − x0, which points from data to noise; sampling walks σ from 1 down to 0, so its steps are negative.
@@ -3015,7 +3040,7 @@ static double train_step(Run *r, const Batch *a, float *x, float *target, float 
     return loss;
 }
 // ============================================================================================================
-// 9. Mix-GRPO: reinforcement learning of a flow model (spec §8; arXiv 2507.21802)
+// 11. Mix-GRPO: reinforcement learning of a flow model (spec §8; arXiv 2507.21802)
 // ============================================================================================================
 // A sampler is deterministic, and a policy needs chance: inside a window of steps the Euler ODE is replaced by an SDE
 // with the same marginals, whose every step is a Gaussian with a known density. A group of videos of one caption is
@@ -3167,7 +3192,7 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
     return loss;
 }
 // ============================================================================================================
-// 11. Pictures and clips in files
+// 12. Pictures and clips in files
 // ============================================================================================================
 #define STB_IMAGE_WRITE_IMPLEMENTATION                            // one function of it is used: stbi_zlib_compress
 #define STBI_WRITE_NO_STDIO
@@ -3401,7 +3426,7 @@ static void write_clip(const char *path, const float *x, int C, int T, int H, in
     free(frames);
 }
 // ============================================================================================================
-// 12. Checkpoints: safetensors under the names of spec §2, the config as strings in the metadata
+// 13. Checkpoints: safetensors under the names of spec §2, the config as strings in the metadata
 // ============================================================================================================
 static long whole_number(const char *text, const char *what, const char *where, long least, long most) {
     char *end;
@@ -3573,7 +3598,7 @@ static void lora_load(Model *m, const char *path) {
     file_close(&f);
 }
 // ============================================================================================================
-// 13. Commands
+// 14. Commands
 // ============================================================================================================
 // ---- options: one table a command, which also prints the help and checks the ranges --------------------------------
 typedef struct {

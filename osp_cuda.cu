@@ -1288,8 +1288,8 @@ __global__ void __launch_bounds__(256) attention_simple(const Forward<T> a) {
 //   dv = P^T·do,  dP = do·v^T,  dS = P·(dP − D),  dq = dS·k/√head_dim,  dk = dS^T·q/√head_dim.
 // One kernel does it twice: rows stay, columns stream past. KEYS = false: rows are queries (a1 = q, a2 = do), columns
 // are keys (b1 = k, b2 = v), out1 = dq. KEYS = true: rows are keys (a1 = k, a2 = v), columns are queries (b1 = q,
-// b2 = do), out1 = dk, out2 = dv. Each gradient is summed by one block in a fixed order: no atomics, the same bytes every time;
-// the price is that scores and dP are computed twice (7 products instead of 5).
+// b2 = do), out1 = dk, out2 = dv. Each gradient is summed by one block in a fixed order: no atomics, the same bytes
+// every time; the price is that scores and dP are computed twice (7 products instead of 5).
 // With few keys and many queries (text!) the second pass has too few rows to fill the card: the queries are cut into
 // `chunks`, each writes float sums of its own (partial[chunk][k rows, width], dk's, then dv's), attention_fold adds.
 template <typename T> struct Backward {
@@ -1473,7 +1473,8 @@ __device__ static inline void products_columns(float (&o)[M][HD / 2], const floa
 }
 
 // Grid: (query tiles of 128, heads, sequences), 4 warps of 32 queries, blocks of 64 keys, 2 stages of K and V: the
-// next block is copied while this one is computed. Q stays in shared memory: 64 registers less, and o needs 128 of them.
+// next block is copied while this one is computed. Q stays in shared memory: its fragments would take 64 registers
+// where o takes 128.
 template <int HD>
 __global__ void __launch_bounds__(128, 2) attention_mma(const Forward<bf16> a) {
     extern __shared__ __align__(128) char raw[];
