@@ -9,6 +9,7 @@ CC     ?= cc
 NATIVE ?= 1
 OMP    ?= 1
 GOLDEN ?= golden
+FUZZ   ?= 1000000
 CFLAGS ?= -O3
 WARN    = -Wall -Wextra
 # Every probe compiles a few lines: what compiles is there, wherever it is installed.
@@ -20,7 +21,7 @@ HAS_NVCC := $(shell nvcc --version >/dev/null 2>&1 && echo yes)
 FLAGS    = -std=gnu11 $(CFLAGS) -fno-math-errno $(if $(filter 1,$(NATIVE)),-march=native) $(if $(HAS_OMP),-fopenmp) $(WARN)
 LIBS     = -lm -ldl
 
-.PHONY: all report demo train-tiny test verify bench mutate sanitize fuzz test_mpi test_cuda test-weights clean
+.PHONY: all report demo train-tiny test verify bench mutate sanitize sanitize_mpi fuzz test_mpi test_cuda test-weights clean
 all: report osp
 
 report:
@@ -78,13 +79,32 @@ train-toy:
 test: osp test_osp
 	./test_osp --golden $(GOLDEN)
 	./test_osp badinput ./osp
+	@python3 -c 'import numpy, safetensors' 2>/dev/null && python3 weights_export.py test --osp ./osp --golden $(GOLDEN) \
+	 || { python3 -c 'import numpy, safetensors' 2>/dev/null && exit 1 || echo "weights_export.py: skipped (pip install numpy safetensors)"; }
 verify: test_osp
 	./test_osp verify --golden $(GOLDEN)
 bench: test_osp
 	./test_osp bench
 mutate: test_osp
-	./test_osp mutate
+	CC="$(CC)" ./test_osp mutate --golden $(GOLDEN)
+# R ranks against one: 2 and 4 share a sample, 8 are two guidance halves of 4; then a rank that dies must end the others
+RANKS = mpirun --oversubscribe -q -np
+test_mpi: test_osp_mpi
+	for R in 1 2 4 8; do OMP_NUM_THREADS=1 $(RANKS) $$R ./test_osp_mpi ranks || exit 1; done
+	OMP_NUM_THREADS=1 $(RANKS) 4 ./test_osp_mpi verify --golden $(GOLDEN)
+	timeout 10 $(RANKS) 2 ./test_osp_mpi lose; rc=$$?; test $$rc -ne 0 -a $$rc -ne 124 && echo "a dead rank ended the others: 1 passed, 0 failed"
+test_cuda: test_osp_cuda
+	./test_osp_cuda --golden $(GOLDEN)
+	./test_osp_cuda --golden $(GOLDEN) --device-dtype bf16
+# needs about 6 GB: torch, transformers and diffusers in a virtual environment
+test-weights: osp
+	@echo "this installs torch, transformers and diffusers (about 6 GB) into .venv"
+	python3 -m venv .venv && .venv/bin/pip install -q numpy safetensors torch transformers diffusers sentencepiece imageio-ffmpeg
+	.venv/bin/python weights_export.py test --all --osp ./osp --golden $(GOLDEN)
 SAN = -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer $(if $(HAS_OMP),-fopenmp) $(WARN)
+sanitize_mpi:
+	OMPI_CC=$(CC) mpicc -DOSP_MPI $(SAN) test_osp.c -o test_osp_mpi_san $(LIBS)
+	for R in 2 4 8; do OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 $(RANKS) $$R ./test_osp_mpi_san ranks || exit 1; done
 sanitize:
 	$(CC) $(SAN) osp.c -o osp_san $(LIBS)
 	$(CC) $(SAN) test_osp.c -o test_osp_san $(LIBS)
@@ -92,6 +112,6 @@ sanitize:
 	ASAN_OPTIONS=detect_leaks=0 ./test_osp_san badinput ./osp_san
 fuzz:
 	$(CC) $(SAN) test_osp.c -o test_osp_san $(LIBS)
-	ASAN_OPTIONS=detect_leaks=0 ./test_osp_san fuzz 1000000
+	ASAN_OPTIONS=detect_leaks=0 ./test_osp_san fuzz $(FUZZ)
 clean:
-	rm -f osp osp_mpi osp_cuda test_osp test_osp_mpi test_osp_cuda osp_san test_osp_san
+	rm -f test_osp_mpi_san osp osp_mpi osp_cuda test_osp test_osp_mpi test_osp_cuda osp_san test_osp_san

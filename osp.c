@@ -696,13 +696,15 @@ static void   to_act(act *y, const float *x, size_t n);                         
 static void   to_float(float *y, const act *x, size_t n);                       // y = x
 
 // ---- matrix products: y[rows, out] = x[rows, in] · w[out, in]^T + b[out] --------------------------------------
-static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in);  // b may be NULL
+static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out,
+                           int in); // b may be NULL
 // dx[rows, in] (=, or += where accumulate) dy[rows, out] · w;  dw[out, in] += dy^T · x;  db[out] += Σ_rows dy.
 // Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
 static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w, size_t rows,
                             int out, int in, bool accumulate);
 // y = gelu(pre), pre = x·w^T + b; gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))). pre may be NULL (no backward).
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out, int in);
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out,
+                                int in);
 static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);    // dx may be dy
 static void silu_forward(act *y, const act *x, size_t n);                       // y = x·sigmoid(x)
 static void silu_backward(act *dx, const act *dy, const act *x, size_t n);      // dx may be dy
@@ -717,15 +719,17 @@ static void modulation_backward(float *dmod, float *de, const float *dout, int B
 static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y, PerSample gate,
                                   PerSample shift, PerSample scale, float one, int B, size_t n, int dim, float eps);
 // From dh: dx += through the norm; dshift += Σ dh, dscale += Σ dh·x̂ over the rows of a sample (over all, stride 0).
-static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x, const float *stat,
-                          PerSample scale, float one, int B, size_t n, int dim);
+static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x,
+                          const float *stat, PerSample scale, float one, int B, size_t n, int dim);
 // The residual's branch, from dx: dy = gate·dx; dgate += Σ_rows dx·y of each sample (gate.p, dgate.p NULL: gate 1).
-static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n, int dim);
+static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n,
+                          int dim);
 // x_out[j] = x[i] + gate·y[i], i = map[j] (map NULL: i = j; y NULL: no branch); j = 0..count-1, i in B·n rows. The end
 // of a block: its residual and the Skiparse rearrangement (or the packing for an exchange) in one pass.
 static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate, const int *map,
                                     size_t count, int B, size_t n, int dim);
-static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes);  // dst[j] = src[map[j]]
+static void gather_rows(void *dst, const void *src, const int *map, size_t count,
+                        size_t row_bytes); // dst[j] = src[map[j]]
 // y = x·rstd·w over the whole dim (rstd = 1/√(mean x² + eps) kept in rstd[rows]), then, where rope is not NULL, pair
 // (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2].
 static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, int B, size_t n,
@@ -737,31 +741,36 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // ---- attention: o = softmax(q·k^T/√head_dim)·v inside each sequence, all heads ----------------------------------
 // q, o [q rows, heads·head_dim]; k, v [k rows, heads·head_dim]; lse[q rows, heads] = log Σ exp(scores) kept for backward
 // (NULL: not wanted). Blockwise softmax: no N x N matrix is ever stored. A query whose sequence has no keys gets 0.
-static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s, int heads,
-                              int head_dim);
+static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s,
+                              int heads, int head_dim);
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v,
                                const act *o, const float *lse, const Sequences *s, int heads, int head_dim);
 
 // ---- HiF8 (section 2) --------------------------------------------------------------------------------------------
-static void absmax(float *m, const act *x, size_t n);                           // m[1] = max |x| (device; NaN counts as 0)
-static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m);  // y = Q(x; s) with max|x| = *m; y may be x
+static void absmax(float *m, const act *x, size_t n); // m[1] = max |x| (device; NaN counts as 0)
+static void hif8_tensor(act *y, const act *x, size_t n, float s,
+                        const float *m); // y = Q(x; s) with max|x| = *m; y may be x
 
 // ---- pixels, words, time -----------------------------------------------------------------------------------------
 // Rows of 2x2 patches. rows[B, n, 4·C] of tokens first..first+n-1 of the grid (T,H,W) <- x[B, C, T, 2H, 2W].
 // channels_first: column (c·2 + ph)·2 + pw (patch_embedding); else column (ph·2 + pw)·C + c (head).
-static void latent_to_rows(act *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n, bool channels_first);
-static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W, bool channels_first);   // all tokens
+static void latent_to_rows(act *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n,
+                           bool channels_first);
+static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W,
+                           bool channels_first); // all tokens
 // y[r] = table[ids[r]] + pos[r mod L], ids[r] < 0: a zero row (padding). r < rows. ids on the device.
 static void embed_forward(act *y, const float *table, const float *pos, const int *ids, size_t rows, int L, int dim);
 static void embed_backward(float *dtable, const act *dy, const int *ids, size_t rows, int vocab, int dim);        // +=
 
 // ---- elementwise on float, reductions to the host, optimizer ------------------------------------------------------
-static void   lincomb(float *y, float a, const float *x, float b, const float *z, size_t n);     // y = a·x + b·z (z NULL: a·x)
-static double sum_squares(const float *x, const float *z, size_t n);                             // Σ (x − z)² (z NULL: Σ x²)
-static double mse(float *dout, const float *out, const float *target, size_t n);   // mean (out−target)²; dout = 2(out−target)/n
+static void lincomb(float *y, float a, const float *x, float b, const float *z,
+                    size_t n); // y = a·x + b·z (z NULL: a·x)
+static double sum_squares(const float *x, const float *z, size_t n); // Σ (x − z)² (z NULL: Σ x²)
+static double mse(float *dout, const float *out, const float *target,
+                  size_t n); // mean (out−target)²; dout = 2(out−target)/n
 // Decoupled AdamW at step t = 1, 2, ..; g is multiplied by gscale first; ema (may be NULL) = decay·ema + (1−decay)·w.
-static void   adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr, double beta1,
-                    double beta2, float eps, float weight_decay, double ema_decay, int t);
+static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr,
+                  double beta1, double beta2, float eps, float weight_decay, double ema_decay, int t);
 #ifndef OSP_CUDA
 // ============================================================================================================
 // 4, continued: the operations on a CPU
@@ -815,7 +824,8 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.442695
 // ---- memory -------------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
     (void)rank;
-    if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
+    if (dtype && strcmp(dtype, "f32"))
+        die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
 }
 static void wait_device(void) {}
 static void *device_alloc(size_t bytes) {
@@ -1592,7 +1602,8 @@ static void exchange_init(Exchange *e, const Pattern *from, const Pattern *to, i
 // 6. The model as data: configuration and parameters (spec §2)
 // ============================================================================================================
 typedef struct {
-    int dim, ffn_dim, num_heads, num_layers, num_full_blocks, sparse_ratio, in_dim, out_dim, text_dim, text_len, freq_dim;
+    int dim, ffn_dim, num_heads, num_layers, num_full_blocks, sparse_ratio, in_dim, out_dim, text_dim, text_len,
+        freq_dim;
     int vocab;                               // > 0: captions are words of a learned table instead of UMT5's embeddings
     int quant, quant_attn;                   // HiF8 on linear layers; on q, k, v
     int T, H_l, W_l;                         // the latent's size: frames, height, width
@@ -1602,15 +1613,22 @@ typedef struct {
 // The same names stand in a checkpoint's metadata.
 typedef struct { const char *key; size_t field; int least, most; bool needed; } ConfigRow;
 static const ConfigRow CONFIG[] = {
-    {"dim", offsetof(Config, dim), 2, 65536, true}, {"ffn_dim", offsetof(Config, ffn_dim), 1, 262144, true},
-    {"num_heads", offsetof(Config, num_heads), 1, 1024, true}, {"num_layers", offsetof(Config, num_layers), 1, 1024, true},
+    {"dim", offsetof(Config, dim), 2, 65536, true},
+    {"ffn_dim", offsetof(Config, ffn_dim), 1, 262144, true},
+    {"num_heads", offsetof(Config, num_heads), 1, 1024, true},
+    {"num_layers", offsetof(Config, num_layers), 1, 1024, true},
     {"num_full_blocks", offsetof(Config, num_full_blocks), 0, 1024, true},
     {"sparse_ratio", offsetof(Config, sparse_ratio), 1, 64, true},
-    {"in_dim", offsetof(Config, in_dim), 1, 1024, true}, {"out_dim", offsetof(Config, out_dim), 1, 1024, true},
-    {"text_dim", offsetof(Config, text_dim), 1, 65536, true}, {"text_len", offsetof(Config, text_len), 1, 65536, true},
-    {"freq_dim", offsetof(Config, freq_dim), 2, 65536, true}, {"vocab", offsetof(Config, vocab), 0, 65536, false},
-    {"quant", offsetof(Config, quant), 0, 1, false}, {"quant_attn", offsetof(Config, quant_attn), 0, 1, false},
-    {"T", offsetof(Config, T), 1, 4096, false}, {"H_l", offsetof(Config, H_l), 2, 16384, false},
+    {"in_dim", offsetof(Config, in_dim), 1, 1024, true},
+    {"out_dim", offsetof(Config, out_dim), 1, 1024, true},
+    {"text_dim", offsetof(Config, text_dim), 1, 65536, true},
+    {"text_len", offsetof(Config, text_len), 1, 65536, true},
+    {"freq_dim", offsetof(Config, freq_dim), 2, 65536, true},
+    {"vocab", offsetof(Config, vocab), 0, 65536, false},
+    {"quant", offsetof(Config, quant), 0, 1, false},
+    {"quant_attn", offsetof(Config, quant_attn), 0, 1, false},
+    {"T", offsetof(Config, T), 1, 4096, false},
+    {"H_l", offsetof(Config, H_l), 2, 16384, false},
     {"W_l", offsetof(Config, W_l), 2, 16384, false},
 };
 enum { CONFIG_ROWS = sizeof(CONFIG) / sizeof(CONFIG[0]) };
@@ -1624,8 +1642,10 @@ static void config_check(const Config *c, const char *where) {
         die("%s: dim %d over %d heads must give an even head_dim", where, c->dim, c->num_heads);
     if (c->freq_dim % 2) die("%s: freq_dim %d must be even", where, c->freq_dim);
     if (F != L && (F % 4 || F > L / 2 || L % 2))
-        die("%s: num_full_blocks %d of %d layers: want all of them, or a multiple of 4 up to half of an even number", where, F, L);
-    if (c->T && (c->H_l % 2 || c->W_l % 2)) die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
+        die("%s: num_full_blocks %d of %d layers: want all of them, or a multiple of 4 up to half of an even number",
+            where, F, L);
+    if (c->T && (c->H_l % 2 || c->W_l % 2))
+        die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
 
 // One tensor of weights. `w` is the master copy; `c` is what matrix products read: w as act, merged with a LoRA, rounded
@@ -1665,10 +1685,12 @@ enum { DIM = -1, FFN = -2, SIX = -3, IN = -4, OUT = -5, TEXT = -6, FREQ = -7, WO
 typedef struct { const char *name; size_t field; int shape[5]; } ParamRow;
 #define LINEAR(name, S, field, out, in) \
     {name ".weight", offsetof(S, field.w), {out, in}}, {name ".bias", offsetof(S, field.b), {out}}
-#define ATTENTION(name, field) \
-    LINEAR(name ".q", Block, field.q, DIM, DIM), LINEAR(name ".k", Block, field.k, DIM, DIM), \
-    LINEAR(name ".v", Block, field.v, DIM, DIM), LINEAR(name ".o", Block, field.o, DIM, DIM), \
-    {name ".norm_q.weight", offsetof(Block, field.norm_q), {DIM}}, {name ".norm_k.weight", offsetof(Block, field.norm_k), {DIM}}
+#define ATTENTION(name, field)                                                                                         \
+    LINEAR(name ".q", Block, field.q, DIM, DIM), LINEAR(name ".k", Block, field.k, DIM, DIM),                          \
+        LINEAR(name ".v", Block, field.v, DIM, DIM), LINEAR(name ".o", Block, field.o, DIM, DIM),                      \
+        {name ".norm_q.weight", offsetof(Block, field.norm_q), {DIM}}, {                                               \
+        name ".norm_k.weight", offsetof(Block, field.norm_k), { DIM }                                                  \
+    }
 static const ParamRow MODEL_TABLE[] = {
     {"patch_embedding.weight", offsetof(Model, patch.w), {DIM, IN, 1, 2, 2}},
     {"patch_embedding.bias", offsetof(Model, patch.b), {DIM}},
@@ -1782,8 +1804,10 @@ static void model_random(Model *m, uint64_t seed) {
         float *host = (float *)xalloc(p->count, sizeof(float));
         size_t in = p->rank > 1 ? p->count / p->shape[0] : 1;
         bool norm = strstr(p->name, "norm") && strstr(p->name, "weight"), head = !strncmp(p->name, "head.head", 9);
-        double deviation = strstr(p->name, "modulation") ? 1 / sqrt((double)m->c.dim) : strstr(p->name, "text_encoder") ? 1
-                         : p->rank < 2 || head ? 0 : 1 / sqrt((double)in);
+        double deviation = strstr(p->name, "modulation")     ? 1 / sqrt((double)m->c.dim)
+                           : strstr(p->name, "text_encoder") ? 1
+                           : p->rank < 2 || head             ? 0
+                                                             : 1 / sqrt((double)in);
         for (size_t j = 0; j < p->count; j++)
             host[j] = norm ? 1.0f : (float)deviation * rng_normal(seed, 1000 + (uint64_t)i, j);
         param_set(m, p, host);
@@ -1799,8 +1823,14 @@ static void model_random(Model *m, uint64_t seed) {
 // and the unconditional half of guidance run side by side.
 // Everything that crosses between ranks goes through all_to_all(), which counts calls, bytes and time by purpose.
 enum { EXCHANGE, ULYSSES_FULL, ULYSSES_SPARSE, CONVERT, GRADIENTS, MAXIMA, OUTPUT, GUIDANCE, PURPOSES };
-static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses, full blocks", "Ulysses, sparse blocks", "full<->sparse",
-                                           "gradients", "HiF8 maxima", "output", "guidance"};
+static const char *const PURPOSE_NAME[] = {"exchange (SSP)",
+                                           "Ulysses, full blocks",
+                                           "Ulysses, sparse blocks",
+                                           "full<->sparse",
+                                           "gradients",
+                                           "HiF8 maxima",
+                                           "output",
+                                           "guidance"};
 
 typedef struct {
     int rank, size;                          // of the R ranks that share one sample
@@ -1851,12 +1881,13 @@ static void ranks_start(Ranks *k, int *argc, char ***argv) {
     MPI_Comm_size(MPI_COMM_WORLD, &k->size);
     k->halves = 1;
 #ifdef _OPENMP
-    MPI_Comm here;                           // the ranks of one machine share its cores, unless OMP_NUM_THREADS says how
+    MPI_Comm here; // the ranks of one machine share its cores, unless OMP_NUM_THREADS says how
     int neighbours;
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
     MPI_Comm_size(here, &neighbours);
     MPI_Comm_free(&here);
-    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(omp_get_num_procs() > neighbours ? omp_get_num_procs() / neighbours : 1);
+    if (!getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(omp_get_num_procs() > neighbours ? omp_get_num_procs() / neighbours : 1);
 #endif
 }
 
@@ -1885,8 +1916,8 @@ static void ranks_end(void) {}
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
                               int R, int purpose);
 #ifndef OSP_CUDA
-static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
-                              int R, int purpose) {
+static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
+                              size_t row_bytes, int R, int purpose) {
     (void)R;
     mpi_all_to_all(to, from, receive, send, same, row_bytes, purpose);
 }
@@ -1972,7 +2003,8 @@ static void ranks_agree(Ranks *k, const void *data, size_t size, const char *wha
     all_gather(k, gathered, device, 1, 8, OUTPUT);
     download(all, gathered, 8 * (size_t)k->size);
     for (int s = 0; s < k->size; s++)
-        if (all[s] != all[0]) die("rank %d has a different %s from rank 0: start the same program on the same files everywhere", s, what);
+        if (all[s] != all[0])
+            die("rank %d has a different %s from rank 0: start the same program on the same files everywhere", s, what);
     device_free(device), device_free(gathered);
     free(all);
 }
@@ -2104,7 +2136,8 @@ static void *take(Arena *a, size_t count, size_t size) {
 static act *take_act(Arena *a, size_t count) { return (act *)take(a, count, act_size()); }
 static float *take_float(Arena *a, size_t count) { return (float *)take(a, count, sizeof(float)); }
 
-static void attention_buffers(Arena *a, Run *r, SavedAttention *s, size_t rows, size_t kv_rows, size_t all, bool spread_out) {
+static void attention_buffers(Arena *a, Run *r, SavedAttention *s, size_t rows, size_t kv_rows, size_t all,
+                              bool spread_out) {
     size_t D = (size_t)r->m->c.dim, heads = (size_t)r->m->c.num_heads, share = all * D / (size_t)r->ranks->size;
     s->q_raw = take_act(a, rows * D), s->q = take_act(a, rows * D), s->k_raw = take_act(a, kv_rows * D);
     s->k = take_act(a, kv_rows * D), s->v = take_act(a, kv_rows * D), s->o = take_act(a, rows * D);
@@ -2144,15 +2177,18 @@ static void block_buffers(Arena *a, Run *r, int i, size_t most) {
 
 static void run_buffers(Arena *a, Run *r, size_t most) {
     const Config *c = &r->m->c;
-    size_t B = (size_t)r->B, D = (size_t)c->dim, rows = B * most, text = B * (size_t)c->text_len, R = (size_t)r->ranks->size;
-    size_t pixels = B * (size_t)c->out_dim * r->N * 4, patch = 4 * (size_t)(c->in_dim > c->out_dim ? c->in_dim : c->out_dim);
+    size_t B = (size_t)r->B, D = (size_t)c->dim, rows = B * most, text = B * (size_t)c->text_len,
+           R = (size_t)r->ranks->size;
+    size_t pixels = B * (size_t)c->out_dim * r->N * 4,
+           patch = 4 * (size_t)(c->in_dim > c->out_dim ? c->in_dim : c->out_dim);
     size_t wide = rows > text ? rows : text, share = B * r->N * D / R;
     for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, most);
     r->sin = take_act(a, B * (size_t)c->freq_dim), r->t1 = take_act(a, B * D), r->t1s = take_act(a, B * D);
     r->e_act = take_act(a, B * D), r->es = take_act(a, B * D), r->e0_act = take_act(a, B * 6 * D);
     r->e = take_float(a, B * D), r->e0 = take_float(a, B * 6 * D), r->head_e = take_float(a, B * 2 * D);
     r->small = take_float(a, B * (D > (size_t)c->freq_dim ? D : (size_t)c->freq_dim));
-    r->text = take_act(a, text * (size_t)c->text_dim), r->text_pre = take_act(a, text * D), r->text_h = take_act(a, text * D);
+    r->text = take_act(a, text * (size_t)c->text_dim), r->text_pre = take_act(a, text * D),
+    r->text_h = take_act(a, text * D);
     r->context = take_act(a, text * D), r->context_q = c->quant ? take_act(a, text * D) : r->context;
     r->ids = (int *)take(a, text, sizeof(int)), r->word_pos = take_float(a, (size_t)c->text_len * (size_t)c->text_dim);
     r->patches = take_act(a, rows * patch), r->tokens = take_act(a, rows * D), r->h = take_act(a, rows * D);
@@ -2164,7 +2200,7 @@ static void run_buffers(Arena *a, Run *r, size_t most) {
     if (!r->training) return;
     r->dx = take_float(a, rows * D), r->de = take_float(a, B * 6 * D), r->de0 = take_float(a, B * 6 * D);
     r->de_e = take_float(a, B * D), r->dhead_e = take_float(a, B * 2 * D);
-    size_t largest = wide > 6 * B ? wide : 6 * B;                   // the timestep's gradients pass through d1 and d2 too
+    size_t largest = wide > 6 * B ? wide : 6 * B; // the timestep's gradients pass through d1 and d2 too
     largest = largest * D > share ? largest * D : share;
     r->d1 = take_act(a, largest), r->d2 = take_act(a, largest), r->d3 = take_act(a, largest);
     r->d4 = take_act(a, largest), r->d5 = take_act(a, largest), r->dff = take_act(a, rows * (size_t)c->ffn_dim);
@@ -2178,7 +2214,8 @@ static void run_maps(Run *r) {
     int rank = r->ranks->rank, R = r->ranks->size, L = c->num_layers;
     for (int i = 0; i < L; i++) {
         int p = r->saved[i].pattern, at = r->saved[i].place, count = r->pattern[p].count;
-        int low = R > 1 && at == FULL ? 0 : count * rank / R, high = R > 1 && at == FULL ? count : count * (rank + 1) / R;
+        int low = R > 1 && at == FULL ? 0 : count * rank / R,
+            high = R > 1 && at == FULL ? count : count * (rank + 1) / R;
         if (!r->self[p].q) sequences_init(&r->self[p], &r->pattern[p], low, high, r->B);
         if (!r->cross[at].q) cross_sequences_init(&r->cross[at], r->n[at], c->text_len, r->B);
         if (!r->rope[at]) r->rope[at] = rope_table(&r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
@@ -2213,9 +2250,11 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
     size_t most = 0;
     r->m = m, r->ranks = ranks, r->B = B, r->T = T, r->H = H, r->W = W, r->training = training;
     r->N = (size_t)T * (size_t)H * (size_t)W;
-    if (r->N * (size_t)B > INT_MAX / 2) die("%d samples of %zu tokens are more than one run can index: use a smaller batch", B, r->N);
+    if (r->N * (size_t)B > INT_MAX / 2)
+        die("%d samples of %zu tokens are more than one run can index: use a smaller batch", B, r->N);
     if (ranks->size > 1 && c->num_heads % ranks->size)
-        die("%d heads cannot be shared evenly by %d ranks, as full blocks under Ulysses need", c->num_heads, ranks->size);
+        die("%d heads cannot be shared evenly by %d ranks, as full blocks under Ulysses need", c->num_heads,
+            ranks->size);
     if (r->N < (size_t)ranks->size) die("%zu tokens on %d ranks: use fewer ranks", r->N, ranks->size);
     for (int p = 0; p < PATTERNS; p++) {
         pattern_init(&r->pattern[p], p, T, H, W, c->sparse_ratio, ranks->size);
@@ -2318,8 +2357,8 @@ static void attention_layer(Run *r, const Attention *w, SavedAttention *s, const
 // From r->d1 = d y: dh written; dcontext added to (dcontext == dh: self-attention). The text of cross-attention is one
 // tensor that all ranks hold, so the gradients of its k and v are summed over ranks, and only rank 0 carries them on.
 static void attention_layer_back(Run *r, const Attention *w, SavedAttention *s, act *dh, act *dcontext, const act *h,
-                                 const act *context, size_t n, size_t kv_n, const float *rope, const Sequences *sequences,
-                                 int trade_pattern) {
+                                 const act *context, size_t n, size_t kv_n, const float *rope,
+                                 const Sequences *sequences, int trade_pattern) {
     const Config *c = &r->m->c;
     int D = c->dim, B = r->B, heads = c->num_heads, R = trade_pattern < 0 ? 1 : r->ranks->size;
     size_t rows = (size_t)B * n, kv_rows = (size_t)B * kv_n, width = (size_t)D;
@@ -2376,10 +2415,11 @@ static void block_forward(Run *r, int i) {
 
     residual_norm_forward(NULL, s->h1, s->stat1, s->x0, NULL, NOTHING, shift1, scale1, 1, B, n, D, eps);
     if (c->quant) quantize(r, s->h1, s->h1, rows * (size_t)D, 15);
-    attention_layer(r, &w->self, &s->self, s->h1, s->h1, n, n, r->rope[at], &r->self[s->pattern], spread(r, at) ? s->pattern : -1);
+    attention_layer(r, &w->self, &s->self, s->h1, s->h1, n, n, r->rope[at], &r->self[s->pattern],
+                    spread(r, at) ? s->pattern : -1);
 
-    residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, s->self.y, gate1, shared(w->norm3.b->w), shared(w->norm3.w->w), 0,
-                          B, n, D, eps);
+    residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, s->self.y, gate1, shared(w->norm3.b->w), shared(w->norm3.w->w),
+                          0, B, n, D, eps);
     if (c->quant) quantize(r, s->h2, s->h2, rows * (size_t)D, 15);
     attention_layer(r, &w->cross, &s->cross, s->h2, r->context_q, n, (size_t)c->text_len, NULL, &r->cross[at], -1);
 
@@ -2390,7 +2430,8 @@ static void block_forward(Run *r, int i) {
     linear(s->y, s->f, &w->ffn2, rows);
 
     if (at == next->place) residual_gather_forward(next->x0, s->x2, s->y, gate2, NULL, rows, B, n, D);
-    else if (r->ranks->size == 1) residual_gather_forward(next->x0, s->x2, s->y, gate2, r->move[at][next->place].pack, rows, B, n, D);
+    else if (r->ranks->size == 1)
+        residual_gather_forward(next->x0, s->x2, s->y, gate2, r->move[at][next->place].pack, rows, B, n, D);
     else {
         residual_gather_forward(r->dx2, s->x2, s->y, gate2, NULL, rows, B, n, D);
         exchange_rows(r, next->x0, r->dx2, at, next->place);
@@ -2405,7 +2446,8 @@ static void block_backward(Run *r, int i) {
     int B = r->B, D = c->dim, at = s->place;
     size_t n = r->n[at], rows = (size_t)B * n;
     float *e = s->e, *de = r->de;
-    PerSample scale1 = of_row(e, 1, 6, D), gate1 = of_row(e, 2, 6, D), scale2 = of_row(e, 4, 6, D), gate2 = of_row(e, 5, 6, D);
+    PerSample scale1 = of_row(e, 1, 6, D), gate1 = of_row(e, 2, 6, D), scale2 = of_row(e, 4, 6, D),
+              gate2 = of_row(e, 5, 6, D);
     zero(de, (size_t)B * 6 * (size_t)D * sizeof(float));
     if (at != next->place) {
         exchange_rows(r, r->dx2, r->dx, next->place, at);
@@ -2421,7 +2463,8 @@ static void block_backward(Run *r, int i) {
     gate_backward(r->d1, NOTHING, r->dx, s->cross.y, NOTHING, B, n, D);
     attention_layer_back(r, &w->cross, &s->cross, r->d1, r->dcontext, s->h2, r->context_q, n, (size_t)c->text_len, NULL,
                          &r->cross[at], -1);
-    norm_backward(r->dx, shared(w->norm3.b->dw), shared(w->norm3.w->dw), r->d1, s->x1, s->stat2, shared(w->norm3.w->w), 0, B, n, D);
+    norm_backward(r->dx, shared(w->norm3.b->dw), shared(w->norm3.w->dw), r->d1, s->x1, s->stat2, shared(w->norm3.w->w),
+                  0, B, n, D);
     // x += gate1 · SelfAttn(LN(x)·(1 + scale1) + shift1)
     gate_backward(r->d1, of_row(de, 2, 6, D), r->dx, s->self.y, gate1, B, n, D);
     attention_layer_back(r, &w->self, &s->self, r->d1, r->d1, s->h1, s->h1, n, n, r->rope[at], &r->self[s->pattern],
@@ -2507,7 +2550,8 @@ static void forward(Run *r, const float *x, const double *t) {
     Saved *first = &r->saved[0], *last = &r->saved[L];
     time_forward(r, t);
     text_forward(r);
-    latent_to_rows(r->patches, x, B, c->in_dim, r->T, r->H, r->W, (size_t)r->pattern[FULL].first[r->ranks->rank], n, true);
+    latent_to_rows(r->patches, x, B, c->in_dim, r->T, r->H, r->W, (size_t)r->pattern[FULL].first[r->ranks->rank], n,
+                   true);
     linear(r->tokens, r->patches, &r->m->patch, rows);
     if (first->place == FULL) to_float(first->x0, r->tokens, rows * (size_t)D);
     else {
@@ -2549,7 +2593,8 @@ static void backward(Run *r, float *dlatent, const float *dout) {
     to_act(r->d1, r->dx, rows * (size_t)D);
     linear_back(r, dlatent ? r->dpatches : NULL, r->d1, r->patches, &r->m->patch, rows, false);
     if (dlatent && r->ranks->size > 1) gather_tokens(r, r->y_all, r->dpatches, 4 * (size_t)c->in_dim);
-    if (dlatent) rows_to_latent(dlatent, r->ranks->size > 1 ? r->y_all : r->dpatches, B, c->in_dim, r->T, r->H, r->W, true);
+    if (dlatent)
+        rows_to_latent(dlatent, r->ranks->size > 1 ? r->y_all : r->dpatches, B, c->in_dim, r->T, r->H, r->W, true);
     text_backward(r);
     time_backward(r);
 }
@@ -3066,7 +3111,8 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     l->A = (Param *)xalloc((size_t)most, sizeof(Param)), l->B = (Param *)xalloc((size_t)most, sizeof(Param));
     l->n = (size_t)most * 2 * (((size_t)rank * D + 15) & ~(size_t)15);
     l->w = (float *)device_alloc(l->n * sizeof(float)), l->dw = (float *)device_alloc(l->n * sizeof(float));
-    l->a = (act *)device_alloc((size_t)rank * D * act_size()), l->b = (act *)device_alloc((size_t)rank * D * act_size());
+    l->a = (act *)device_alloc((size_t)rank * D * act_size()),
+    l->b = (act *)device_alloc((size_t)rank * D * act_size());
     l->dw_act = (act *)device_alloc(D * D * act_size()), l->d = (act *)device_alloc((size_t)rank * D * act_size());
     size_t offset = 0, step = ((size_t)rank * D + 15) & ~(size_t)15;
     float *host = (float *)xalloc((size_t)rank * D, sizeof(float));
@@ -3081,7 +3127,7 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
         A->shape[0] = B->shape[1] = (size_t)rank, A->shape[1] = B->shape[0] = D;
         A->w = l->w + offset, A->dw = l->dw + offset, B->w = l->w + offset + step, B->dw = l->dw + offset + step;
         offset += 2 * step;
-        for (size_t j = 0; j < A->count; j++)                        // A gaussian, B zero: training starts at the base model
+        for (size_t j = 0; j < A->count; j++) // A gaussian, B zero: training starts at the base model
             host[j] = rng_normal(seed, 5000 + (uint64_t)l->count, j) / sqrtf((float)rank);
         upload(A->w, host, A->count * sizeof(float));
         l->target[l->count++] = p;
@@ -3159,7 +3205,8 @@ typedef struct {
 } PolicyOptions;
 
 // The policy's mean at (x, σ) with the weights as prepared: mean = a·x + b·guided v. mean[G, ...] is written.
-static void policy_mean(Run *r, float *mean, const float *x, double sigma, double sigma_next, Text cond, Text uncond, double g) {
+static void policy_mean(Run *r, float *mean, const float *x, double sigma, double sigma_next, Text cond, Text uncond,
+                        double g) {
     size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
     SdeStep s = sde_step(sigma, sigma_next);
     guided_velocity(r, mean, x, sigma, cond, uncond, g);
@@ -3443,9 +3490,11 @@ static Config config_read(const File *f) {
     for (int i = 0; i < CONFIG_ROWS; i++) {
         const char *text = file_meta(f, CONFIG[i].key);
         if (!text && CONFIG[i].needed)
-            die("%s: no \"%s\" in its metadata, so this is not an osp checkpoint; make one with osp train or weights_export.py",
+            die("%s: no \"%s\" in its metadata, so this is not an osp checkpoint; make one with osp train or "
+                "weights_export.py",
                 f->path, CONFIG[i].key);
-        if (text) *config_field(&c, i) = (int)whole_number(text, CONFIG[i].key, f->path, CONFIG[i].least, CONFIG[i].most);
+        if (text)
+            *config_field(&c, i) = (int)whole_number(text, CONFIG[i].key, f->path, CONFIG[i].least, CONFIG[i].most);
     }
     const char *eps = file_meta(f, "eps");
     c.eps = eps ? atof(eps) : 1e-6;
@@ -3467,7 +3516,8 @@ static const FileTensor *param_find(const File *f, const Param *p) {
     if (!t) die("%s: tensor %s is missing; export the whole model again", f->path, p->name);
     shape_text(want, sizeof(want), p->rank, p->shape);
     shape_text(have, sizeof(have), t->rank, t->shape);
-    if (strcmp(want, have)) die("%s: tensor %s has shape %s, the metadata's sizes want %s", f->path, p->name, have, want);
+    if (strcmp(want, have))
+        die("%s: tensor %s has shape %s, the metadata's sizes want %s", f->path, p->name, have, want);
     return t;
 }
 
@@ -3488,7 +3538,8 @@ static void weights_read(Model *m, const File *f) {
     for (int i = 0; i < f->count; i++) {
         bool known = !strncmp(f->tensors[i].name, "_pad.", 5) || strstr(f->tensors[i].name, ".scale");
         for (int j = 0; j < m->params && !known; j++) known = !strcmp(m->param[j].name, f->tensors[i].name);
-        if (!known) die("%s: tensor %.80s is not part of this model; export the file again", f->path, f->tensors[i].name);
+        if (!known)
+            die("%s: tensor %.80s is not part of this model; export the file again", f->path, f->tensors[i].name);
     }
 }
 
@@ -3546,12 +3597,14 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
     file_open(&f, path);
     const char *of = file_meta(&f, "run"), *step = file_meta(&f, "step");
     if (!of || !step) die("%s: not the state of a training run; remove it to start anew", path);
-    if (strcmp(of, run)) die("%s: left by a run with other settings (%.300s); remove it or choose another -o", path, of);
+    if (strcmp(of, run))
+        die("%s: left by a run with other settings (%.300s); remove it or choose another -o", path, of);
     o->step = (int)whole_number(step, "step", path, 0, INT_MAX);
     host = (float *)xalloc(o->n, sizeof(float));
     for (int i = 0; i < 4; i++) {
         const FileTensor *t = file_find(&f, names[i]);
-        if (!t || t->count != o->n) die("%s: tensor %s is missing or of another size; remove the file to start anew", path, names[i]);
+        if (!t || t->count != o->n)
+            die("%s: tensor %s is missing or of another size; remove the file to start anew", path, names[i]);
         file_read(host, &f, t, o->n);
         upload(arenas[i], host, o->n * sizeof(float));
     }
@@ -3642,18 +3695,21 @@ static void option_set(const Option *o, const char *text) {
     }
     if (o->kind == 'u') {
         *(uint64_t *)o->value = strtoull(text, &end, 10);
-        if (end == text || *end || errno || strchr(text, '-')) die("%s: \"%.40s\" is not a whole number from 0 on", o->name, text);
+        if (end == text || *end || errno || strchr(text, '-'))
+            die("%s: \"%.40s\" is not a whole number from 0 on", o->name, text);
         return;
     }
     double v = strtod(text, &end);
     if (end == text || *end || errno || !(v >= o->least && v <= o->most) || (o->kind == 'i' && v != floor(v)))
-        die("%s: \"%.40s\" is not a %snumber from %g to %g", o->name, text, o->kind == 'i' ? "whole " : "", o->least, o->most);
+        die("%s: \"%.40s\" is not a %snumber from %g to %g", o->name, text, o->kind == 'i' ? "whole " : "", o->least,
+            o->most);
     if (o->kind == 'i') *(int *)o->value = (int)v;
     else *(double *)o->value = v;
 }
 
 // argv after the command's name. One argument without a dash goes to `plain`, where the command takes one.
-static void parse_options(int argc, char **argv, const char *example, const Option *options, int count, const char **plain) {
+static void parse_options(int argc, char **argv, const char *example, const Option *options, int count,
+                          const char **plain) {
     for (int i = 0; i < argc; i++) {
         const Option *o = NULL;
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
@@ -3673,7 +3729,8 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
 static const char *one_of(const char *name, const char *value, const char *const *allowed) {
     for (int i = 0; allowed[i]; i++) if (!strcmp(value, allowed[i])) return value;
     char list[128] = "";
-    for (int i = 0; allowed[i]; i++) snprintf(list + strlen(list), sizeof(list) - strlen(list), i ? ", %s" : "%s", allowed[i]);
+    for (int i = 0; allowed[i]; i++)
+        snprintf(list + strlen(list), sizeof(list) - strlen(list), i ? ", %s" : "%s", allowed[i]);
     die("%s: \"%.40s\" is none of %s", name, value, list);
 }
 static const char *const DTYPES[] = {"f32", "bf16", "hif8", NULL};
@@ -3716,7 +3773,8 @@ static void ranks_arrange(Ranks *k, const Config *c, const char *sp, bool guided
     k->ulysses = !strcmp(one_of("--sp", sp, SP), "ulysses");
     bool halves = P2 % world != 0 && guided && world % 2 == 0 && P2 % (world / 2) == 0;
     if (P2 % world && !halves)
-        die("%d ranks: their number must divide P^2 = %d%s", world, P2, guided ? ", or be twice such a number (guidance halves)" : "");
+        die("%d ranks: their number must divide P^2 = %d%s", world, P2,
+            guided ? ", or be twice such a number (guidance halves)" : "");
     ranks_split(k, halves ? 2 : 1);
 }
 
@@ -3747,13 +3805,15 @@ static Run *run_planned(Model *m, Ranks *k, int B, int T, int H, int W, bool tra
     size_t weights = model_bytes(m, training) + (training ? 3 * m->count * sizeof(float) : 0);
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %d tokens (%dx%dx%d)\n",
-                training ? ", gradients, moments" : "", gib((double)weights), gib((double)bytes), B, T * H * W, T, H, W);
+                training ? ", gradients, moments" : "", gib((double)weights), gib((double)bytes), B, T * H * W, T, H,
+                W);
     return run_new(m, k, B, T, H, W, training, NULL);
 }
 
 static Text caption_batch(const Model *m, const char *const *captions, int count) {   // NULL: the empty caption
     int *ids = (int *)xalloc((size_t)count * (size_t)m->c.text_len, sizeof(int));
-    for (int b = 0; b < count; b++) caption_ids(ids + b * m->c.text_len, m->c.text_len, captions && captions[b] ? captions[b] : "");
+    for (int b = 0; b < count; b++)
+        caption_ids(ids + b * m->c.text_len, m->c.text_len, captions && captions[b] ? captions[b] : "");
     Text t = {ids, NULL};
     return t;
 }
@@ -3783,7 +3843,8 @@ static void sample_size(const Config *c, SampleOptions *o, int size[3]) {
     if ((o->frames - 1) % per_frame) die("--frames %d: must be 1 more than a multiple of %d", o->frames, per_frame);
     if (o->height % (2 * per_pixel) || o->width % (2 * per_pixel))
         die("--height %d --width %d: must be multiples of %d", o->height, o->width, 2 * per_pixel);
-    size[0] = (o->frames - 1) / per_frame + 1, size[1] = o->height / (2 * per_pixel), size[2] = o->width / (2 * per_pixel);
+    size[0] = (o->frames - 1) / per_frame + 1, size[1] = o->height / (2 * per_pixel),
+    size[2] = o->width / (2 * per_pixel);
 }
 
 static const float *file_floats(const char *path, const char *name, size_t count, const char *remedy) {
@@ -3802,7 +3863,8 @@ static float *side_by_side(const float *const *clips, int K, int C, int T, int H
     float *out = (float *)xalloc((size_t)K * (size_t)C * (size_t)T * (size_t)H * (size_t)W, sizeof(float));
     for (int k = 0; k < K; k++)
         for (int row = 0; row < C * T * H; row++)
-            memcpy(out + ((size_t)row * (size_t)K + (size_t)k) * (size_t)W, clips[k] + (size_t)row * (size_t)W, (size_t)W * sizeof(float));
+            memcpy(out + ((size_t)row * (size_t)K + (size_t)k) * (size_t)W, clips[k] + (size_t)row * (size_t)W,
+                   (size_t)W * sizeof(float));
     return out;
 }
 
@@ -3829,14 +3891,16 @@ static float **sample_clips(Run *r, const SampleOptions *o, int count) {
     }
     for (int k = 0; k < count; k++) {
         float *host = clips[k] = (float *)xalloc(size, sizeof(float));
-        if (o->noise) memcpy(host, file_floats(o->noise, "noise", size, "it must have the latent's size"), size * sizeof(float));
+        if (o->noise)
+            memcpy(host, file_floats(o->noise, "noise", size, "it must have the latent's size"), size * sizeof(float));
         else noise_fill(host, size, o->seed, SAMPLE_STREAM, (uint64_t)k * size);
         upload(x, host, size * sizeof(float));
         if (c->vocab) cond = caption_batch(r->m, &o->prompts.text[k], 1);
         sample(r, x, cond, uncond, o->steps, o->shift, o->guidance);
         download(host, x, size * sizeof(float));
         for (size_t i = 0; i < size; i++)
-            if (!isfinite(host[i])) die("the model made a number that is not finite; the weights may be broken, or try --device-dtype f32");
+            if (!isfinite(host[i]))
+                die("the model made a number that is not finite; the weights may be broken, or try --device-dtype f32");
     }
     device_free(x);
     return clips;
@@ -3876,7 +3940,9 @@ static void cmd_sample(int argc, char **argv, Ranks *k) {
         {"--fps", 'i', &o.fps, 1, 60, "frames a second"},
         COMMON_OPTIONS(o.common),
     };
-    parse_options(argc, argv, "osp sample -w toy.safetensors -p \"a large red circle moving left on a black background\" -o out.png",
+    parse_options(argc, argv,
+                  "osp sample -w toy.safetensors -p \"a large red circle moving left on a black background\" -o "
+                  "out.png",
                   options, sizeof(options) / sizeof(options[0]), NULL);
     bool latent = ends_with(o.out, ".safetensors");
     if (latent) check_writable(o.out); else check_clip_path(o.out);
@@ -3885,8 +3951,10 @@ static void cmd_sample(int argc, char **argv, Ranks *k) {
     sample_size(&m->c, &o, size);
     if (m->c.vocab && !count) die("no caption given: -p \"a small green square moving up on a navy background\"");
     if (!m->c.vocab && !o.text) die("this model reads embeddings: give --text FILE, made by weights_export.py text");
-    if (!m->c.vocab && !latent) die("-o %s: this model makes latents: give a name ending in .safetensors, then weights_export.py video", o.out);
-    for (int i = 0; i < o.prompts.count; i++) if (!*o.prompts.text[i]) die("-p: the caption is empty; say what to draw");
+    if (!m->c.vocab && !latent)
+        die("-o %s: this model makes latents: give a name ending in .safetensors, then weights_export.py video", o.out);
+    for (int i = 0; i < o.prompts.count; i++)
+        if (!*o.prompts.text[i]) die("-p: the caption is empty; say what to draw");
     Run *r = run_planned(m, k, 1, size[0], size[1], size[2], false);
     r->show = speaks(k) && isatty(2);
     double began = seconds();
@@ -3895,14 +3963,18 @@ static void cmd_sample(int argc, char **argv, Ranks *k) {
     if (speaks(k)) {
         char comment[1024];
         snprintf(comment, sizeof(comment), "prompt: %s; seed %llu; steps %d; guidance %g; shift %g; weights %s",
-                 count && o.prompts.count ? o.prompts.text[0] : o.text, (unsigned long long)o.seed, o.steps, o.guidance, o.shift, o.common.weights);
+                 count && o.prompts.count ? o.prompts.text[0] : o.text, (unsigned long long)o.seed, o.steps, o.guidance,
+                 o.shift, o.common.weights);
         int W = 2 * size[2], H = 2 * size[1], scale = o.scale ? o.scale : W <= 16 ? 8 : W <= 64 ? 4 : 1;
         if (latent) save_latent(o.out, clips[0], &m->c, size, comment);
         else {
-            write_clip(o.out, side_by_side((const float *const *)clips, count, m->c.out_dim, size[0], H, W), m->c.out_dim, size[0], H, count * W, scale, o.fps, comment);
+            write_clip(o.out, side_by_side((const float *const *)clips, count, m->c.out_dim, size[0], H, W),
+                       m->c.out_dim, size[0], H, count * W, scale, o.fps, comment);
             char sheet[PATH_MAX];
             sheet_name(sheet, o.out);
-            if (ends_with(o.out, ".png")) write_sheet(sheet, (const float *const *)clips, o.prompts.text, count, m->c.out_dim, size[0], H, W, scale, comment);
+            if (ends_with(o.out, ".png"))
+                write_sheet(sheet, (const float *const *)clips, o.prompts.text, count, m->c.out_dim, size[0], H, W,
+                            scale, comment);
         }
         FILE *say = strcmp(o.out, "-") ? stdout : stderr;
         for (int i = 0; m->c.vocab && i < count; i++) print_score(say, clips[i], o.prompts.text[i], size);
@@ -3912,13 +3984,17 @@ static void cmd_sample(int argc, char **argv, Ranks *k) {
 }
 
 // ---- osp eval: ShapesBench on captions that training never saw ----------------------------------------------------------
-typedef struct { double mean[N_SCORES + 1], error[N_SCORES + 1]; int motion[MOTIONS][MOTIONS], shape[SHAPES][SHAPES]; } Bench;
+typedef struct {
+    double mean[N_SCORES + 1], error[N_SCORES + 1];
+    int motion[MOTIONS][MOTIONS], shape[SHAPES][SHAPES];
+} Bench;
 
 // `clips` samples in batches of r->B; captions drawn in turn from those held out (or, trained = true, from the others).
 static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
     const Config *c = &r->m->c;
     size_t size = (size_t)c->out_dim * r->N * 4;
-    float *x = (float *)device_alloc((size_t)r->B * size * sizeof(float)), *host = (float *)xalloc((size_t)r->B * size, sizeof(float));
+    float *x = (float *)device_alloc((size_t)r->B * size * sizeof(float)),
+          *host = (float *)xalloc((size_t)r->B * size, sizeof(float));
     char (*text)[128] = (char (*)[128])xalloc((size_t)r->B, 128);
     const char **captions = (const char **)xalloc((size_t)r->B, sizeof(char *));
     Scene *asked = (Scene *)xalloc((size_t)r->B, sizeof(Scene));
@@ -3990,16 +4066,21 @@ static void cmd_eval(int argc, char **argv, Ranks *k) {
     double guidance = 4, shift = 3;
     uint64_t seed = 1;
     const Option options[] = {
-        {"-w", 's', &common.weights, 0, 0, "checkpoint"}, {"-n", 'i', &clips, 1, 100000, "clips"},
-        {"--steps", 'i', &steps, 1, 1000, "Euler steps"}, {"-g", 'd', &guidance, 0, 100, "guidance; 1: none"},
-        {"--shift", 'd', &shift, 0.01, 100, "shift of the schedule"}, {"--seed", 'u', &seed, 0, 0, "noise and choice of captions"},
-        {"--batch", 'i', &batch, 1, 4096, "clips at a time"}, {"--lora", 's', &common.lora, 0, 0, "adapter from osp grpo"},
+        {"-w", 's', &common.weights, 0, 0, "checkpoint"},
+        {"-n", 'i', &clips, 1, 100000, "clips"},
+        {"--steps", 'i', &steps, 1, 1000, "Euler steps"},
+        {"-g", 'd', &guidance, 0, 100, "guidance; 1: none"},
+        {"--shift", 'd', &shift, 0.01, 100, "shift of the schedule"},
+        {"--seed", 'u', &seed, 0, 0, "noise and choice of captions"},
+        {"--batch", 'i', &batch, 1, 4096, "clips at a time"},
+        {"--lora", 's', &common.lora, 0, 0, "adapter from osp grpo"},
         {"--soft", 'b', &soft, 0, 0, "the continuous scores that GRPO is rewarded with"},
         COMMON_OPTIONS(common),
     };
     parse_options(argc, argv, "osp eval -w toy.safetensors -n 96", options, sizeof(options) / sizeof(options[0]), NULL);
     Model *m = model_open(common.weights, &common, k, false, guidance != 1);
-    if (!m->c.vocab || !m->c.T) die("%s: ShapesBench needs a model with a word table, trained by osp train", common.weights);
+    if (!m->c.vocab || !m->c.T)
+        die("%s: ShapesBench needs a model with a word table, trained by osp train", common.weights);
     Run *r = run_planned(m, k, batch < clips ? batch : clips, m->c.T, m->c.H_l / 2, m->c.W_l / 2, false);
     r->show = speaks(k) && isatty(2);
     Bench b = evaluate(r, clips, steps, shift, guidance, seed, soft);
@@ -4009,8 +4090,12 @@ static void cmd_eval(int argc, char **argv, Ranks *k) {
 // ---- osp train -----------------------------------------------------------------------------------------------------
 typedef struct { const char *name; Config c; TrainOptions train; } Preset;
 static const Preset PRESETS[] = {
-    {"tiny", {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6}, {600, 16, 50, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
-    {"toy", {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6}, {5000, 64, 200, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.999, 0.1, 1}},
+    {"tiny",
+     {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6},
+     {1600, 8, 100, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
+    {"toy",
+     {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6},
+     {5000, 64, 200, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.999, 0.1, 1}},
 };
 
 typedef struct {
@@ -4025,11 +4110,13 @@ typedef struct {
 static Model *train_model(const TrainCommand *o, Ranks *k) {
     if (o->init) {
         Model *m = model_open(o->init, &o->common, k, true, false);
-        if (!m->c.vocab || !m->c.T) die("%s: osp train draws captioned shapes, so it needs a model with a word table", o->init);
+        if (!m->c.vocab || !m->c.T)
+            die("%s: osp train draws captioned shapes, so it needs a model with a word table", o->init);
         return m;
     }
     Config c = {0};
-    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o->preset, PRESETS[i].name)) c = PRESETS[i].c;
+    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++)
+        if (!strcmp(o->preset, PRESETS[i].name)) c = PRESETS[i].c;
     config_override(&c, &o->common);
     device_start(o->common.device, k->rank);
     ranks_arrange(k, &c, o->common.sp, false);
@@ -4040,11 +4127,13 @@ static Model *train_model(const TrainCommand *o, Ranks *k) {
 }
 
 // Lines on stdout (the log that `test_osp show loss` draws), a bar on stderr.
-static void train_report(const TrainCommand *o, int step, double loss, double norm, double lr, double began, int first) {
+static void train_report(const TrainCommand *o, int step, double loss, double norm, double lr, double began,
+                         int first) {
     int S = o->train.steps;
     double per_step = (seconds() - began) / (step + 1 - first), left = per_step * (S - step - 1);
     if ((step + 1) % 10 == 0 || step + 1 == S)
-        printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step + 1, S, loss, norm, lr, 1e3 * per_step), fflush(stdout);
+        printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step + 1, S, loss, norm, lr, 1e3 * per_step),
+            fflush(stdout);
     if (!isatty(2)) return;
     fprintf(stderr, "\r\033[K[");
     for (int i = 0; i < 30; i++) fputc(i * S < 30 * (step + 1) ? '#' : '.', stderr);
@@ -4065,7 +4154,8 @@ static void train_loop(Run *r, Optimizer *opt, const TrainCommand *o, const char
         if (step + 1 < o->train.steps) batch_fill(&batch, r, &o->train, step + 1);   // while a GPU is still at work
         double norm = optimizer_step(opt, r->ranks, &o->train, lr);
         if (!isfinite(loss) || !isfinite(norm))
-            die("step %d: the loss is %g, the gradient's norm %g; %s holds the last good state: lower --lr", step + 1, loss, norm, state);
+            die("step %d: the loss is %g, the gradient's norm %g; %s holds the last good state: lower --lr", step + 1,
+                loss, norm, state);
         if (step == first) for (int i = 0; i < r->m->params; i++) r->m->param[i].codes = false;
         if (speak) train_report(o, step, loss, norm, lr, began, first);
         if (speak && step + 1 < o->train.steps && seconds() - saved > o->save_seconds) {
@@ -4083,24 +4173,31 @@ static void cmd_train(int argc, char **argv, Ranks *k) {
     o.preset = "tiny", o.dtype = "f32", o.common = common_defaults(), o.save_seconds = 15;
     for (int i = 0; i + 1 < argc; i++) if (!strcmp(argv[i], "--preset")) o.preset = argv[i + 1];
     const Preset *p = NULL;
-    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++) if (!strcmp(o.preset, PRESETS[i].name)) p = &PRESETS[i];
+    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++)
+        if (!strcmp(o.preset, PRESETS[i].name)) p = &PRESETS[i];
     if (!p) die("--preset: \"%.40s\" is none of tiny, toy", o.preset);
     o.train = p->train;
     const Option options[] = {
         {"--preset", 's', &o.preset, 0, 0, "tiny (4 frames of 16x16) or toy (8 of 32x32)"},
-        {"--init", 's', &o.init, 0, 0, "start from this checkpoint instead"}, {"-o", 's', &o.out, 0, 0, "checkpoint to write"},
+        {"--init", 's', &o.init, 0, 0, "start from this checkpoint instead"},
+        {"-o", 's', &o.out, 0, 0, "checkpoint to write"},
         {"--steps", 'i', &o.train.steps, 0, 1e8, "steps; 0: only write the first weights"},
-        {"--batch", 'i', &o.train.batch, 1, 65536, "clips a step"}, {"--lr", 'd', &o.train.lr, 0, 10, "learning rate"},
+        {"--batch", 'i', &o.train.batch, 1, 65536, "clips a step"},
+        {"--lr", 'd', &o.train.lr, 0, 10, "learning rate"},
         {"--warmup", 'i', &o.train.warmup, 0, 1e8, "steps of rising learning rate"},
         {"--ema", 'd', &o.train.ema, 0, 1, "decay of the weights' average, which is what is written"},
         {"--clip", 'd', &o.train.clip, 1e-6, 1e9, "largest norm of the gradient"},
-        {"--decay", 'd', &o.train.weight_decay, 0, 10, "weight decay"}, {"--drop", 'd', &o.train.drop, 0, 1, "captions dropped"},
-        {"--seed", 'u', &o.train.seed, 0, 0, "weights, clips, noise"}, {"--dtype", 's', &o.dtype, 0, 0, "of the file: f32, bf16 or hif8"},
-        {"--frames", 'i', &o.frames, 1, 256, "frames of a clip; 0: the model's"}, {"--size", 'i', &o.size, 8, 512, "height and width; 0: the model's"},
+        {"--decay", 'd', &o.train.weight_decay, 0, 10, "weight decay"},
+        {"--drop", 'd', &o.train.drop, 0, 1, "captions dropped"},
+        {"--seed", 'u', &o.train.seed, 0, 0, "weights, clips, noise"},
+        {"--dtype", 's', &o.dtype, 0, 0, "of the file: f32, bf16 or hif8"},
+        {"--frames", 'i', &o.frames, 1, 256, "frames of a clip; 0: the model's"},
+        {"--size", 'i', &o.size, 8, 512, "height and width; 0: the model's"},
         {"--save", 'd', &o.save_seconds, 0, 1e9, "seconds between saved states, for resuming"},
         COMMON_OPTIONS(o.common),
     };
-    parse_options(argc, argv, "osp train --preset tiny -o tiny.safetensors", options, sizeof(options) / sizeof(options[0]), NULL);
+    parse_options(argc, argv, "osp train --preset tiny -o tiny.safetensors", options,
+                  sizeof(options) / sizeof(options[0]), NULL);
     if (!o.out) die("no output given: -o FILE.safetensors");
     if (o.size % 2) die("--size %d: must be even", o.size);
     one_of("--dtype", o.dtype, DTYPES);
@@ -4113,10 +4210,13 @@ static void cmd_train(int argc, char **argv, Ranks *k) {
     optimizer_init(&opt, m->w, m->dw, m->count);
     char state[PATH_MAX], run[512];
     snprintf(state, sizeof(state), "%s.resume", o.out);
-    snprintf(run, sizeof(run), "%s %s steps %d batch %d lr %g warmup %d ema %g clip %g decay %g drop %g seed %llu %dx%dx%d full %d hif8 %d%d",
-             o.init ? "init" : "preset", o.init ? o.init : o.preset, o.train.steps, o.train.batch, o.train.lr, o.train.warmup, o.train.ema,
-             o.train.clip, o.train.weight_decay, o.train.drop, (unsigned long long)o.train.seed, m->c.T, m->c.H_l, m->c.W_l,
-             m->c.num_full_blocks, m->c.quant, m->c.quant_attn);
+    snprintf(run, sizeof(run),
+             "%s %s steps %d batch %d lr %g warmup %d ema %g clip %g decay %g drop %g seed %llu %dx%dx%d full %d hif8 "
+             "%d%d",
+             o.init ? "init" : "preset", o.init ? o.init : o.preset, o.train.steps, o.train.batch, o.train.lr,
+             o.train.warmup, o.train.ema, o.train.clip, o.train.weight_decay, o.train.drop,
+             (unsigned long long)o.train.seed, m->c.T, m->c.H_l, m->c.W_l, m->c.num_full_blocks, m->c.quant,
+             m->c.quant_attn);
     if (state_load(state, &opt, run) && speaks(k)) fprintf(stderr, "resumed from %s at step %d\n", state, opt.step);
     double began = seconds();
     train_loop(r, &opt, &o, state, run, speaks(k));
@@ -4151,7 +4251,8 @@ static double reward_of(const float *x, Scene asked, const Run *r, const double 
 }
 
 // G videos of one caption with the weights as they are: SDE steps inside the window, whose states are kept, ODE outside.
-static void rollout(Run *r, Rollout *a, float *x, float *v, Text uncond, Scene asked, const GrpoCommand *o, int first, uint64_t id) {
+static void rollout(Run *r, Rollout *a, float *x, float *v, Text uncond, Scene asked, const GrpoCommand *o, int first,
+                    uint64_t id) {
     const PolicyOptions *p = &o->policy;
     size_t one = (size_t)r->m->c.out_dim * r->N * 4, count = one * (size_t)r->B;
     double *sigma = (double *)xalloc((size_t)p->steps + 1, sizeof(double));
@@ -4191,16 +4292,16 @@ static void rollout_reference(Run *r, Rollout *a, Text uncond, const GrpoCommand
     double *sigma = (double *)xalloc((size_t)o->policy.steps + 1, sizeof(double));
     schedule(sigma, o->policy.steps, o->shift);
     for (int i = 0; i < o->policy.sde_count; i++)
-        policy_mean(r, a->mean_ref + (size_t)i * count, a->x + (size_t)i * count, sigma[first + i], sigma[first + i + 1], a->cond,
-                    uncond, o->policy.guidance);
+        policy_mean(r, a->mean_ref + (size_t)i * count, a->x + (size_t)i * count, sigma[first + i],
+                    sigma[first + i + 1], a->cond, uncond, o->policy.guidance);
     free(sigma);
 }
 
 typedef struct { double loss, kl, ratio_min, ratio_max, ratio_mean, clipped, norm; int count; } PolicyFigures;
 
 // One AdamW step on all rollouts' window steps.
-static void policy_update(Run *r, Optimizer *opt, PolicyFigures *f, Rollout *all, float *mean, float *dmean, Text uncond,
-                          const GrpoCommand *o, int first) {
+static void policy_update(Run *r, Optimizer *opt, PolicyFigures *f, Rollout *all, float *mean, float *dmean,
+                          Text uncond, const GrpoCommand *o, int first) {
     const PolicyOptions *p = &o->policy;
     size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B;
     double *sigma = (double *)xalloc((size_t)p->steps + 1, sizeof(double));
@@ -4209,20 +4310,25 @@ static void policy_update(Run *r, Optimizer *opt, PolicyFigures *f, Rollout *all
     for (int k = 0; k < o->prompts; k++)
         for (int i = 0; i < p->sde_count; i++) {
             const float *x = all[k].x + (size_t)i * count;
-            f->loss += policy_step(r, out, mean, dmean, x, x + count, all[k].mean_ref + (size_t)i * count, sigma[first + i],
-                                   sigma[first + i + 1], all[k].cond, uncond, all[k].advantage, all[k].logp + i * r->B, p);
+            f->loss +=
+                policy_step(r, out, mean, dmean, x, x + count, all[k].mean_ref + (size_t)i * count, sigma[first + i],
+                            sigma[first + i + 1], all[k].cond, uncond, all[k].advantage, all[k].logp + i * r->B, p);
             for (int b = 0; b < r->B; b++, f->count++) {
                 f->ratio_min = fmin(f->ratio_min, out[b].ratio), f->ratio_max = fmax(f->ratio_max, out[b].ratio);
                 f->ratio_mean += out[b].ratio, f->kl += out[b].kl, f->clipped += out[b].clipped;
             }
         }
     if (opt->step == 0 && !(f->ratio_min > 1 - 1e-5 && f->ratio_max < 1 + 1e-5))
-        die("before the first update the ratio must be 1 within 1e-5, but lies in %.7f .. %.7f: rollout and training do not "
-            "compute the same log-probability", f->ratio_min, f->ratio_max);
+        die("before the first update the ratio must be 1 within 1e-5, but lies in %.7f .. %.7f: rollout and training "
+            "do not "
+            "compute the same log-probability",
+            f->ratio_min, f->ratio_max);
     lora_backward(r->m);
     f->norm = optimizer_step(opt, r->ranks, &o->train, o->train.lr);
-    if (!isfinite(f->norm) || !isfinite(f->loss)) die("update %d: loss or gradient is not finite; %s holds the last good adapter: "
-                                                      "lower --lr", opt->step + 1, o->out);
+    if (!isfinite(f->norm) || !isfinite(f->loss))
+        die("update %d: loss or gradient is not finite; %s holds the last good adapter: "
+            "lower --lr",
+            opt->step + 1, o->out);
     weights_prepare(r->m);
     free(sigma), free(out);
 }
@@ -4235,7 +4341,8 @@ static Model *grpo_model(const GrpoCommand *o, Ranks *k) {
     ranks_agree(k, f.map, f.size, "checkpoint");
     Config c = config_read(&f);
     config_override(&c, &o->common);
-    if (!c.vocab || !c.T) die("%s: osp grpo rewards captioned shapes, so it needs a model trained by osp train", o->init);
+    if (!c.vocab || !c.T)
+        die("%s: osp grpo rewards captioned shapes, so it needs a model trained by osp train", o->init);
     if (o->rank > c.dim / 2) die("--rank %d: at most half of dim %d", o->rank, c.dim);
     ranks_arrange(k, &c, o->common.sp, false);
     Model *m = model_layout(&c);
@@ -4301,9 +4408,11 @@ static void grpo_loop(Run *r, Optimizer *opt, const GrpoCommand *o, const char *
         for (int e = 0; e < o->epochs; e++) policy_update(r, opt, &f, all, x, v, uncond, o, first);
         double mean = sum / videos, var = squares / videos - mean * mean;
         if (!speak) continue;
-        printf("update %d/%d reward %.4f spread %.4f adv %.3f ratio %.6f %.6f %.6f clipped %.3f kl %.3e grad %.3e rollout %.2f s update %.2f s\n",
-               update + 1, o->updates, mean, sqrt(var > 0 ? var : 0), sqrt(spread / videos), f.ratio_min, f.ratio_mean / f.count,
-               f.ratio_max, f.clipped / f.count, f.kl / f.count, f.norm, rolled - began, seconds() - rolled);
+        printf("update %d/%d reward %.4f spread %.4f adv %.3f ratio %.6f %.6f %.6f clipped %.3f kl %.3e grad %.3e "
+               "rollout %.2f s update %.2f s\n",
+               update + 1, o->updates, mean, sqrt(var > 0 ? var : 0), sqrt(spread / videos), f.ratio_min,
+               f.ratio_mean / f.count, f.ratio_max, f.clipped / f.count, f.kl / f.count, f.norm, rolled - began,
+               seconds() - rolled);
         fflush(stdout);
         if (update + 1 < o->updates && (update + 1) % 10 == 0) state_save(state, opt, run);
     }
@@ -4314,32 +4423,50 @@ static void cmd_grpo(int argc, char **argv, Ranks *k) {
     memset(&o, 0, sizeof(o));
     o.common = common_defaults(), o.dtype = "f32";
     o.updates = 40, o.prompts = 4, o.epochs = 1, o.rank = 8, o.alpha = 16, o.shift = 1;
-    o.policy.steps = 12, o.policy.sde_count = 5, o.policy.group = 8, o.policy.guidance = 2, o.policy.clip = 1e-3, o.policy.beta = 0.004;
-    o.train.lr = 1e-3, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1, o.train.ema = 0.9, o.train.seed = 1;
+    o.policy.steps = 12, o.policy.sde_count = 5, o.policy.group = 8, o.policy.guidance = 2, o.policy.clip = 1e-3,
+    o.policy.beta = 0.004;
+    o.train.lr = 1e-3, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1,
+    o.train.ema = 0.9, o.train.seed = 1;
     for (int i = 0; i < N_SCORES; i++) o.weight[i] = 1;
     const Option options[] = {
-        {"--init", 's', &o.init, 0, 0, "checkpoint to improve"}, {"-o", 's', &o.out, 0, 0, "adapter to write (or, with --merge, the whole model)"},
-        {"--merge", 'b', &o.merge, 0, 0, "write the model with the adapter merged"}, {"--dtype", 's', &o.dtype, 0, 0, "of a merged model: f32, bf16 or hif8"},
-        {"--steps", 'i', &o.updates, 1, 1e6, "updates"}, {"--prompts", 'i', &o.prompts, 1, 1024, "captions an update"},
-        {"--group", 'i', &o.policy.group, 2, 1024, "videos of a caption (paper: 4)"}, {"--epochs", 'i', &o.epochs, 1, 100, "AdamW steps on each rollout"},
-        {"-n", 'i', &o.policy.steps, 3, 1000, "sampling steps (paper: 25)"}, {"--window", 'i', &o.policy.sde_count, 1, 998, "SDE steps (paper: 10)"},
-        {"--first", 'i', &o.policy.sde_first, 0, 998, "first SDE step"}, {"--stride", 'i', &o.stride, 0, 998, "window slides so many steps an update (OSP-Next: 0)"},
-        {"-g", 'd', &o.policy.guidance, 0, 100, "guidance (paper: 5)"}, {"--shift", 'd', &o.shift, 0.01, 100, "shift of the schedule (paper: 1)"},
-        {"--clip", 'd', &o.policy.clip, 1e-9, 1, "range of the ratio (paper: 1e-4)"}, {"--beta", 'd', &o.policy.beta, 0, 1e6, "weight of the KL to the base model"},
-        {"--rank", 'i', &o.rank, 1, 1024, "LoRA (paper: 32)"}, {"--alpha", 'd', &o.alpha, 1e-6, 1e6, "LoRA (paper: 64)"},
-        {"--lr", 'd', &o.train.lr, 0, 10, "learning rate (paper: 2e-5)"}, {"--ema", 'd', &o.train.ema, 0, 1, "decay of the adapter's average, which is written"},
+        {"--init", 's', &o.init, 0, 0, "checkpoint to improve"},
+        {"-o", 's', &o.out, 0, 0, "adapter to write (or, with --merge, the whole model)"},
+        {"--merge", 'b', &o.merge, 0, 0, "write the model with the adapter merged"},
+        {"--dtype", 's', &o.dtype, 0, 0, "of a merged model: f32, bf16 or hif8"},
+        {"--steps", 'i', &o.updates, 1, 1e6, "updates"},
+        {"--prompts", 'i', &o.prompts, 1, 1024, "captions an update"},
+        {"--group", 'i', &o.policy.group, 2, 1024, "videos of a caption (paper: 4)"},
+        {"--epochs", 'i', &o.epochs, 1, 100, "AdamW steps on each rollout"},
+        {"-n", 'i', &o.policy.steps, 3, 1000, "sampling steps (paper: 25)"},
+        {"--window", 'i', &o.policy.sde_count, 1, 998, "SDE steps (paper: 10)"},
+        {"--first", 'i', &o.policy.sde_first, 0, 998, "first SDE step"},
+        {"--stride", 'i', &o.stride, 0, 998, "window slides so many steps an update (OSP-Next: 0)"},
+        {"-g", 'd', &o.policy.guidance, 0, 100, "guidance (paper: 5)"},
+        {"--shift", 'd', &o.shift, 0.01, 100, "shift of the schedule (paper: 1)"},
+        {"--clip", 'd', &o.policy.clip, 1e-9, 1, "range of the ratio (paper: 1e-4)"},
+        {"--beta", 'd', &o.policy.beta, 0, 1e6, "weight of the KL to the base model"},
+        {"--rank", 'i', &o.rank, 1, 1024, "LoRA (paper: 32)"},
+        {"--alpha", 'd', &o.alpha, 1e-6, 1e6, "LoRA (paper: 64)"},
+        {"--lr", 'd', &o.train.lr, 0, 10, "learning rate (paper: 2e-5)"},
+        {"--ema", 'd', &o.train.ema, 0, 1, "decay of the adapter's average, which is written"},
         {"--seed", 'u', &o.train.seed, 0, 0, "captions and noise"},
-        {"--w-color", 'd', &o.weight[SCORE_COLOR], 0, 1e6, "weight in the reward"}, {"--w-shape", 'd', &o.weight[SCORE_SHAPE], 0, 1e6, "same"},
-        {"--w-size", 'd', &o.weight[SCORE_SIZE], 0, 1e6, "same"}, {"--w-motion", 'd', &o.weight[SCORE_MOTION], 0, 1e6, "same"},
-        {"--w-background", 'd', &o.weight[SCORE_BACKGROUND], 0, 1e6, "same"}, {"--w-consistency", 'd', &o.weight[SCORE_CONSISTENCY], 0, 1e6, "same"},
-        {"--w-smoothness", 'd', &o.weight[SCORE_SMOOTHNESS], 0, 1e6, "same"}, {"--w-red", 'd', &o.weight[N_SCORES], 0, 1e6, "how red the clip is: reward hacking in one option"},
+        {"--w-color", 'd', &o.weight[SCORE_COLOR], 0, 1e6, "weight in the reward"},
+        {"--w-shape", 'd', &o.weight[SCORE_SHAPE], 0, 1e6, "same"},
+        {"--w-size", 'd', &o.weight[SCORE_SIZE], 0, 1e6, "same"},
+        {"--w-motion", 'd', &o.weight[SCORE_MOTION], 0, 1e6, "same"},
+        {"--w-background", 'd', &o.weight[SCORE_BACKGROUND], 0, 1e6, "same"},
+        {"--w-consistency", 'd', &o.weight[SCORE_CONSISTENCY], 0, 1e6, "same"},
+        {"--w-smoothness", 'd', &o.weight[SCORE_SMOOTHNESS], 0, 1e6, "same"},
+        {"--w-red", 'd', &o.weight[N_SCORES], 0, 1e6, "how red the clip is: reward hacking in one option"},
         COMMON_OPTIONS(o.common),
     };
-    parse_options(argc, argv, "osp grpo --init tiny.safetensors -o tiny_lora.safetensors --steps 40", options, sizeof(options) / sizeof(options[0]), NULL);
+    parse_options(argc, argv, "osp grpo --init tiny.safetensors -o tiny_lora.safetensors --steps 40", options,
+                  sizeof(options) / sizeof(options[0]), NULL);
     if (!o.out) die("no output given: -o FILE.safetensors");
     one_of("--dtype", o.dtype, DTYPES);
     if (o.policy.sde_first + o.policy.sde_count > o.policy.steps - 1)
-        die("--first %d --window %d: the last of %d steps adds no noise, so the window must end before it", o.policy.sde_first, o.policy.sde_count, o.policy.steps);
+        die("--first %d --window %d: the last of %d steps adds no noise, so the window must end before it",
+            o.policy.sde_first, o.policy.sde_count, o.policy.steps);
     double total = 0;
     for (int i = 0; i <= N_SCORES; i++) total += o.weight[i];
     if (!(total > 0)) die("all reward weights are zero; give at least one --w-... above zero");
@@ -4352,12 +4479,16 @@ static void cmd_grpo(int argc, char **argv, Ranks *k) {
     optimizer_init(&opt, m->lora->w, m->lora->dw, m->lora->n);
     char state[PATH_MAX], run[512];
     snprintf(state, sizeof(state), "%s.resume", o.out);
-    snprintf(run, sizeof(run), "grpo init %s updates %d prompts %d group %d epochs %d steps %d window %d+%d stride %d g %g shift %g clip %g beta %g "
-             "rank %d alpha %g lr %g ema %g seed %llu hif8 %d%d weights %g %g %g %g %g %g %g %g", o.init, o.updates, o.prompts, o.policy.group, o.epochs,
-             o.policy.steps, o.policy.sde_first, o.policy.sde_count, o.stride, o.policy.guidance, o.shift, o.policy.clip, o.policy.beta, o.rank, o.alpha,
-             o.train.lr, o.train.ema, (unsigned long long)o.train.seed, m->c.quant, m->c.quant_attn, o.weight[0], o.weight[1], o.weight[2], o.weight[3],
-             o.weight[4], o.weight[5], o.weight[6], o.weight[7]);
-    if (state_load(state, &opt, run) && speaks(k)) fprintf(stderr, "resumed from %s at update %d\n", state, opt.step / o.epochs);
+    snprintf(run, sizeof(run),
+             "grpo init %s updates %d prompts %d group %d epochs %d steps %d window %d+%d stride %d g %g shift %g clip "
+             "%g beta %g "
+             "rank %d alpha %g lr %g ema %g seed %llu hif8 %d%d weights %g %g %g %g %g %g %g %g",
+             o.init, o.updates, o.prompts, o.policy.group, o.epochs, o.policy.steps, o.policy.sde_first,
+             o.policy.sde_count, o.stride, o.policy.guidance, o.shift, o.policy.clip, o.policy.beta, o.rank, o.alpha,
+             o.train.lr, o.train.ema, (unsigned long long)o.train.seed, m->c.quant, m->c.quant_attn, o.weight[0],
+             o.weight[1], o.weight[2], o.weight[3], o.weight[4], o.weight[5], o.weight[6], o.weight[7]);
+    if (state_load(state, &opt, run) && speaks(k))
+        fprintf(stderr, "resumed from %s at update %d\n", state, opt.step / o.epochs);
     grpo_loop(r, &opt, &o, state, run, speaks(k));
     if (!speaks(k)) return;
     if (o.merge) grpo_merge(m, opt.ema, o.out, o.dtype);
@@ -4390,18 +4521,22 @@ static void cmd_info(int argc, char **argv, Ranks *k) {
         size_t count = 0;
         for (int i = 0; i < m->params; i++) count += m->param[i].count;
         printf("%zu parameters; blocks ", count);
-        for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[block_pattern(i, c.num_layers, c.num_full_blocks)]);
+        for (int i = 0; i < c.num_layers; i++)
+            putchar(PATTERN_LETTER[block_pattern(i, c.num_layers, c.num_full_blocks)]);
         printf(" (F full, t token-wise, g group-wise)\n");
     }
-    printf("%zu bytes of tensors, %.1f %% of them HiF8 codes; file %zu bytes\n", all, all ? 100.0 * (double)codes / (double)all : 0, f.size);
+    printf("%zu bytes of tensors, %.1f %% of them HiF8 codes; file %zu bytes\n", all,
+           all ? 100.0 * (double)codes / (double)all : 0, f.size);
     file_close(&f);
 }
 
 // ---- main --------------------------------------------------------------------------------------------------------------
 typedef struct { const char *name; void (*run)(int, char **, Ranks *); const char *help; } Command;
 static const Command COMMANDS[] = {
-    {"sample", cmd_sample, "draw a clip from a caption"}, {"train", cmd_train, "train on captioned shapes"},
-    {"grpo", cmd_grpo, "reinforcement learning: Mix-GRPO with LoRA"}, {"eval", cmd_eval, "ShapesBench on captions never trained on"},
+    {"sample", cmd_sample, "draw a clip from a caption"},
+    {"train", cmd_train, "train on captioned shapes"},
+    {"grpo", cmd_grpo, "reinforcement learning: Mix-GRPO with LoRA"},
+    {"eval", cmd_eval, "ShapesBench on captions never trained on"},
     {"info", cmd_info, "what a checkpoint holds"},
 };
 
@@ -4418,8 +4553,10 @@ static int osp_main(int argc, char **argv) {
         }
     if (argc > 1 && strcmp(argv[1], "-h") && strcmp(argv[1], "--help"))
         die("\"%.40s\" is no command; the commands are sample, train, grpo, eval, info", argv[1]);
-    printf("OSP-Next: a sparse video diffusion transformer in one file of C.\nexample: osp train --preset tiny -o tiny.safetensors\n");
-    for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++) printf("  osp %-7s %s\n", COMMANDS[i].name, COMMANDS[i].help);
+    printf("OSP-Next: a sparse video diffusion transformer in one file of C.\nexample: osp train --preset tiny -o "
+           "tiny.safetensors\n");
+    for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++)
+        printf("  osp %-7s %s\n", COMMANDS[i].name, COMMANDS[i].help);
     printf("osp COMMAND -h lists a command's options\n");
     ranks_end();
     return argc > 1 ? 0 : 2;

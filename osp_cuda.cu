@@ -156,7 +156,7 @@ static void download(void *dst, const void *src, size_t bytes) {
     wait_device();
 }
 
-// Between ranks (section 6 of osp.c), each with a card of its own: down, through MPI between hosts' memories, up.
+// Between ranks (section 7 of osp.c), each with a card of its own: down, through MPI between hosts' memories, up.
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
                               size_t row_bytes, int R, int purpose) {
     size_t out = 0, in = 0;
@@ -228,17 +228,17 @@ template <int V_, int G_, int K_> struct Tile {
     static __device__ int column(int k) { return ((int)(threadIdx.x % G) + k * G) * V; }
 };
 
-// The statement with T = the tile for rows of dim <= 5120.
+// The statement with T = the tile for rows of dim <= 5120; where they are not wide, by single numbers (V = 4) or pairs (8).
 #define BY_TILE(V, wide, dim, ...) do { \
-    if ((dim) > 5120 || (dim) % 2) die("rows of %d numbers: on a GPU dim must be even and at most 5120", (int)(dim)); \
+    if ((dim) > 5120) die("rows of %d numbers: on a GPU dim is at most 5120", (int)(dim)); \
     if (wide) { \
         if ((dim) <= 128)       { typedef Tile<V, 128 / V, 1> T; __VA_ARGS__; } \
         else if ((dim) <= 512)  { typedef Tile<V, 32, 16 / V> T; __VA_ARGS__; } \
         else if ((dim) <= 2048) { typedef Tile<V, 128, 16 / V> T; __VA_ARGS__; } \
         else                    { typedef Tile<V, 1024 / V, 5> T; __VA_ARGS__; } \
     } \
-    else if ((dim) <= 128)      { typedef Tile<2, 32, 2> T; __VA_ARGS__; } \
-    else                        { typedef Tile<2, 256, 10> T; __VA_ARGS__; } \
+    else if ((dim) <= 128)      { typedef Tile<V / 4, 32, 16 / V> T; __VA_ARGS__; } \
+    else                        { typedef Tile<V / 4, 256, 80 / V> T; __VA_ARGS__; } \
 } while (0)
 
 // The statement with V = 4 or 1 columns per thread, for kernels whose threads share rows in a simpler way.

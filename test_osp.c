@@ -24,7 +24,13 @@ static void draw_line(Picture *p, float x0, float y0, float x1, float y1, int th
 // Three kinds of judges: golden/ (an independent float64 implementation), plain double-precision formulas with central
 // differences for the gradients, and exact rules (bits, permutations, rounding to the nearest). Errors are relative:
 // |a − b| / |b| over one tensor. What an operation must write is filled with NaN first. The tests free nothing.
-static struct { int passed, failed, skipped; bool silent; } tally;
+static struct { int passed, failed, skipped; bool silent, half; } tally;
+
+// bfloat16 keeps 8 bits: what is exact in float32 stays so (or is rounded once more, see as_act), the rest gets room.
+static double limit_here(double limit) {
+    if (!tally.half || limit == 0) return limit;
+    return limit <= 5e-6 ? 1e-2 : limit <= 1e-5 ? 2e-2 : 5e-2;
+}
 
 __attribute__((format(printf, 3, 4)))
 static void row(double measured, double limit, const char *format, ...) {
@@ -33,6 +39,7 @@ static void row(double measured, double limit, const char *format, ...) {
     va_start(args, format);
     vsnprintf(name, sizeof name, format, args);
     va_end(args);
+    limit = limit_here(limit);
     bool ok = measured <= limit;                                    // NaN is not
     if (ok) tally.passed++; else tally.failed++;
     if (!tally.silent) printf("%-88s %9.2e %9.1e %s\n", name, measured, limit, ok ? "ok" : "FAILED");
@@ -120,6 +127,7 @@ static float *down_act(const act *device, size_t n) {
     to_float(room, device, n);
     return down(room, n);
 }
+static float *as_act(const float *host, size_t n) { return down_act(up_act(host, n), n); }
 static void spoil(void *device, size_t bytes) {                     // NaN in float and in bfloat16
     void *host = xalloc(bytes, 1);
     memset(host, 0xFF, bytes);
@@ -198,14 +206,14 @@ static void check_hif8_rules(void) {
         act *q = spoiled_act(n);
         absmax(m, device, n);
         hif8_tensor(q, device, n, scales[i], m);
-        row(!same_bits(down_act(q, n), nearest_tensor(y, n, scales[i]), n), 0,
+        row(!same_bits(down_act(q, n), as_act(nearest_tensor(y, n, scales[i]), n), n), 0,
             "hif8_tensor(s = %g) = the nearest, bit for bit", scales[i]);
     }
     float tiny[3] = {1e-12f, -3e-10f, 0}, bad[5] = {1, NAN, -7, NAN, 2}, *m = spoiled(1);
     act *q = up_act(tiny, 3);
     absmax(m, q, 3);
     hif8_tensor(q, q, 3, 15, m);
-    row(!same_bits(down_act(q, 3), nearest_tensor(down_act(up_act(tiny, 3), 3), 3, 15), 3), 0,
+    row(!same_bits(down_act(q, 3), as_act(nearest_tensor(as_act(tiny, 3), 3, 15), 3), 3), 0,
         "hif8_tensor where max|x| is clamped to 1e-8");
     absmax(m, up_act(bad, 5), 5);
     download(&most, m, sizeof most);
@@ -355,7 +363,8 @@ static void norm_formula(double *out, double *const *in, const int *s) {
 static PerSample per_sample(const float *host, int B, int D, bool each) {
     PerSample v = {spoiled(3 * (size_t)(B * D)), each ? 3 * (size_t)D : 0};
     v.p += D;
-    for (int b = 0; b < (each ? B : 1); b++) upload(v.p + (size_t)b * v.stride, host + b * D, (size_t)D * sizeof(float));
+    for (int b = 0; b < (each ? B : 1); b++)
+        upload(v.p + (size_t)b * v.stride, host + b * D, (size_t)D * sizeof(float));
     return v;
 }
 static double off_each(PerSample v, const float *want, int B, int D) {
@@ -371,7 +380,8 @@ static void check_norm(bool modulated, bool gated, bool in_place) {
     float *x = noise(1, rows, 0.1), *y = noise(2, rows, 0.1), *gate = noise(3, each, 1), *shift = noise(4, each, 1),
           *scale = noise(5, each, 1);
     float *dh = noise(6, 2 * rows, 1), *du = dh + rows, *plus = noise(7, each, 1), eps = 1e-6f * 300;
-    double *in[] = {doubles(x, rows), doubles(y, rows), doubles(gate, each), doubles(shift, each), doubles(scale, each)};
+    double *in[] = {doubles(x, rows), doubles(y, rows), doubles(gate, each), doubles(shift, each),
+                    doubles(scale, each)};
     PerSample none = {NULL, 0}, g = gated ? per_sample(gate, B, D, true) : none;
     PerSample dgate = gated ? per_sample(plus, B, D, true) : none, dshift = per_sample(plus, B, D, modulated),
               dscale = per_sample(plus, B, D, modulated);
@@ -458,8 +468,8 @@ static void check_rmsnorm_rope(bool rope) {
 }
 
 // Softmax attention and its gradients, one query at a time: o, dq, dk, dv all at once.
-static void attention_formula(double *o, double *dq, double *dk, double *dv, double *lse, const float *q, const float *k,
-                              const float *v, const float *d, const Sequences *s, int heads, int hd) {
+static void attention_formula(double *o, double *dq, double *dk, double *dv, double *lse, const float *q,
+                              const float *k, const float *v, const float *d, const Sequences *s, int heads, int hd) {
     int D = heads * hd;
     for (int i = 0; i < s->count; i++)
         for (int a = s->q[i]; a < s->q[i + 1]; a++)
@@ -500,7 +510,8 @@ static void check_attention(const char *name, int count, const int *q, const int
     for (int i = 0; i < 5; i++) w[i] = (double *)xalloc(i == 4 ? nl : i == 2 || i == 3 ? nk : nq, sizeof(double));
     attention_formula(w[0], w[1], w[2], w[3], w[4], in[0], in[1], in[2], in[3], &s, heads, hd);
     act *qd = up_act(in[0], nq), *kd = up_act(in[1], nk), *vd = up_act(in[2], nk), *dd = up_act(in[3], nq);
-    act *o = spoiled_act(nq), *o2 = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk), *dv = spoiled_act(nk);
+    act *o = spoiled_act(nq), *o2 = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk),
+        *dv = spoiled_act(nk);
     float *lse = spoiled(nl);
     attention_forward(o, lse, qd, kd, vd, &s, heads, hd);
     attention_forward(o2, NULL, qd, kd, vd, &s, heads, hd);
@@ -533,10 +544,11 @@ static void check_pixels_and_words(void) {
         latent_to_rows(some, up(x, count), B, C, T, H, W, 4, 9, first);
         rows_to_latent(back, rows, B, C, T, H, W, first);
         bool slice = true;
+        want = as_act(want, count);
         float *part = down_act(some, (size_t)B * 9 * 4 * (size_t)C);
         for (int b = 0; b < B; b++)
             slice = slice && same_bits(part + b * 9 * 4 * C, want + (b * (int)n + 4) * 4 * C, (size_t)(9 * 4 * C));
-        row(off_act(rows, want, count) + !slice + off(back, x, count), 0,
+        row(off_act(rows, want, count) + !slice + off(back, as_act(x, count), count), 0,
             "latent <-> rows, %s first, part of the tokens", first ? "channels" : "pixels");
     }
     float *table = noise(2, (size_t)(V * 4), 1), *pos = noise(3, (size_t)(L * 4), 1), *dy = noise(4, 14 * 4, 1),
@@ -771,7 +783,8 @@ static void check_quantized_weights(const Model *m, const char *name) {
     for (int i = 0; i < m->params; i++) {
         const Param *p = &m->param[i];
         if (!p->block_matrix) continue;
-        wrong += !same_bits(down_act(p->c, p->count), nearest_tensor(down(p->w, p->count), p->count, 15), p->count);
+        const float *want = as_act(nearest_tensor(down(p->w, p->count), p->count, 15), p->count);
+        wrong += !same_bits(down_act(p->c, p->count), want, p->count);
     }
     row(wrong, 0, "%s: block matrices that are not Q(W; 15), bit for bit", name);
 }
@@ -833,6 +846,7 @@ static void operands_row(const File *f, const char *name, const char *unit, int 
                          float *const *got, float *const *before, const float *scales) {
     int boundary = 0, wrong = 0;
     size_t all = 0, n;
+    if (tally.half) { skip(name, "operands have float32's boundaries only there,"); return; }
     for (int i = 0; i < count; i++) {
         float *want = golden(f, &n, "%s", names[i]), most = 0;
         for (size_t j = 0; j < n; j++) most = fmaxf(most, fabsf(before[i][j]));
@@ -1112,7 +1126,8 @@ static void check_grpo(const File *f, const char *name, Ranks *k) {
     policy_mean(r, mean, x, sigma[at], sigma[at + 1], cond, uncond, g),
         worse(&e, golden_error(f, mean, "mean_ref"), "mean_ref");
     l->scale = scale, weights_prepare(r->m);
-    policy_mean(r, mean, x, sigma[at], sigma[at + 1], cond, uncond, g), worse(&e, golden_error(f, mean, "mean"), "mean");
+    policy_mean(r, mean, x, sigma[at], sigma[at + 1], cond, uncond, g),
+        worse(&e, golden_error(f, mean, "mean"), "mean");
     lincomb(next, 1, mean, (float)step.std, up(zh, n), n), worse(&e, golden_error(f, next, "x_next"), "x_next");
     worst_row(&e, 1e-5, "%s: sigmas, std, mean, mean_ref, x_next,", name);
     next = up(nexth, n);
@@ -1172,7 +1187,8 @@ static Model *small_model(const Config *c, uint64_t seed) {
     model_allocate(m, true);
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
-        float *w = noise(seed + (uint64_t)i, p->count, p->rank > 1 ? sqrt((double)p->shape[0] / (double)p->count) : 0.2);
+        float *w =
+            noise(seed + (uint64_t)i, p->count, p->rank > 1 ? sqrt((double)p->shape[0] / (double)p->count) : 0.2);
         for (size_t j = 0; j < p->count && strstr(p->name, "norm") && strstr(p->name, "weight"); j++) w[j] += 1;
         param_set(m, p, w);
     }
@@ -1449,7 +1465,7 @@ static void check_checkpoints(Ranks *alone, const char *folder) {
             float *want = as_stored(down(p->w, p->count), p->count, dtype);
             codes += !strcmp(dtype, "U8"), halves += !strcmp(dtype, "BF16"), matrices += p->block_matrix;
             wrong += !same_bits(want, down(back->w, p->count), p->count) + (!strcmp(dtype, "U8") && !p->block_matrix);
-            if (!p->block_matrix) param_set(m, p, want);                        // so that the two models may be compared
+            if (!p->block_matrix) param_set(m, p, want); // so that the two models may be compared
             else if (kind == 2) wrong += !same_bits(down_act(p->c, p->count), down_act(back->c, p->count), p->count);
         }
         file_close(&f);
@@ -1561,7 +1577,7 @@ static int run_tests(const char *folder, Ranks *ranks) {
     memset(&alone, 0, sizeof alone);
     alone.size = alone.halves = 1;
     tally.silent = ranks->rank || ranks->half;
-    if (act_size() != sizeof(float)) die("the checks reach 1e-7, which bfloat16 does not: run them in float32");
+    tally.half = act_size() != sizeof(float);
     if (!tally.silent) printf("%-88s %9s %9s\n", "check", "measured", "limit");
     hif8_values();
     if (!mkdtemp(scratch_folder)) die("%s: %s; make room there", scratch_folder, strerror(errno));
@@ -1599,8 +1615,11 @@ static void claim(Claims *c, bool ok, const char *what, const char *paper, const
 }
 
 static void claims_title(const Claims *c, const char *title) {
-    if (c->speak) printf("|-- %s %.*s|\n", title, (int)(144 - strlen(title)), "--------------------------------------"
-        "--------------------------------------------------------------------------------------------------------------");
+    if (c->speak)
+        printf("|-- %s %.*s|\n", title, (int)(144 - strlen(title)),
+               "--------------------------------------"
+               "-------------------------------------------------------------------------------------------------------"
+               "-------");
 }
 
 // Sizes that are only ever run with random weights; a grid of H_l/2 x W_l/2 tokens a frame.
@@ -1667,8 +1686,9 @@ static void verify_flops(Claims *c) {
         double full = model_flops(&k, false, false), padded = model_flops(&k, true, true);
         double ragged = model_flops(&k, true, false);
         snprintf(what, sizeof what, "%s: TFLOP of one forward of 14B", name);
-        claim(c, ragged < padded * (1 + 1e-12) && padded < full, what, "", "full %.0f, hybrid %.0f%s%.0f%s", full / 1e12,
-              ragged / 1e12, s == 1 ? ", hybrid padded as the paper " : " (no padding needed: ", padded / 1e12, s == 1 ? "" : ")");
+        claim(c, ragged < padded * (1 + 1e-12) && padded < full, what, "", "full %.0f, hybrid %.0f%s%.0f%s",
+              full / 1e12, ragged / 1e12,
+              s == 1 ? ", hybrid padded as the paper " : " (no padding needed: ", padded / 1e12, s == 1 ? "" : ")");
         snprintf(what, sizeof what, "%s: speed-up of 14B predicted from FLOPs", name);
         claim(c, full / padded > paper_speed && full / padded < 1.15 * paper_speed, what, paper, s == 1 ?
               "padded as the paper %.2fx, ragged as here %.2fx" : "%.2fx (paper measured; the gap is what is no FLOP)",
@@ -1697,7 +1717,8 @@ static bool check_orders(int T, int H, int W, int P, bool *same, double *reach) 
         for (int s = 0; s < token.count; s++) {               // does a token of g belong to s? then all of s is heard
             bool met = false;
             for (int j = group.start[g]; j < group.start[g + 1]; j++)
-                met = met || (token.place[group.order[j]] >= token.start[s] && token.place[group.order[j]] < token.start[s + 1]);
+                met = met || (token.place[group.order[j]] >= token.start[s] &&
+                              token.place[group.order[j]] < token.start[s + 1]);
             heard += met ? token.start[s + 1] - token.start[s] : 0;
         }
         if (group.start[g + 1] > group.start[g]) *reach = fmin(*reach, (double)heard / N);
@@ -1721,8 +1742,8 @@ static void verify_orders(Claims *c) {
         claim(c, ok && (same || !divides), what, divides ? "one map" : "", "permutations, inverse; %s",
               same ? "both exchanges are the same map" : "two maps, one for each direction");
         snprintf(what, sizeof what, "%dx%dx%d: a token hears, after two sparse blocks", g[0], g[1], g[2]);
-        claim(c, reach == 1, what, "every token", "%.0f %% of all tokens at least (after one block: %.0f %%)", 100 * reach,
-              100.0 / g[3] / g[3]);
+        claim(c, reach == 1, what, "every token", "%.0f %% of all tokens at least (after one block: %.0f %%)",
+              100 * reach, 100.0 / g[3] / g[3]);
     }
 }
 
@@ -1775,11 +1796,13 @@ static void verify_hif8_format(Claims *c) {
     for (int code = 0; code < 256; code++) trips += hif8_encode(hif8_decode((uint8_t)code)) == code;
     for (uint32_t h = 0; h < 65536; h++) {
         float x = bits_float(h << 16), y = hif8_round(x), want = nearest_hif8(x), z = hif8_decode(hif8_encode(x));
-        wrong += isnan(x) ? !isnan(y) || !isnan(z) : float_bits(y) != float_bits(want) || float_bits(z) != float_bits(want);
+        wrong +=
+            isnan(x) ? !isnan(y) || !isnan(z) : float_bits(y) != float_bits(want) || float_bits(z) != float_bits(want);
     }
     claim(c, binades == 38, "binades", "38", "%d", binades);
     float top = v[positive_count - 2], low = v[1];
-    claim(c, top == 0x1p15f && low == 0x1p-22f, "largest, smallest positive", "2^15, 2^-22", "2^%d, 2^%d", ilogbf(top), ilogbf(low));
+    claim(c, top == 0x1p15f && low == 0x1p-22f, "largest, smallest positive", "2^15, 2^-22", "2^%d, 2^%d", ilogbf(top),
+          ilogbf(low));
     bool special = !float_bits(hif8_decode(0)) && isnan(hif8_decode(0x80)) && hif8_decode(0x6F) == INFINITY
                 && hif8_decode(0xEF) == -INFINITY && hif8_encode(-0.0f) == 0;
     claim(c, special, "specials", "0, NaN, +-Inf", "0x00 = 0 (one zero), 0x80 = NaN, 0x6F = +Inf, 0xEF = -Inf");
@@ -1809,7 +1832,8 @@ static void branch_errors(double error[3], const Pass *q, const Pass *f, int i) 
     Saved *s = &r->saved[i], *g = &f->r->saved[i];
     int at = s->place;
     size_t n = r->n[at], size = n * (size_t)c->dim, text = (size_t)c->text_len;
-    act *const to[] = {s->h1, s->h2, s->h3, s->self.y, s->cross.y, s->y}, *const from[] = {g->h1, g->h2, g->h3, g->self.y, g->cross.y, g->y};
+    act *const to[] = {s->h1, s->h2, s->h3, s->self.y, s->cross.y, s->y}, *const from[] = {g->h1,     g->h2,      g->h3,
+                                                                                           g->self.y, g->cross.y, g->y};
     stream_put(f->r, i, i ? golden(&f->f, NULL, "act.block.%d", i - 1) : golden(&f->f, NULL, "act.patch"));
     block_forward(f->r, i);
     for (int k = 0; k < 3; k++) quantize(r, to[k], from[k], size, 15);
@@ -1828,17 +1852,20 @@ static void verify_hif8_model(Claims *c, const char *folder, Ranks *one) {
     for (int i = 0; i < 3; i++) {
         q[i] = golden_pass(folder, "dit_hif8", i != 1, i != 0, one);
         double out = relative(q[i].out, f.out, f.count), grad = gradient_apart(&q[i], &f, -1, "");
-        claim(c, out > 1e-3 && out < 0.15 && grad < 0.5, WHAT[i], "", "output off by %.1e, all gradients by %.1e", out, grad);
+        claim(c, out > 1e-3 && out < 0.15 && grad < 0.5, WHAT[i], "", "output off by %.1e, all gradients by %.1e", out,
+              grad);
     }
     double d = relative(q[2].out, golden(&f.f, NULL, "output"), f.count);
-    claim(c, d < 5e-2, "HiF8 both, output against golden/", "< 5e-02", "%.1e (a value over a rounding boundary moves it)", d);
+    claim(c, d < 5e-2, "HiF8 both, output against golden/", "< 5e-02",
+          "%.1e (a value over a rounding boundary moves it)", d);
     for (int i = 0; i < f.m->c.num_layers; i++) {
         double e[3], attention = gradient_apart(&q[2], &f, i, "attn"), ffn = gradient_apart(&q[2], &f, i, "ffn");
         char what[96];
         branch_errors(e, &q[2], &f, i);
-        snprintf(what, sizeof what, "block %d (%c) alone: self-, cross-attention, ffn", i, PATTERN_LETTER[f.r->saved[i].pattern]);
-        claim(c, e[0] < 0.2 && e[1] < 0.2 && e[2] < 0.2, what, "", "%.1e, %.1e, %.1e; end to end, gradient of attn %.1e, ffn %.1e",
-              e[0], e[1], e[2], attention, ffn);
+        snprintf(what, sizeof what, "block %d (%c) alone: self-, cross-attention, ffn", i,
+                 PATTERN_LETTER[f.r->saved[i].pattern]);
+        claim(c, e[0] < 0.2 && e[1] < 0.2 && e[2] < 0.2, what, "",
+              "%.1e, %.1e, %.1e; end to end, gradient of attn %.1e, ffn %.1e", e[0], e[1], e[2], attention, ffn);
     }
 }
 
@@ -1855,21 +1882,22 @@ static void verify_quality(Claims *c, const char *weights, Ranks *one) {
         Bench b = evaluate(r, 48, 20, 3, 4, 1, false);
         total[i] = b.mean[N_SCORES], error[i] = b.error[N_SCORES];
     }
-    claim(c, total[1] > total[0] - 3 * hypot(error[0], error[1]), "float -> HiF8", "83.73 -> 83.29", "%.2f -> %.2f (each +- %.2f)",
-          total[0], total[1], error[0]);
+    claim(c, total[1] > total[0] - 3 * hypot(error[0], error[1]), "float -> HiF8", "83.73 -> 83.29",
+          "%.2f -> %.2f (each +- %.2f)", total[0], total[1], error[0]);
 }
 
 // ---- ranks -----------------------------------------------------------------------------------------------------------------
 static void verify_ranks_formula(Claims *c) {
-    claims_title(c, "Sparse sequence parallelism: sent by a rank for one sparse block of 14B, x in bfloat16, by formula");
+    claims_title(c,
+                 "Sparse sequence parallelism: sent by a rank for one sparse block of 14B, x in bfloat16, by formula");
     for (int s = 1; s < 3; s++)
         for (int R = 4; R <= 8; R += 4) {
             const Config *k = &SHAPES_OF_WAN[s].c;
             double N = (double)k->T * (k->H_l / 2) * (k->W_l / 2), sent = (R - 1.0) / R * N / R * k->dim * 2 / 1e6;
             char what[96];
             snprintf(what, sizeof what, "%s, R = %d: (R-1)/R * N/R * dim, calls x MB", s == 1 ? "720P" : "768P", R);
-            claim(c, true, what, "-75 %, 4 -> 1", "SSP 1 x %.1f = %.1f MB, Ulysses 4 x %.1f = %.1f MB%s", sent, sent, sent, 4 * sent,
-                  R == 8 ? " (8 run as 2 x 4)" : "");
+            claim(c, true, what, "-75 %, 4 -> 1", "SSP 1 x %.1f = %.1f MB, Ulysses 4 x %.1f = %.1f MB%s", sent, sent,
+                  sent, 4 * sent, R == 8 ? " (8 run as 2 x 4)" : "");
         }
 }
 
@@ -1886,7 +1914,8 @@ static size_t rows_leaving(const Config *c, int from, int to, int rank, int R) {
 // One forward of a random toy on these ranks: what each kind of block sent, against the formula.
 static void verify_ranks_measured(Claims *c, Ranks *k) {
     static const int GRID[][3] = {{8, 32, 32}, {3, 12, 20}, {2, 14, 10}};
-    claims_title(c, "Sparse sequence parallelism: measured on these ranks, float32, one forward (12 blocks: 4 full, 8 sparse)");
+    claims_title(c, "Sparse sequence parallelism: measured on these ranks, float32, one forward (12 blocks: 4 full, 8 "
+                    "sparse)");
     for (int g = 0; g < 3; g++) {
         Config config = PRESETS[1].c;
         size_t got[2], calls[2], expect = 0, row = (size_t)config.dim * sizeof(float);
@@ -1910,7 +1939,8 @@ static void verify_ranks_measured(Claims *c, Ranks *k) {
             int p = u ? ULYSSES_SPARSE : EXCHANGE;
             size_t mine = r->n[FULL];
             got[u] = k->bytes[p], calls[u] = k->calls[p];
-            size_t share = row / (size_t)k->size, qkv = 3 * mine * (size_t)(k->size - 1) * share, back = (r->N - mine) * share;
+            size_t share = row / (size_t)k->size, qkv = 3 * mine * (size_t)(k->size - 1) * share,
+                   back = (r->N - mine) * share;
             if (u) expect = 8 * (qkv + back), ok = calls[1] == 32 && got[1] == expect;
             else {
                 expect = (4 * rows_leaving(&config, TOKEN_WISE, GROUP_WISE, k->rank, k->size)
@@ -1919,13 +1949,16 @@ static void verify_ranks_measured(Claims *c, Ranks *k) {
             }
             float bad = ok ? 0 : 1, *worst = (float *)device_alloc(sizeof(float));
             upload(worst, &bad, sizeof(float)), max_over_ranks(k, worst), download(&bad, worst, sizeof(float));
-            snprintf(what, sizeof what, "%s, %d ranks: %s", size, k->size, u ? "Ulysses, 8 sparse blocks" : "SSP, 7 exchanges of 8 blocks");
-            claim(c, bad == 0, what, u ? "4 a block" : "1 a block", "%zu calls, %zu bytes; by formula %zu (every rank checked)", calls[u], got[u], expect);
+            snprintf(what, sizeof what, "%s, %d ranks: %s", size, k->size,
+                     u ? "Ulysses, 8 sparse blocks" : "SSP, 7 exchanges of 8 blocks");
+            claim(c, bad == 0, what, u ? "4 a block" : "1 a block",
+                  "%zu calls, %zu bytes; by formula %zu (every rank checked)", calls[u], got[u], expect);
             device_free(worst), device_free(x), free((void *)text.ids);
         }
         double ratio = (double)got[0] / 7 / ((double)got[1] / 8);
         snprintf(what, sizeof what, "%s: bytes of one exchange / Ulysses block", size);
-        claim(c, g ? fabs(ratio - 0.25) < 0.1 : ratio == 0.25, what, "1/4", "%.4f%s", ratio, g ? " (ragged: rank 0's share)" : "");
+        claim(c, g ? fabs(ratio - 0.25) < 0.1 : ratio == 0.25, what, "1/4", "%.4f%s", ratio,
+              g ? " (ragged: rank 0's share)" : "");
     }
     k->ulysses = false;
 }
@@ -1939,7 +1972,8 @@ static void verify_gpu(Claims *c, Ranks *one) {
 #ifdef OSP_CUDA
         if (act_size() == sizeof(float)) { claim(c, true, what, paper, "measured with --device-dtype bf16"); continue; }
         double speed = measured_speedup(SHAPES_OF_WAN[s].name, one);
-        claim(c, speed > (s == 1 ? 1.53 : 1.64), what, paper, "%.2fx, blocks measured, 40 layers computed from them", speed);
+        claim(c, speed > (s == 1 ? 1.53 : 1.64), what, paper, "%.2fx, blocks measured, 40 layers computed from them",
+              speed);
 #else
         (void)one, (void)measured_speedup;
         claim(c, true, what, paper, "no GPU here");
@@ -1962,7 +1996,8 @@ static int verify(const char *golden, const char *weights, Ranks *ranks) {
     if (ranks->size > 1) verify_ranks_measured(&c, ranks);
     if (c.speak) {
         verify_gpu(&c, &one);
-        printf("%d rows, %d not ok%s\n", c.rows, c.failed, weights ? "" : "; -w FILE adds ShapesBench, mpirun the measured transfers");
+        printf("%d rows, %d not ok%s\n", c.rows, c.failed,
+               weights ? "" : "; -w FILE adds ShapesBench, mpirun the measured transfers");
     }
     return c.failed;
 }
@@ -1974,15 +2009,17 @@ static int compare_doubles(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static double median(double *x, int n) {
+// Of repeated timings the first quartile: other programs on the machine only ever add time. Sorts them.
+static double typical(double *x, int n) {
     qsort(x, (size_t)n, sizeof(double), compare_doubles);
-    return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
+    return x[n / 4];
 }
 
 // ---- the parts of a block --------------------------------------------------------------------------------------------
 enum { NORMS, LINEARS, ROPE, SELF_ATTENTION, CROSS_ATTENTION, FFN_UP, FFN_DOWN, REARRANGE, ROUNDING, PARTS };
-static const char *const PART_NAME[] = {"norms + modulation", "linear q k v o, q o", "RMSNorm + RoPE", "self-attention", "cross-attention",
-                                        "ffn up + GELU", "ffn down", "residual + rearrangement", "HiF8 rounding"};
+static const char *const PART_NAME[] = {"norms + modulation", "linear q k v o, q o",      "RMSNorm + RoPE",
+                                        "self-attention",     "cross-attention",          "ffn up + GELU",
+                                        "ffn down",           "residual + rearrangement", "HiF8 rounding"};
 static bool counts_flops(int part) { return part != NORMS && part != ROPE && part != REARRANGE && part != ROUNDING; }
 
 // What part `part` of a block does, on the run's own buffers; all of its calls.
@@ -1996,10 +2033,12 @@ static void part_forward(Run *r, int i, int part) {
     switch (part) {
     case NORMS:
         modulation_forward(e, w->modulation->w, r->e0, B, 6, 6, D);
-        residual_norm_forward(NULL, s->h1, s->stat1, s->x0, NULL, NOTHING, of_row(e, 0, 6, D), of_row(e, 1, 6, D), 1, B, n, D, eps);
+        residual_norm_forward(NULL, s->h1, s->stat1, s->x0, NULL, NOTHING, of_row(e, 0, 6, D), of_row(e, 1, 6, D), 1, B,
+                              n, D, eps);
         residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, s->self.y, of_row(e, 2, 6, D), shared(w->norm3.b->w),
                               shared(w->norm3.w->w), 0, B, n, D, eps);
-        residual_norm_forward(s->x2, s->h3, s->stat3, s->x1, s->cross.y, NOTHING, of_row(e, 3, 6, D), of_row(e, 4, 6, D), 1, B, n, D, eps);
+        residual_norm_forward(s->x2, s->h3, s->stat3, s->x1, s->cross.y, NOTHING, of_row(e, 3, 6, D),
+                              of_row(e, 4, 6, D), 1, B, n, D, eps);
         break;
     case LINEARS:
         linear(s->self.q_raw, s->h1, &w->self.q, rows), linear(s->self.k_raw, s->h1, &w->self.k, rows);
@@ -2008,24 +2047,35 @@ static void part_forward(Run *r, int i, int part) {
         linear(s->cross.k_raw, r->context_q, &w->cross.k, text), linear(s->cross.v, r->context_q, &w->cross.v, text);
         break;
     case ROPE:
-        rmsnorm_rope_forward(s->self.q, s->self.q_rstd, s->self.q_raw, w->self.norm_q->w, r->rope[at], B, n, D, heads, eps);
-        rmsnorm_rope_forward(s->self.k, s->self.k_rstd, s->self.k_raw, w->self.norm_k->w, r->rope[at], B, n, D, heads, eps);
-        rmsnorm_rope_forward(s->cross.q, s->cross.q_rstd, s->cross.q_raw, w->cross.norm_q->w, NULL, B, n, D, heads, eps);
-        rmsnorm_rope_forward(s->cross.k, s->cross.k_rstd, s->cross.k_raw, w->cross.norm_k->w, NULL, B, (size_t)c->text_len, D, heads, eps);
+        rmsnorm_rope_forward(s->self.q, s->self.q_rstd, s->self.q_raw, w->self.norm_q->w, r->rope[at], B, n, D, heads,
+                             eps);
+        rmsnorm_rope_forward(s->self.k, s->self.k_rstd, s->self.k_raw, w->self.norm_k->w, r->rope[at], B, n, D, heads,
+                             eps);
+        rmsnorm_rope_forward(s->cross.q, s->cross.q_rstd, s->cross.q_raw, w->cross.norm_q->w, NULL, B, n, D, heads,
+                             eps);
+        rmsnorm_rope_forward(s->cross.k, s->cross.k_rstd, s->cross.k_raw, w->cross.norm_k->w, NULL, B,
+                             (size_t)c->text_len, D, heads, eps);
         break;
     case SELF_ATTENTION:
-        attention_forward(s->self.o, s->self.lse, s->self.q, s->self.k, s->self.v, &r->self[s->pattern], heads, D / heads); break;
+        attention_forward(s->self.o, s->self.lse, s->self.q, s->self.k, s->self.v, &r->self[s->pattern], heads,
+                          D / heads);
+        break;
     case CROSS_ATTENTION:
-        attention_forward(s->cross.o, s->cross.lse, s->cross.q, s->cross.k, s->cross.v, &r->cross[at], heads, D / heads); break;
+        attention_forward(s->cross.o, s->cross.lse, s->cross.q, s->cross.k, s->cross.v, &r->cross[at], heads,
+                          D / heads);
+        break;
     case FFN_UP: linear_gelu_forward(s->f, s->f_pre, s->h3, w->ffn0.w->c, w->ffn0.b->w, rows, c->ffn_dim, D); break;
     case FFN_DOWN: linear(s->y, s->f, &w->ffn2, rows); break;
     case REARRANGE:
-        residual_gather_forward(next->x0, s->x2, s->y, of_row(e, 5, 6, D), at == next->place ? NULL : r->move[at][next->place].pack,
-                                rows, B, n, D); break;
+        residual_gather_forward(next->x0, s->x2, s->y, of_row(e, 5, 6, D),
+                                at == next->place ? NULL : r->move[at][next->place].pack, rows, B, n, D);
+        break;
     default: {                                                               // in place: what 8 bits would add
         act *const wide[] = {s->h1, s->self.q, s->self.k, s->self.v, s->self.o, s->h2, s->cross.q, s->cross.o, s->h3};
-        for (int k = 0; k < 9; k++) absmax(r->amax, wide[k], rows * (size_t)D), hif8_tensor(wide[k], wide[k], rows * (size_t)D, 15, r->amax);
-        absmax(r->amax, s->f, rows * (size_t)c->ffn_dim), hif8_tensor(s->f, s->f, rows * (size_t)c->ffn_dim, 15, r->amax);
+        for (int k = 0; k < 9; k++)
+            absmax(r->amax, wide[k], rows * (size_t)D), hif8_tensor(wide[k], wide[k], rows * (size_t)D, 15, r->amax);
+        absmax(r->amax, s->f, rows * (size_t)c->ffn_dim),
+            hif8_tensor(s->f, s->f, rows * (size_t)c->ffn_dim, 15, r->amax);
     }
     }
 }
@@ -2035,15 +2085,22 @@ static double part_work(const Run *r, int i, int part) {
     const Config *c = &r->m->c;
     double D = c->dim, O = c->ffn_dim, a = (double)act_size(), n = (double)r->N, text = c->text_len;
     Flops f = block_flops(c, r->saved[i].pattern, r->T, r->H, r->W);
-    const double work[] = {n * D * (20 + 5 * a), (12 * n + 4 * text) * D * D, (3 * n + text) * D * 2 * a, f.attention, f.cross,
-                           2 * n * D * O, 2 * n * D * O, n * D * (8 + a), n * (9 * D + O) * 3 * a};
+    const double work[] = {n * D * (20 + 5 * a),
+                           (12 * n + 4 * text) * D * D,
+                           (3 * n + text) * D * 2 * a,
+                           f.attention,
+                           f.cross,
+                           2 * n * D * O,
+                           2 * n * D * O,
+                           n * D * (8 + a),
+                           n * (9 * D + O) * 3 * a};
     return work[part];
 }
 
 typedef void (*Work)(Run *, int, int);
 static void whole_block(Run *r, int i, int back) { if (back) block_backward(r, i); else block_forward(r, i); }
 
-// Median seconds of a call, after one to warm up; fewer repetitions of what takes long.
+// Typical seconds of a call, after one to warm up; fewer repetitions of what takes long.
 static double time_work(Work work, Run *r, int i, int what) {
     double t[25];
     int n = 0;
@@ -2054,11 +2111,11 @@ static double time_work(Work work, Run *r, int i, int what) {
         if (n == 24 || (n == 1 && now - before > 2)) { t[n++] = now - before; break; }
         t[n] = now - before;
     }
-    return median(t + 1, n - 1);
+    return typical(t + 1, n - 1);
 }
 
 // ---- a model to measure ------------------------------------------------------------------------------------------------
-static void run_free(Run *r) { device_free(r->saved[0].x0); }                // which is where the run's one arena begins
+static void run_free(Run *r) { device_free(r->saved[0].x0); } // which is where the run's one arena begins
 
 // Numbers of the right size, quickly: billions of them.
 static void model_noise(Model *m) {
@@ -2070,7 +2127,8 @@ static void model_noise(Model *m) {
         float *host = (float *)xalloc(p->count, sizeof(float));
         double in = p->rank > 1 ? (double)p->count / (double)p->shape[0] : 100;
         bool norm = strstr(p->name, "norm") && strstr(p->name, "weight");
-        for (size_t j = 0; j < p->count; j++) host[j] = norm ? 1 : (float)(noise[(j * 3 + (size_t)i) % ROOM] / sqrt(in));
+        for (size_t j = 0; j < p->count; j++)
+            host[j] = norm ? 1 : (float)(noise[(j * 3 + (size_t)i) % ROOM] / sqrt(in));
         param_set(m, p, host);
         free(host);
     }
@@ -2084,10 +2142,11 @@ static Trial trial_new(Model *m, Ranks *k, bool full, bool training) {
     Trial t;
     Config c = m->c;
     memset(&t, 0, sizeof t);
-    m->c.num_full_blocks = full ? c.num_layers : c.num_full_blocks;          // read when the run is built, and only then
+    m->c.num_full_blocks = full ? c.num_layers : c.num_full_blocks; // read when the run is built, and only then
     Run *r = t.r = run_new(m, k, 1, c.T, c.H_l / 2, c.W_l / 2, training, NULL);
     m->c = c;
-    size_t count = (size_t)(c.in_dim > c.out_dim ? c.in_dim : c.out_dim) * r->N * 4, words = (size_t)c.text_len * (size_t)c.text_dim;
+    size_t count = (size_t)(c.in_dim > c.out_dim ? c.in_dim : c.out_dim) * r->N * 4,
+           words = (size_t)c.text_len * (size_t)c.text_dim;
     float *host = (float *)xalloc(count > words ? count : words, sizeof(float));
     noise_fill(host, count > words ? count : words, 1, NOISE_STREAM, 0);
     t.x = (float *)device_alloc(count * sizeof(float)), t.target = (float *)device_alloc(count * sizeof(float));
@@ -2124,14 +2183,15 @@ static double trial_time(Trial *t, int what) {
         now = seconds();
         time[n] = now - before;
     }
-    return median(time, n);
+    return typical(time, n);
 }
 
 // Seconds of one block of each pattern, of what is not a block, and of whole runs: [0] forward, [1] training step.
 typedef struct { double block[PATTERNS], rest, full, hybrid; } Timing;
 
 static int block_of(const Config *c, int pattern) {
-    for (int i = 0; i < c->num_layers; i++) if (block_pattern(i, c->num_layers, c->num_full_blocks) == pattern) return i;
+    for (int i = 0; i < c->num_layers; i++)
+        if (block_pattern(i, c->num_layers, c->num_full_blocks) == pattern) return i;
     return 0;
 }
 
@@ -2190,26 +2250,29 @@ static void print_parts(Run *r, const Timing *s) {
             double t = time_work(part_forward, r, block[k], part), rate = part_work(r, block[k], part) / t / 1e9;
             double all = s->block[k ? TOKEN_WISE : FULL];
             bool counted = part != ROUNDING || c->quant;
-            printf(" %16.3f %5.1f%% %9.1f%s%s", 1e3 * t, 100 * t / all, rate, counts_flops(part) ? " F" : " B", k ? "\n" : " |");
+            printf(" %16.3f %5.1f%% %9.1f%s%s", 1e3 * t, 100 * t / all, rate, counts_flops(part) ? " F" : " B",
+                   k ? "\n" : " |");
             sum[k] += counted ? t : 0;
         }
     }
-    printf("%-26s | %16.3f %5.1f%%             | %16.3f %5.1f%%\n", c->quant ? "sum" : "sum (without HiF8)", 1e3 * sum[0],
-           100 * sum[0] / s->block[FULL], 1e3 * sum[1], 100 * sum[1] / s->block[TOKEN_WISE]);
-    printf("%-26s | %16.3f  F = GFLOP/s      | %16.3f  B = GB/s   (group-wise block %.3f ms)\n", "whole block, measured",
-           1e3 * s->block[FULL], 1e3 * s->block[TOKEN_WISE], 1e3 * s->block[GROUP_WISE]);
+    printf("%-26s | %16.3f %5.1f%%             | %16.3f %5.1f%%\n", c->quant ? "sum" : "sum (without HiF8)",
+           1e3 * sum[0], 100 * sum[0] / s->block[FULL], 1e3 * sum[1], 100 * sum[1] / s->block[TOKEN_WISE]);
+    printf("%-26s | %16.3f  F = GFLOP/s      | %16.3f  B = GB/s   (group-wise block %.3f ms)\n",
+           "whole block, measured", 1e3 * s->block[FULL], 1e3 * s->block[TOKEN_WISE], 1e3 * s->block[GROUP_WISE]);
 }
 
 // passes: a forward's FLOPs count once, a training step's three times.
 static void print_speed(const Config *c, const char *what, double full, double hybrid, int passes, const char *paper) {
-    printf("%-34s full %9.1f ms, hybrid %9.1f ms: %.2fx   (%.0f and %.0f GFLOP/s)%s\n", what, 1e3 * full, 1e3 * hybrid, full / hybrid,
-           passes * model_flops(c, false, false) / full / 1e9, passes * model_flops(c, true, false) / hybrid / 1e9, paper);
+    printf("%-34s full %9.1f ms, hybrid %9.1f ms: %.2fx   (%.0f and %.0f GFLOP/s)%s\n", what, 1e3 * full, 1e3 * hybrid,
+           full / hybrid, passes * model_flops(c, false, false) / full / 1e9,
+           passes * model_flops(c, true, false) / hybrid / 1e9, paper);
 }
 
 // Where a block would run for minutes: each part from its FLOPs and the rate of a sample.
 static void bench_formula(const char *name, const Config *c) {
     size_t D = (size_t)c->dim, rows = 256;
-    act *x = (act *)device_alloc(rows * D * act_size()), *w = (act *)device_alloc(D * D * act_size()), *y = (act *)device_alloc(rows * D * act_size());
+    act *x = (act *)device_alloc(rows * D * act_size()), *w = (act *)device_alloc(D * D * act_size()),
+        *y = (act *)device_alloc(rows * D * act_size());
     double best = 1e30;
     for (int i = 0; i < 4; i++) {
         double begin = seconds();
@@ -2219,17 +2282,23 @@ static void bench_formula(const char *name, const Config *c) {
     double rate = 2.0 * (double)(rows * D) * (double)D / best;
     int T = c->T, H = c->H_l / 2, W = c->W_l / 2;
     Flops full = block_flops(c, FULL, T, H, W), sparse = block_flops(c, TOKEN_WISE, T, H, W);
-    printf("%s is large for a CPU: by formula, at the %.0f GFLOP/s that a sample of its linear layers reaches (--force runs it)\n", name, rate / 1e9);
+    printf("%s is large for a CPU: by formula, at the %.0f GFLOP/s that a sample of its linear layers reaches (--force "
+           "runs it)\n",
+           name, rate / 1e9);
     printf("%-26s | full block: TFLOP  share | sparse block: TFLOP  share\n", "part");
-    const double part[3][2] = {{full.linear, sparse.linear}, {full.attention, sparse.attention}, {full.cross, sparse.cross}};
+    const double part[3][2] = {{full.linear, sparse.linear},
+                               {full.attention, sparse.attention},
+                               {full.cross, sparse.cross}};
     const char *const title[] = {"linear layers", "self-attention", "cross-attention"};
     for (int i = 0; i < 3; i++)
-        printf("%-26s | %17.2f %5.1f%% | %19.2f %5.1f%%\n", title[i], part[i][0] / 1e12, 100 * part[i][0] / flops_sum(full),
-               part[i][1] / 1e12, 100 * part[i][1] / flops_sum(sparse));
+        printf("%-26s | %17.2f %5.1f%% | %19.2f %5.1f%%\n", title[i], part[i][0] / 1e12,
+               100 * part[i][0] / flops_sum(full), part[i][1] / 1e12, 100 * part[i][1] / flops_sum(sparse));
     double all = model_flops(c, false, false), hybrid = model_flops(c, true, false);
-    printf("one forward of %d layers: full %.0f TFLOP, %.1f h; hybrid %.0f TFLOP, %.1f h; %.2fx%s\n", c->num_layers, all / 1e12,
-           all / rate / 3600, hybrid / 1e12, hybrid / rate / 3600, all / hybrid,
-           strstr(name, "720p") ? " (paper, padded, one H200: 1.53x)" : strstr(name, "768p") ? " (paper, one H200: 1.64x)" : "");
+    printf("one forward of %d layers: full %.0f TFLOP, %.1f h; hybrid %.0f TFLOP, %.1f h; %.2fx%s\n", c->num_layers,
+           all / 1e12, all / rate / 3600, hybrid / 1e12, hybrid / rate / 3600, all / hybrid,
+           strstr(name, "720p")   ? " (paper, padded, one H200: 1.53x)"
+           : strstr(name, "768p") ? " (paper, one H200: 1.64x)"
+                                  : "");
     device_free(x), device_free(w), device_free(y);
 }
 
@@ -2238,13 +2307,16 @@ typedef struct { const char *shape, *device; int layers, train, force, hif8; } B
 static void bench_shape(const BenchOptions *o, Ranks *one) {
     Config whole = shape_config(o->shape), c = few_layers(whole, o->layers ? o->layers : whole.vocab ? 0 : 1);
     c.quant = c.quant_attn = o->hif8;
-    const char *paper = strstr(o->shape, "720p") ? "; paper, padded: 1.53x" : strstr(o->shape, "768p") ? "; paper: 1.64x" : "";
+    const char *paper = strstr(o->shape, "720p")   ? "; paper, padded: 1.53x"
+                        : strstr(o->shape, "768p") ? "; paper: 1.64x"
+                                                   : "";
     bool small = act_size() != sizeof(float) || flops_sum(block_flops(&c, FULL, c.T, c.H_l / 2, c.W_l / 2)) < 2e12;
     Model *m = model_layout(&c);
     size_t bytes;
     run_new(m, one, 1, c.T, c.H_l / 2, c.W_l / 2, o->train, &bytes);
-    printf("%s: %d tokens (%dx%dx%d), dim %d, heads %d, ffn %d; %d layers run of %d\n", o->shape, c.T * c.H_l * c.W_l / 4, c.T,
-           c.H_l / 2, c.W_l / 2, c.dim, c.num_heads, c.ffn_dim, c.num_layers, whole.num_layers);
+    printf("%s: %d tokens (%dx%dx%d), dim %d, heads %d, ffn %d; %d layers run of %d\n", o->shape,
+           c.T * c.H_l * c.W_l / 4, c.T, c.H_l / 2, c.W_l / 2, c.dim, c.num_heads, c.ffn_dim, c.num_layers,
+           whole.num_layers);
     printf("memory planned: weights%s %.2f GiB, activations %.2f GiB\n", o->train ? ", gradients, moments" : "",
            gib((double)(model_bytes(m, o->train) + (o->train ? 3 * m->count * sizeof(float) : 0))), gib((double)bytes));
     fflush(stdout);
@@ -2259,8 +2331,8 @@ static void bench_shape(const BenchOptions *o, Ranks *one) {
     print_parts(t.r, &s);
     if (o->train) {
         step = model_timing(&t, 1);
-        printf("forward + backward: full block %.3f ms, token-wise %.3f ms, group-wise %.3f ms\n", 1e3 * step.block[FULL],
-               1e3 * step.block[TOKEN_WISE], 1e3 * step.block[GROUP_WISE]);
+        printf("forward + backward: full block %.3f ms, token-wise %.3f ms, group-wise %.3f ms\n",
+               1e3 * step.block[FULL], 1e3 * step.block[TOKEN_WISE], 1e3 * step.block[GROUP_WISE]);
     }
     trial_free(&t);
     t = trial_new(m, one, true, o->train), t.opt = opt;
@@ -2296,12 +2368,15 @@ static void bench_linear(void) {
     void (*set_threads)(int) = blas ? (void (*)(int))dlsym(blas, "openblas_set_num_threads") : NULL;
     int threads = threads_here();
     if (set_threads) set_threads(threads);
-    printf("linear layers, %d threads, GFLOP/s (best of alternating runs)%s\n", threads, sgemm ? "" : "; no libopenblas.so.0 to compare with");
+    printf("linear layers, %d threads, GFLOP/s (best of alternating runs)%s\n", threads,
+           sgemm ? "" : "; no libopenblas.so.0 to compare with");
     for (int s = 0; s < 3; s++) {
         size_t M = (size_t)SIZE[s][0], N = (size_t)SIZE[s][1], K = (size_t)SIZE[s][2];
         int rounds = M * N * K > 1e10 ? 5 : 300;
-        float *host = (float *)xalloc(M * K + N * K, sizeof(float)), *f = (float *)device_alloc((M * K + N * K + M * N) * sizeof(float));
-        act *x = (act *)device_alloc(M * K * act_size()), *w = (act *)device_alloc(N * K * act_size()), *y = (act *)device_alloc(M * N * act_size());
+        float *host = (float *)xalloc(M * K + N * K, sizeof(float)),
+              *f = (float *)device_alloc((M * K + N * K + M * N) * sizeof(float));
+        act *x = (act *)device_alloc(M * K * act_size()), *w = (act *)device_alloc(N * K * act_size()),
+            *y = (act *)device_alloc(M * N * act_size());
         noise_fill(host, M * K + N * K, 1, 1, 0);
         upload(f, host, (M * K + N * K) * sizeof(float));
         to_act(x, f, M * K), to_act(w, f + M * K, N * K);
@@ -2310,11 +2385,15 @@ static void bench_linear(void) {
             double begin = seconds();
             linear_forward(y, x, w, NULL, M, (int)N, (int)K), wait_device();
             double middle = seconds();
-            if (sgemm) sgemm(101, 111, 112, (int)M, (int)N, (int)K, 1, f, (int)K, f + M * K, (int)K, 0, f + M * K + N * K, (int)N);
+            if (sgemm)
+                sgemm(101, 111, 112, (int)M, (int)N, (int)K, 1, f, (int)K, f + M * K, (int)K, 0, f + M * K + N * K,
+                      (int)N);
             ours = fmin(ours, middle - begin), theirs = fmin(theirs, seconds() - middle);
         }
         printf("  M %5zu N %5zu K %5zu: osp %7.1f", M, N, K, work / ours);
-        if (sgemm) printf(", OpenBLAS %7.1f, ratio %.2f, apart %.0e", work / theirs, theirs / ours, off_act(y, down(f + M * K + N * K, M * N), M * N));
+        if (sgemm)
+            printf(", OpenBLAS %7.1f, ratio %.2f, apart %.0e", work / theirs, theirs / ours,
+                   off_act(y, down(f + M * K + N * K, M * N), M * N));
         printf("\n"), fflush(stdout);
         free(host), device_free(f), device_free(x), device_free(w), device_free(y);
     }
@@ -2325,7 +2404,8 @@ static void bench_hif8(void) {
     size_t n = 1 << 24;
     double best[3] = {1e30, 1e30, 1e30}, bytes = (double)(n * act_size());
     act *x = (act *)device_alloc(n * act_size()), *y = (act *)device_alloc(n * act_size());
-    float *host = (float *)xalloc(n, sizeof(float)), *f = (float *)device_alloc(n * sizeof(float)), *m = (float *)device_alloc(sizeof(float));
+    float *host = (float *)xalloc(n, sizeof(float)), *f = (float *)device_alloc(n * sizeof(float)),
+          *m = (float *)device_alloc(sizeof(float));
     noise_fill(host, n, 1, 1, 0);
     upload(f, host, n * sizeof(float)), to_act(x, f, n);
     absmax(m, x, n);
@@ -2337,8 +2417,11 @@ static void bench_hif8(void) {
         for (int k = 0; k < 3; k++) best[k] = fmin(best[k], t[k + 1] - t[k]);
     }
     int threads = threads_here();
-    printf("HiF8, %zu numbers, %d threads, GB/s read + written: copy (one thread) %.1f; quantize-dequantize %.1f (%.1f a thread); maximum "
-           "alone %.1f (read)\n", n, threads, 2 * bytes / best[0] / 1e9, 2 * bytes / best[1] / 1e9, 2 * bytes / best[1] / 1e9 / threads, bytes / best[2] / 1e9);
+    printf("HiF8, %zu numbers, %d threads, GB/s read + written: copy (one thread) %.1f; quantize-dequantize %.1f (%.1f "
+           "a thread); maximum "
+           "alone %.1f (read)\n",
+           n, threads, 2 * bytes / best[0] / 1e9, 2 * bytes / best[1] / 1e9, 2 * bytes / best[1] / 1e9 / threads,
+           bytes / best[2] / 1e9);
     free(host), device_free(f), device_free(m), device_free(x), device_free(y);
 }
 
@@ -2366,16 +2449,19 @@ static void bench_comm(const BenchOptions *o, Ranks *k) {
             for (int p = 0; p < PURPOSES; p++) sent[u][p] += k->time[p] / 9, count[u][p] = (double)k->bytes[p];
         }
     if (!speaks(k)) return;
-    printf("%s, %d ranks%s: one forward, rank 0; waiting for slower ranks counts as transfer\n", o->shape, k->size, k->halves == 2 ? " x 2 halves" : "");
+    printf("%s, %d ranks%s: one forward, rank 0; waiting for slower ranks counts as transfer\n", o->shape, k->size,
+           k->halves == 2 ? " x 2 halves" : "");
     if (k->size == 1) printf("(one rank sends nothing: start with mpirun -np 2 ./test_osp_mpi bench comm)\n");
     for (int u = 0; u < 2; u++) {
-        double all = median(time[u], 9), moving = 0;                         // sorts them
+        double all = typical(time[u], 9), moving = 0;
         for (int p = 0; p < PURPOSES; p++) moving += sent[u][p];
         printf("%-8s %8.2f ms, %5.1f %% of it in transfers\n", u ? "Ulysses" : "SSP", 1e3 * all, 100 * moving / all);
         for (int p = 0; p < PURPOSES; p++)
-            if (count[u][p] > 0) printf("    %-24s %8.2f ms %12.0f bytes\n", PURPOSE_NAME[p], 1e3 * sent[u][p], count[u][p]);
+            if (count[u][p] > 0)
+                printf("    %-24s %8.2f ms %12.0f bytes\n", PURPOSE_NAME[p], 1e3 * sent[u][p], count[u][p]);
     }
-    printf("SSP / Ulysses: %.2f of the time (fastest of 9: %.2f)\n", median(time[0], 9) / median(time[1], 9), time[0][0] / time[1][0]);
+    printf("SSP / Ulysses: %.2f of the time (fastest of 9: %.2f)\n", typical(time[0], 9) / typical(time[1], 9),
+           time[0][0] / time[1][0]);
 }
 
 static int bench(int argc, char **argv, Ranks *ranks) {
@@ -2384,11 +2470,15 @@ static int bench(int argc, char **argv, Ranks *ranks) {
     const char *what = NULL;
     const Option options[] = {
         {"--shape", 's', &o.shape, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
-        {"--layers", 'i', &o.layers, 0, 64, "run so many token-wise, as many group-wise and twice as many full blocks; 0: all (Wan's shapes: 1)"},
+        {"--layers", 'i', &o.layers, 0, 64,
+         "run so many token-wise, as many group-wise and twice as many full blocks; 0: all (Wan's shapes: 1)"},
         {"--train", 'b', &o.train, 0, 0, "backward and the training step, too"},
-        {"--device-dtype", 's', &o.device, 0, 0, "arithmetic on a GPU: f32 or bf16"}, {"--hif8", 'b', &o.hif8, 0, 0, "8 bits"}, {"--force", 'b', &o.force, 0, 0, "run Wan's shapes on a CPU, for as long as it takes"},
+        {"--device-dtype", 's', &o.device, 0, 0, "arithmetic on a GPU: f32 or bf16"},
+        {"--hif8", 'b', &o.hif8, 0, 0, "8 bits"},
+        {"--force", 'b', &o.force, 0, 0, "run Wan's shapes on a CPU, for as long as it takes"},
     };
-    parse_options(argc, argv, "test_osp bench [linear|hif8|comm] --shape toy --train", options, sizeof(options) / sizeof(options[0]), &what);
+    parse_options(argc, argv, "test_osp bench [linear|hif8|comm] --shape toy --train", options,
+                  sizeof(options) / sizeof(options[0]), &what);
     if (what && !strcmp(what, "comm")) bench_comm(&o, ranks);
     else if (ranks->rank) return 0;
     else if (!what) bench_shape(&o, &one);
@@ -2402,7 +2492,8 @@ static int bench(int argc, char **argv, Ranks *ranks) {
 // ============================================================================================================
 // Everything is drawn by distance: a pixel's coverage is how far inside a shape its centre lies, so edges are smooth.
 enum { INK = 0x1F2937, SOFT = 0x6B7280, FAINT = 0xE5E7EB, PAPER = 0xFFFFFF };
-static const uint32_t PALETTE[] = {0x2F6DB5, 0xE8792B, 0x2E9E6B, 0xA04FA8, 0xD64550, 0x17A2B8, 0xC9A227, 0x6B5B95, 0x8C6D46};
+static const uint32_t PALETTE[] = {0x2F6DB5, 0xE8792B, 0x2E9E6B, 0xA04FA8, 0xD64550,
+                                   0x17A2B8, 0xC9A227, 0x6B5B95, 0x8C6D46};
 enum { PALETTE_SIZE = sizeof(PALETTE) / sizeof(PALETTE[0]) };
 static uint32_t color_of(int i) { return PALETTE[i % PALETTE_SIZE]; }
 
@@ -2419,8 +2510,9 @@ static void blend(Picture *p, int x, int y, uint32_t color, float alpha) {
     for (int c = 0; c < 3; c++) at[c] = (uint8_t)(is >> (16 - 8 * c));
 }
 
-static float to_segment(float x, float y, const float s[4]) {                // distance to a line from (s0, s1) to (s2, s3)
-    float dx = s[2] - s[0], dy = s[3] - s[1], n = dx * dx + dy * dy, u = n > 0 ? ((x - s[0]) * dx + (y - s[1]) * dy) / n : 0;
+static float to_segment(float x, float y, const float s[4]) { // distance to a line from (s0, s1) to (s2, s3)
+    float dx = s[2] - s[0], dy = s[3] - s[1], n = dx * dx + dy * dy,
+          u = n > 0 ? ((x - s[0]) * dx + (y - s[1]) * dy) / n : 0;
     u = clamp01(u);
     return hypotf(x - s[0] - u * dx, y - s[1] - u * dy);
 }
@@ -2429,11 +2521,13 @@ static void stroke(Picture *p, double x0, double y0, double x1, double y1, doubl
     const float s[4] = {(float)x0, (float)y0, (float)x1, (float)y1}, half = (float)width / 2;
     for (int y = (int)(fmin(y0, y1) - width - 1); y <= fmax(y0, y1) + width + 1; y++)
         for (int x = (int)(fmin(x0, x1) - width - 1); x <= fmax(x0, x1) + width + 1; x++)
-            blend(p, x, y, color, (float)alpha * clamp01(half + 0.5f - to_segment((float)x + 0.5f, (float)y + 0.5f, s)));
+            blend(p, x, y, color,
+                  (float)alpha * clamp01(half + 0.5f - to_segment((float)x + 0.5f, (float)y + 0.5f, s)));
 }
 
 // A box with round corners; line > 0: only its rim, so wide.
-static void box(Picture *p, double x, double y, double w, double h, double radius, double line, uint32_t color, double alpha) {
+static void box(Picture *p, double x, double y, double w, double h, double radius, double line, uint32_t color,
+                double alpha) {
     for (int j = (int)y - 3; j < y + h + 3; j++)
         for (int i = (int)x - 3; i < x + w + 3; i++) {
             double qx = fabs(i + 0.5 - x - w / 2) - w / 2 + radius, qy = fabs(j + 0.5 - y - h / 2) - h / 2 + radius;
@@ -2447,7 +2541,11 @@ static void box(Picture *p, double x, double y, double w, double h, double radiu
 __attribute__((format(printf, 7, 8)))
 static void label(Picture *p, double x, double y, double size, double anchor, uint32_t color, const char *format, ...) {
     static const int STEP[4][2] = {{1, 0}, {0, 1}, {1, 1}, {-1, 1}};
-    static const char *const DEEP = "gjpqy", *const DEEP_FONT = "00?AAA?1>" "2062222B<" "00NAAAN@@" "00?AAA?11" "00AAAA?1>";
+    static const char *const DEEP = "gjpqy", *const DEEP_FONT = "00?AAA?1>"
+                                                                "2062222B<"
+                                                                "00NAAAN@@"
+                                                                "00?AAA?11"
+                                                                "00AAAA?1>";
     char text[256];
     va_list args;
     va_start(args, format);
@@ -2456,7 +2554,8 @@ static void label(Picture *p, double x, double y, double size, double anchor, ui
     float u = (float)size / 7, half = fmaxf(0.5f, 0.46f * u);
     x -= anchor * (6 * (double)strlen(text) - 1) * u;
     for (const char *t = text; *t; t++, x += 6 * u) {
-        const char *deep = strchr(DEEP, *t), *glyph = deep ? DEEP_FONT + 9 * (deep - DEEP) : FONT + 7 * ((*t < ' ' || *t > '~' ? '?' : *t) - ' ');
+        const char *deep = strchr(DEEP, *t),
+                   *glyph = deep ? DEEP_FONT + 9 * (deep - DEEP) : FONT + 7 * ((*t < ' ' || *t > '~' ? '?' : *t) - ' ');
         float line[64][4];
         int lines = 0, rows = deep ? 9 : 7;
         #define LIT(c, r) ((c) >= 0 && (c) < 5 && (r) < rows && ((glyph[r] - '0') >> (4 - (c)) & 1))
@@ -2465,10 +2564,12 @@ static void label(Picture *p, double x, double y, double size, double anchor, ui
             for (int k = 0; k < 4 && LIT(c, r); k++) {
                 int a = c + STEP[k][0], b = r + STEP[k][1];
                 if (!LIT(a, b) || (k > 1 && (LIT(a, r) || LIT(c, b))) || lines > 60) continue;
-                float s[4] = {(float)x + (c + 0.5f) * u, (float)y + (r + 0.5f) * u, (float)x + (a + 0.5f) * u, (float)y + (b + 0.5f) * u};
+                float s[4] = {(float)x + (c + 0.5f) * u, (float)y + (r + 0.5f) * u, (float)x + (a + 0.5f) * u,
+                              (float)y + (b + 0.5f) * u};
                 memcpy(line[lines++], s, sizeof s), joined++;
             }
-            float dot[4] = {(float)x + (c + 0.5f) * u, (float)y + (r + 0.5f) * u, (float)x + (c + 0.5f) * u, (float)y + (r + 0.5f) * u};
+            float dot[4] = {(float)x + (c + 0.5f) * u, (float)y + (r + 0.5f) * u, (float)x + (c + 0.5f) * u,
+                            (float)y + (r + 0.5f) * u};
             if (LIT(c, r) && !joined && lines < 64) memcpy(line[lines++], dot, sizeof dot);
         }
         #undef LIT
@@ -2484,7 +2585,8 @@ static void label(Picture *p, double x, double y, double size, double anchor, ui
 static void arrow(Picture *p, double x0, double y0, double x1, double y1, uint32_t color) {
     double n = hypot(x1 - x0, y1 - y0), ux = (x1 - x0) / n * 7, uy = (y1 - y0) / n * 7;
     stroke(p, x0, y0, x1, y1, 2, color, 1);
-    stroke(p, x1, y1, x1 - ux - 0.6 * uy, y1 - uy + 0.6 * ux, 2, color, 1), stroke(p, x1, y1, x1 - ux + 0.6 * uy, y1 - uy - 0.6 * ux, 2, color, 1);
+    stroke(p, x1, y1, x1 - ux - 0.6 * uy, y1 - uy + 0.6 * ux, 2, color, 1),
+        stroke(p, x1, y1, x1 - ux + 0.6 * uy, y1 - uy - 0.6 * ux, 2, color, 1);
 }
 
 static void finish(const char *out, Picture p, const char *what) {
@@ -2531,7 +2633,8 @@ static void axes(const Plot *a, const char *title, const char *x_title) {
 
 static void curve(const Plot *a, const double *x, const double *y, int n, double width, uint32_t color, double alpha) {
     for (int i = 1; i < n; i++)
-        if (isfinite(y[i]) && isfinite(y[i - 1])) stroke(a->p, at_x(a, x[i - 1]), at_y(a, y[i - 1]), at_x(a, x[i]), at_y(a, y[i]), width, color, alpha);
+        if (isfinite(y[i]) && isfinite(y[i - 1]))
+            stroke(a->p, at_x(a, x[i - 1]), at_y(a, y[i - 1]), at_x(a, x[i]), at_y(a, y[i]), width, color, alpha);
 }
 
 static double *smoothed(const double *y, int n, int window) {                // the mean of a window around each point
@@ -2575,13 +2678,16 @@ static Log read_log(const char *path, const char *head, const char *const *keys,
             snprintf(key, sizeof key, " %.*s ", length, keys[k]);
             char *hit = strstr(line, key);
             double value = NAN;
-            for (char *from = hit ? hit + strlen(key) : NULL; from && skip >= 0; skip--, from = end) value = strtod(from, &end);
+            for (char *from = hit ? hit + strlen(key) : NULL; from && skip >= 0; skip--, from = end)
+                value = strtod(from, &end);
             l.field[k][l.n] = value, ok = ok && isfinite(value);
         }
         l.n += ok;
     }
     fclose(file);
-    if (!l.n) die("%s: no line like \"%s 10/600 %s ...\"; give the standard output of osp %s", path, head, keys[0], *head == 's' ? "train" : "grpo");
+    if (!l.n)
+        die("%s: no line like \"%s 10/600 %s ...\"; give the standard output of osp %s", path, head, keys[0],
+            *head == 's' ? "train" : "grpo");
     return l;
 }
 
@@ -2617,7 +2723,8 @@ static void show_loss(const char *const *paths, int count, const char *out) {
     axes(&a, a.log_y ? "training loss (logarithmic)" : "training loss", "step");
     for (int i = 0; i < count; i++) {
         curve(&a, logs[i].step, logs[i].field[0], logs[i].n, 1.2, color_of(i), 0.3);
-        curve(&a, logs[i].step, smoothed(logs[i].field[0], logs[i].n, logs[i].n / 40 + 1), logs[i].n, 3, color_of(i), 1);
+        curve(&a, logs[i].step, smoothed(logs[i].field[0], logs[i].n, logs[i].n / 40 + 1), logs[i].n, 3, color_of(i),
+              1);
     }
     legend(&p, logs, count, a.x + a.w - 18, a.y + 18);
     finish(out, p, "training loss");
@@ -2625,7 +2732,8 @@ static void show_loss(const char *const *paths, int count, const char *out) {
 
 static void show_reward(const char *const *paths, int count, const char *out) {
     static const char *const KEYS[] = {"reward", "spread", "ratio", "ratio+1", "ratio+2", "kl"};
-    static const char *const TITLE[] = {"reward (mean; the band is +- the spread of the videos)", "KL to the base model", "ratio (mean; band: min .. max)"};
+    static const char *const TITLE[] = {"reward (mean; the band is +- the spread of the videos)",
+                                        "KL to the base model", "ratio (mean; band: min .. max)"};
     Log logs[MOST_LOGS];
     Picture p = new_picture(1100, 1010, PAPER);
     double low, high;
@@ -2672,11 +2780,13 @@ static void show_skiparse(int P, int T, int H, int W, const char *out) {
     static const char *const TITLE[] = {"full", "token-wise", "group-wise"};
     int N = T * H * W, columns = T * W + T - 1, cell = 336 / (columns > H ? columns : H), wide = cell * columns;
     if (cell < 4) die("--grid %dx%dx%d: at most 84 tokens across, frames side by side", T, H, W);
-    int panel = wide > 330 ? wide : 330, high = cell * H, width = 3 * panel + 4 * 40, top = 118, mark_h = H / 2, mark_w = W / 2 - (W > 4);
+    int panel = wide > 330 ? wide : 330, high = cell * H, width = 3 * panel + 4 * 40, top = 118, mark_h = H / 2,
+        mark_w = W / 2 - (W > 4);
     Picture p = new_picture(width, top + high + 240, PAPER);
     label(&p, 40, 30, 20, 0, INK, "Skiparse-2D, P = %d: which tokens attend with the marked one", P);
     for (int k = FULL; k < PATTERNS; k++) {
-        int left = 40 + k * (panel + 40), x0 = left + (panel - wide) / 2, mine = subsequence(k, mark_h, mark_w, P), heard = 0;
+        int left = 40 + k * (panel + 40), x0 = left + (panel - wide) / 2, mine = subsequence(k, mark_h, mark_w, P),
+            heard = 0;
         Pattern pattern;
         pattern_init(&pattern, k, T, H, W, P, 1);
         for (int t = 0; t < T; t++)
@@ -2684,27 +2794,32 @@ static void show_skiparse(int P, int T, int H, int W, const char *out) {
                 for (int w = 0; w < W; w++) {
                     int s = subsequence(k, h, w, P), x = x0 + (t * (W + 1) + w) * cell, y = top + h * cell;
                     heard += s == mine;
-                    box(&p, x + 0.5, y + 0.5, cell - 1, cell - 1, cell * 0.16, 0, tint(color_of(s), PAPER, s == mine ? 0 : 0.78), 1);
+                    box(&p, x + 0.5, y + 0.5, cell - 1, cell - 1, cell * 0.16, 0,
+                        tint(color_of(s), PAPER, s == mine ? 0 : 0.78), 1);
                     if (h != mark_h || w != mark_w || t != T / 2) continue;
                     box(&p, x - 0.5, y - 0.5, cell + 1, cell + 1, cell * 0.2, cell * 0.13, INK, 1);
                     box(&p, x + cell * 0.32, y + cell * 0.32, cell * 0.36, cell * 0.36, cell * 0.18, 0, PAPER, 1);
                 }
         label(&p, left, top - 48, 17, 0, INK, "%s", TITLE[k]);
-        label(&p, left, top - 22, 11, 0, SOFT, k == FULL ? "attends with all %d tokens" : "attends with %d of %d tokens", heard, N);
+        label(&p, left, top - 22, 11, 0, SOFT,
+              k == FULL ? "attends with all %d tokens" : "attends with %d of %d tokens", heard, N);
         int y = top + high + 34, at = pattern.place[(T / 2 * H + mark_h) * W + mark_w];
-        label(&p, left, y, 11, 0, SOFT, k == FULL ? "one sequence, (t, h, w) order" : "rearranged: %d subsequences", pattern.count);
+        label(&p, left, y, 11, 0, SOFT, k == FULL ? "one sequence, (t, h, w) order" : "rearranged: %d subsequences",
+              pattern.count);
         double one = (double)panel / N;
         for (int j = 0; j < N; j++) {
             int s = 0, token = pattern.order[j];
             while (pattern.start[s + 1] <= j) s++;
             double shade = 0.12 + 0.38 * (double)(token / W % H) / H;        // rows of the frame, top to bottom
-            fill_rect(&p, (int)(left + j * one), y + 22, (int)ceil(one), 30, tint(color_of(s), PAPER, s == mine ? shade : 0.66 + 0.4 * shade));
+            fill_rect(&p, (int)(left + j * one), y + 22, (int)ceil(one), 30,
+                      tint(color_of(s), PAPER, s == mine ? shade : 0.66 + 0.4 * shade));
         }
-        for (int s = 1; s < pattern.count; s++) fill_rect(&p, (int)(left + pattern.start[s] * one) - 1, y + 20, 2, 34, PAPER);
+        for (int s = 1; s < pattern.count; s++)
+            fill_rect(&p, (int)(left + pattern.start[s] * one) - 1, y + 20, 2, 34, PAPER);
         double x = left + (at + 0.5) * one;
         stroke(&p, x, y + 18, x, y + 56, 2.5, INK, 1);
         box(&p, x - 4, y + 56, 8, 8, 4, 0, INK, 1);
-        for (int s = 0; s < pattern.count; s++) {                            // what is computed: squares on the diagonal
+        for (int s = 0; s < pattern.count; s++) { // what is computed: squares on the diagonal
             double side = 72, b = side * pattern.start[s] / N, e = side * pattern.start[s + 1] / N;
             box(&p, left + b, y + 84 + b, e - b, e - b, 1.5, 0, tint(color_of(s), PAPER, s == mine ? 0 : 0.6), 1);
         }
@@ -2716,7 +2831,9 @@ static void show_skiparse(int P, int T, int H, int W, const char *out) {
         else label(&p, left + 90, y + 118, 17, 0, INK, "%.3f of them", pairs);
         free(pattern.order), free(pattern.place), free(pattern.start), free(pattern.first);
     }
-    label(&p, 40, p.height - 30, 11, 0, SOFT, "A token-wise and a group-wise block in turn: every token hears every other, at 1/%d of the attention each.", P * P);
+    label(&p, 40, p.height - 30, 11, 0, SOFT,
+          "A token-wise and a group-wise block in turn: every token hears every other, at 1/%d of the attention each.",
+          P * P);
     finish(out, p, "Skiparse-2D");
 }
 
@@ -2754,14 +2871,17 @@ static void show_model(const Config *c, const char *name, const char *out) {
     snprintf(shape[4], 96, "velocity [%d, %d, %d, %d]", c->out_dim, T, 2 * H, 2 * W);
     for (int i = 0; i < 5; i++) {
         double by = y + 34 + i * 62;
-        box(&p, 40, by, 330, 40, 8, 0, i == 2 ? 0xE3ECF7 : 0xF3F4F6, 1), box(&p, 40, by, 330, 40, 8, 1.2, i == 2 ? 0x2F6DB5 : 0xC4C8CF, 1);
+        box(&p, 40, by, 330, 40, 8, 0, i == 2 ? 0xE3ECF7 : 0xF3F4F6, 1),
+            box(&p, 40, by, 330, 40, 8, 1.2, i == 2 ? 0x2F6DB5 : 0xC4C8CF, 1);
         label(&p, 205, by + 14.5, 11, 0.5, INK, "%s", shape[i]);
         if (i < 4) arrow(&p, 205, by + 42, 205, by + 59, SOFT);
     }
     snprintf(shape[0], 96, "x += gate1 * SelfAttn( LN(x) * (1 + scale1) + shift1 )");
-    snprintf(shape[1], 96, "q k v o [%d, %d]; %d heads of %d; RMSNorm, RoPE", c->dim, c->dim, c->num_heads, c->dim / c->num_heads);
+    snprintf(shape[1], 96, "q k v o [%d, %d]; %d heads of %d; RMSNorm, RoPE", c->dim, c->dim, c->num_heads,
+             c->dim / c->num_heads);
     snprintf(shape[2], 96, "x += CrossAttn( LN(x), text )");
-    snprintf(shape[3], 96, "text [%d, %d] -> [%d, %d]; no RoPE, no mask", c->text_len, c->text_dim, c->text_len, c->dim);
+    snprintf(shape[3], 96, "text [%d, %d] -> [%d, %d]; no RoPE, no mask", c->text_len, c->text_dim, c->text_len,
+             c->dim);
     snprintf(shape[4], 96, "x += gate2 * ffn( LN(x) * (1 + scale2) + shift2 )");
     snprintf(shape[5], 96, "%d -> %d -> GELU -> %d", c->dim, c->ffn_dim, c->dim);
     snprintf(shape[6], 96, "t -> e [%d] -> shift, scale, gate: [6, %d]", c->dim, c->dim);
@@ -2769,7 +2889,8 @@ static void show_model(const Config *c, const char *name, const char *out) {
     for (int i = 0; i < 4; i++) {
         double by = y + 34 + i * 76;
         uint32_t tone = i == 3 ? 0x2E9E6B : i == 1 ? 0xA04FA8 : 0x2F6DB5;
-        box(&p, 420, by, 640, 60, 8, 0, tint(tone, PAPER, 0.9), 1), box(&p, 420, by, 640, 60, 8, 1.2, tint(tone, PAPER, 0.3), 1);
+        box(&p, 420, by, 640, 60, 8, 0, tint(tone, PAPER, 0.9), 1),
+            box(&p, 420, by, 640, 60, 8, 1.2, tint(tone, PAPER, 0.3), 1);
         label(&p, 440, by + 14, 13, 0, INK, "%s", shape[2 * i]);
         label(&p, 440, by + 37, 11, 0, SOFT, "%s", shape[2 * i + 1]);
     }
@@ -2811,16 +2932,20 @@ static void show_hif8(const char *weights, const char *out) {
         double before = -1, width = f ? 2.2 : 4;
         for (int e = (int)low; e < (int)high; e++) {
             double step = f == 3 ? 0x1p-7 : 0;
-            for (int i = 0; i + 1 < n[f]; i++) if (ilogb(v[f][i]) == e) step = fmax(step, (v[f][i + 1] - v[f][i]) / ldexp(1, e));
-            if (step > 0) stroke(&p, at_x(&a, e), at_y(&a, step), at_x(&a, e + 1), at_y(&a, step), width, color_of(f), 1);
-            if (step > 0 && before > 0) stroke(&p, at_x(&a, e), at_y(&a, before), at_x(&a, e), at_y(&a, step), width, color_of(f), 1);
+            for (int i = 0; i + 1 < n[f]; i++)
+                if (ilogb(v[f][i]) == e) step = fmax(step, (v[f][i + 1] - v[f][i]) / ldexp(1, e));
+            if (step > 0)
+                stroke(&p, at_x(&a, e), at_y(&a, step), at_x(&a, e + 1), at_y(&a, step), width, color_of(f), 1);
+            if (step > 0 && before > 0)
+                stroke(&p, at_x(&a, e), at_y(&a, before), at_x(&a, e), at_y(&a, step), width, color_of(f), 1);
             before = step;
         }
         double y = 490 + 46.0 * f;
         label(&p, a.x - 8, y + 3, 11, 1, color_of(f), "%s", NAME[f]);
         if (f == 3) box(&p, a.x, y - 4, a.w, 24, 0, 0, color_of(f), 0.75);
         for (int i = 0; i < n[f]; i++)
-            if (v[f][i] >= ldexp(1, (int)low)) stroke(&p, at_x(&a, log2(v[f][i])), y - 4, at_x(&a, log2(v[f][i])), y + 20, 1.3, color_of(f), 0.9);
+            if (v[f][i] >= ldexp(1, (int)low))
+                stroke(&p, at_x(&a, log2(v[f][i])), y - 4, at_x(&a, log2(v[f][i])), y + 20, 1.3, color_of(f), 0.9);
     }
     label(&p, a.x, 462, 11, 0, SOFT, "the positive values themselves (bfloat16: 128 a binade, on to 2^-133 and 2^127)");
     if (weights) {
@@ -2848,10 +2973,18 @@ static void show_hif8(const char *weights, const char *out) {
             uint32_t tone = tint(color_of(0), PAPER, centre <= 3 ? 0 : centre <= 7 ? 0.35 : centre <= 15 ? 0.6 : 0.8);
             box(&p, b.x + b.w * i / BINS + 0.5, b.y + b.h - h, b.w / BINS - 1, h, 1, 0, tone, 1);
         }
-        label(&p, b.x, b.y - 26, 12, 0, INK, "Block matrices, |w| * 15 / max|w|: %.0f weights, %.2g %% below 2^-24 or zero", all, 100 * zero_count / all);
+        label(&p, b.x, b.y - 26, 12, 0, INK,
+              "Block matrices, |w| * 15 / max|w|: %.0f weights, %.2g %% below 2^-24 or zero", all,
+              100 * zero_count / all);
         box(&p, b.x, b.y, b.w, b.h, 0, 1, 0x9CA3AF, 1);
         for (int k = 0; k < 4; k++) {
-            box(&p, b.x + 14, b.y + 14 + 22 * k, 14, 14, 3, 0, tint(color_of(0), PAPER, k == 0 ? 0 : k == 1 ? 0.35 : k == 2 ? 0.6 : 0.8), 1);
+            box(&p, b.x + 14, b.y + 14 + 22 * k, 14, 14, 3, 0,
+                tint(color_of(0), PAPER,
+                     k == 0   ? 0
+                     : k == 1 ? 0.35
+                     : k == 2 ? 0.6
+                              : 0.8),
+                1);
             label(&p, b.x + 36, b.y + 16 + 22 * k, 11, 0, SOFT, "%d bit%s of mantissa", 3 - k, k == 2 ? "" : "s");
         }
         for (int k = -24; k <= 16; k += 4) label(&p, at_x(&b, k), b.y + b.h + 8, 11, 0.5, SOFT, "2^%d", k);
@@ -2865,7 +2998,8 @@ static void show_hif8(const char *weights, const char *out) {
 
 // ---- ranks: who holds which tokens, and what one exchange moves ------------------------------------------------------------
 static void show_ranks(int R, int P, int H, int W, const char *out) {
-    static const char *const TITLE[] = {"full block: a cut of the sequence", "token-wise: whole subsequences", "group-wise: whole subsequences"};
+    static const char *const TITLE[] = {"full block: a cut of the sequence", "token-wise: whole subsequences",
+                                        "group-wise: whole subsequences"};
     Pattern pattern[PATTERNS];
     if (P * P % R) die("-R %d: must divide P^2 = %d", R, P * P);
     int N = H * W, cell = 320 / (W > H ? W : H), high = cell * H, y = 118;
@@ -2879,7 +3013,8 @@ static void show_ranks(int R, int P, int H, int W, const char *out) {
         for (int i = 0; i < N; i++) {
             int owner = 0;
             while (pattern[k].first[owner + 1] <= pattern[k].place[i]) owner++;
-            box(&p, left + i % W * cell + 0.5, y + i / W * cell + 0.5, cell - 1, cell - 1, cell * 0.16, 0, color_of(owner), 1);
+            box(&p, left + i % W * cell + 0.5, y + i / W * cell + 0.5, cell - 1, cell - 1, cell * 0.16, 0,
+                color_of(owner), 1);
         }
     }
     y += high + 44;
@@ -2909,7 +3044,8 @@ static void show_ranks(int R, int P, int H, int W, const char *out) {
             box(&p, x, top, rows * unit - 3, 40, 6, 0, color_of(u), 1);
             label(&p, x + rows * unit / 2 - 2, top + 14, 13, 0.5, PAPER, "%s", CALL[u ? c + 1 : 0]);
         }
-        label(&p, 490, top + 48, 11, 0, SOFT, u ? "4 All-to-Alls, %.0f rows" : "1 All-to-All, %.0f rows", u ? all : rows);
+        label(&p, 490, top + 48, 11, 0, SOFT, u ? "4 All-to-Alls, %.0f rows" : "1 All-to-All, %.0f rows",
+              u ? all : rows);
     }
     label(&p, 400, y + 212, 11, 0, SOFT, "Here SSP moves %.2f of what Ulysses moves.", moved / all);
     finish(out, p, "ranks");
@@ -2933,11 +3069,15 @@ static int show(int argc, char **argv) {
     const char *out = NULL, *grid = NULL, *weights = NULL, *preset = "14b-720p", *paths[MOST_LOGS];
     int P = 2, R = 4, T, H, W, logs = 0;
     const Option options[] = {
-        {"-o", 's', &out, 0, 0, "picture to write, .png"}, {"-P", 'i', &P, 1, 8, "sparse ratio"},
-        {"--grid", 's', &grid, 0, 0, "tokens HxW or TxHxW (skiparse, ranks)"}, {"-R", 'i', &R, 1, 64, "ranks"},
-        {"-w", 's', &weights, 0, 0, "checkpoint (model, hif8)"}, {"--preset", 's', &preset, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p (model)"},
+        {"-o", 's', &out, 0, 0, "picture to write, .png"},
+        {"-P", 'i', &P, 1, 8, "sparse ratio"},
+        {"--grid", 's', &grid, 0, 0, "tokens HxW or TxHxW (skiparse, ranks)"},
+        {"-R", 'i', &R, 1, 64, "ranks"},
+        {"-w", 's', &weights, 0, 0, "checkpoint (model, hif8)"},
+        {"--preset", 's', &preset, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p (model)"},
     };
-    const char *example = "test_osp show skiparse|model|loss LOG..|reward LOG..|hif8|ranks -o picture.png", *kind = argc > 0 ? argv[0] : "-h";
+    const char *example = "test_osp show skiparse|model|loss LOG..|reward LOG..|hif8|ranks -o picture.png",
+               *kind = argc > 0 ? argv[0] : "-h";
     if (*kind != '-') one_of("show", kind, KINDS);
     else { print_help(example, options, 6); return 0; }
     for (; argc > 1 && argv[1][0] != '-'; argc--, argv++) {
@@ -2980,42 +3120,62 @@ static const Mutant MUTANTS[] = {
     {"HiF8: exponent's sign in a code", "s = E < 0, mantissa", "s = E > 0, mantissa", 0, 0},
     {"HiF8: maximum clamped to 1e-7", "amax < 1e-8f ? 1e-8f", "amax < 1e-7f ? 1e-7f", 0, 0},
     {"HiF8: the embeddings and the head quantized too", "p->block_matrix = block >= 0 &&", "p->block_matrix =", 0, 0},
-    {"HiF8: weights scaled to 14", "hif8_tensor(p->c, p->c, p->count, 15", "hif8_tensor(p->c, p->c, p->count, 14", 0, 0},
+    {"HiF8: weights scaled to 14", "hif8_tensor(p->c, p->c, p->count, 15", "hif8_tensor(p->c, p->c, p->count, 14", 0,
+     0},
     {"HiF8: gradients scaled to 15", "rows * (size_t)out, 224)", "rows * (size_t)out, 15)", 0, 0},
-    {"HiF8: dy not quantized", "if (r->m->c.quant && l->w->block_matrix) quantize(r, dy", "if (0) quantize(r, dy", 0, 0},
+    {"HiF8: dy not quantized", "if (r->m->c.quant && l->w->block_matrix) quantize(r, dy", "if (0) quantize(r, dy", 0,
+     0},
     {"HiF8: db from dy before it is quantized", "if (r->m->c.quant && l->w->block_matrix) quantize(r, dy",
-     "linear_backward(NULL, NULL, l->b->dw, dy, x, l->w->c, rows, out, in, false);\n    if (r->m->c.quant && l->w->block_matrix) quantize(r, dy",
+     "linear_backward(NULL, NULL, l->b->dw, dy, x, l->w->c, rows, out, in, false);\n    if (r->m->c.quant && "
+     "l->w->block_matrix) quantize(r, dy",
      "linear_backward(dx, l->w->dw, l->b->dw, dy", "linear_backward(dx, l->w->dw, NULL, dy"},
     {"HiF8: dq not quantized", "quantize(r, dq, dq, rows * width, 224);", "", 0, 0},
     {"HiF8: dv of the text and all else not quantized", "quantize(r, dv, dv, kv_rows * width, 224);", "", 0, 0},
     {"HiF8: v not quantized", "quantize(r, s->v, s->v, kv_rows * width, 15);", "", 0, 0},
-    {"HiF8: k scaled to 14", "quantize(r, s->k, s->k, kv_rows * width, 15)", "quantize(r, s->k, s->k, kv_rows * width, 14)", 0, 0},
-    {"HiF8: attention's output not quantized", "quantize(r, s->oq, s->o, rows * width, 15);", "copy(s->oq, s->o, rows * width * act_size());", 0, 0},
+    {"HiF8: k scaled to 14", "quantize(r, s->k, s->k, kv_rows * width, 15)",
+     "quantize(r, s->k, s->k, kv_rows * width, 14)", 0, 0},
+    {"HiF8: attention's output not quantized", "quantize(r, s->oq, s->o, rows * width, 15);",
+     "copy(s->oq, s->o, rows * width * act_size());", 0, 0},
     // Skiparse
     {"Skiparse: token-wise and group-wise exchanged", "i % 2 == 0 ? TOKEN_WISE", "i % 2 == 1 ? TOKEN_WISE", 0, 0},
     {"Skiparse: token-wise subsequences transposed", "return h % P * P + w % P", "return w % P * P + h % P", 0, 0},
     {"Skiparse: groups one token wide", "return h / P % P * P + w / P % P", "return h / P % P * P + w % P", 0, 0},
     {"Skiparse: one full block too many", "i < F / 2 ||", "i <= F / 2 ||", 0, 0},
-    {"Skiparse: the exchange's map transposed, forward", "r->move[at][next->place].pack", "r->move[next->place][at].pack", 0, 0},
-    {"Skiparse: the exchange's map transposed, backward", "exchange_rows(r, r->dx2, r->dx, next->place, at)", "exchange_rows(r, r->dx2, r->dx, at, next->place)", 0, 0},
-    {"Skiparse: ranks unpack in order of arrival", "e->unpack[b * next + j - to->first[rank]] = arrived++", "e->unpack[arrived] = arrived, arrived++", 0, 0},
+    {"Skiparse: the exchange's map transposed, forward", "r->move[at][next->place].pack",
+     "r->move[next->place][at].pack", 0, 0},
+    {"Skiparse: the exchange's map transposed, backward", "exchange_rows(r, r->dx2, r->dx, next->place, at)",
+     "exchange_rows(r, r->dx2, r->dx, at, next->place)", 0, 0},
+    {"Skiparse: ranks unpack in order of arrival", "e->unpack[b * next + j - to->first[rank]] = arrived++",
+     "e->unpack[arrived] = arrived, arrived++", 0, 0},
     {"Skiparse: ranks pack the first sample twice", "e->pack[packed++] = b * mine + i", "e->pack[packed++] = i", 0, 0},
     // RoPE, norms, modulation
-    {"RoPE: h and w exchanged", "token / (H * W), token / W % H, token % W", "token / (H * W), token % W, token / W % H", 0, 0},
-    {"RoPE: the spare pairs go to w", "{pairs - 2 * (pairs / 3), pairs / 3, pairs / 3}", "{pairs / 3, pairs / 3, pairs - 2 * (pairs / 3)}", 0, 0},
-    {"RoPE: turns the other way", "x[2 * p] = a * c - b * s", "x[2 * p] = a * c + b * s", "x[2 * p + 1] = a * s + b * c", "x[2 * p + 1] = b * c - a * s"},
-    {"RoPE: frequencies of the whole head", "pow(10000.0, -(double)j / m[axis])", "pow(10000.0, -(double)j / pairs)", 0, 0},
-    {"RoPE: tokens take the place's position", "token = p->order[(size_t)first + i]", "token = (int)((size_t)first + i)", 0, 0},
+    {"RoPE: h and w exchanged", "token / (H * W), token / W % H, token % W",
+     "token / (H * W), token % W, token / W % H", 0, 0},
+    {"RoPE: the spare pairs go to w", "{pairs - 2 * (pairs / 3), pairs / 3, pairs / 3}",
+     "{pairs / 3, pairs / 3, pairs - 2 * (pairs / 3)}", 0, 0},
+    {"RoPE: turns the other way", "x[2 * p] = a * c - b * s", "x[2 * p] = a * c + b * s",
+     "x[2 * p + 1] = a * s + b * c", "x[2 * p + 1] = b * c - a * s"},
+    {"RoPE: frequencies of the whole head", "pow(10000.0, -(double)j / m[axis])", "pow(10000.0, -(double)j / pairs)", 0,
+     0},
+    {"RoPE: tokens take the place's position", "token = p->order[(size_t)first + i]",
+     "token = (int)((size_t)first + i)", 0, 0},
     {"RoPE: not turned back in backward", "r % n * (D / H), -1.0f", "r % n * (D / H), 1.0f", 0, 0},
     {"LN: eps outside the root", "sqrtf(var / (float)D + eps)", "(sqrtf(var / (float)D) + eps)", 0, 0},
     {"RMSNorm: no eps", "sqrtf(squares / (float)D + eps)", "sqrtf(squares / (float)D)", 0, 0},
-    {"RMSNorm: v normalised like k", "linear(s->v, context, &w->v, kv_rows);", "linear(s->v, context, &w->v, kv_rows);\n    rmsnorm_rope_forward(s->v, s->k_rstd, s->v, w->norm_k->w, NULL, B, kv_n, D, heads, (float)c->eps);", 0, 0},
+    {"RMSNorm: v normalised like k", "linear(s->v, context, &w->v, kv_rows);",
+     "linear(s->v, context, &w->v, kv_rows);\n    rmsnorm_rope_forward(s->v, s->k_rstd, s->v, w->norm_k->w, NULL, B, "
+     "kv_n, D, heads, (float)c->eps);",
+     0, 0},
     {"eps 1e-5", "atof(eps) : 1e-6", "10 * atof(eps) : 1e-6", 0, 0},
-    {"modulation: shift and scale exchanged", "PerSample shift1 = of_row(e, 0, 6, D), scale1 = of_row(e, 1, 6, D)", "PerSample shift1 = of_row(e, 1, 6, D), scale1 = of_row(e, 0, 6, D)", 0, 0},
+    {"modulation: shift and scale exchanged", "PerSample shift1 = of_row(e, 0, 6, D), scale1 = of_row(e, 1, 6, D)",
+     "PerSample shift1 = of_row(e, 1, 6, D), scale1 = of_row(e, 0, 6, D)", 0, 0},
     {"modulation: no gate after self-attention", "s->x0, s->self.y, gate1,", "s->x0, s->self.y, NOTHING,", 0, 0},
-    {"modulation: the ffn takes attention's gate", "residual_gather_forward(next->x0, s->x2, s->y, gate2, NULL", "residual_gather_forward(next->x0, s->x2, s->y, gate1, NULL", 0, 0},
-    {"modulation: head's shift and scale exchanged", "NULL, NOTHING, of_row(r->head_e, 0, 2, D)", "NULL, NOTHING, of_row(r->head_e, 1, 2, D)", 0, 0},
-    {"norm backward: shift's and scale's gradients exchanged", "of_row(de, 3, 6, D), of_row(de, 4, 6, D), r->d1", "of_row(de, 4, 6, D), of_row(de, 3, 6, D), r->d1", 0, 0},
+    {"modulation: the ffn takes attention's gate", "residual_gather_forward(next->x0, s->x2, s->y, gate2, NULL",
+     "residual_gather_forward(next->x0, s->x2, s->y, gate1, NULL", 0, 0},
+    {"modulation: head's shift and scale exchanged", "NULL, NOTHING, of_row(r->head_e, 0, 2, D)",
+     "NULL, NOTHING, of_row(r->head_e, 1, 2, D)", 0, 0},
+    {"norm backward: shift's and scale's gradients exchanged", "of_row(de, 3, 6, D), of_row(de, 4, 6, D), r->d1",
+     "of_row(de, 4, 6, D), of_row(de, 3, 6, D), r->d1", 0, 0},
     {"norm backward: one term 1 % off", "sum_gx /= (float)D", "sum_gx *= 1.01f / (float)D", 0, 0},
     {"rmsnorm backward: one term 1 % off", "sum *= scale / (float)D", "sum *= 1.01f * scale / (float)D", 0, 0},
     {"gate backward: no gate", "g ? g[i] * dxr[i] : dxr[i]", "dxr[i]", 0, 0},
@@ -3023,39 +3183,51 @@ static const Mutant MUTANTS[] = {
     {"GELU: another constant", "0.044715f * u[i] * u[i] * u[i]", "0.04415f * u[i] * u[i] * u[i]", 0, 0},
     {"GELU backward: 2 for 3", "1.0f + 3.0f * cube", "1.0f + 2.0f * cube", 0, 0},
     {"SiLU backward: without 1 - s", "x[i] * (e * s) * s", "x[i] * s * s", 0, 0},
-    {"attention: scale of another width", "    float c = (float)(LOG2E / sqrt((double)t.dim));", "    float c = (float)(LOG2E / sqrt((double)t.dim + 1));", 0, 0},
+    {"attention: scale of another width", "    float c = (float)(LOG2E / sqrt((double)t.dim));",
+     "    float c = (float)(LOG2E / sqrt((double)t.dim + 1));", 0, 0},
     {"attention backward: without the mean", "= s[j] * (dp[j] - D[j])", "= s[j] * dp[j]", 0, 0},
     {"attention backward: dq 1 % off", "= scale * dqt", "= 1.01f * scale * dqt", 0, 0},
-    {"attention backward: the text's gradient from k alone", "linear_back(r, dcontext, dv, context, &w->v, kv_rows, true)", "linear_back(r, dcontext, dv, context, &w->v, kv_rows, false)", 0, 0},
+    {"attention backward: the text's gradient from k alone",
+     "linear_back(r, dcontext, dv, context, &w->v, kv_rows, true)",
+     "linear_back(r, dcontext, dv, context, &w->v, kv_rows, false)", 0, 0},
     {"linear backward: db 1 % off", "p[i] += dy[r * O + i];", "p[i] += 1.01f * dy[r * O + i];", 0, 0},
-    {"patches: ph and pw exchanged", "2 * h + patch / 2) * 2 * Wt + 2 * w + patch % 2", "2 * h + patch % 2) * 2 * Wt + 2 * w + patch / 2", 0, 0},
-    {"time: sin before cos", "host[b * 2 * half + j] = (float)cos(angle), host[b * 2 * half + half + j] = (float)sin(angle)",
+    {"patches: ph and pw exchanged", "2 * h + patch / 2) * 2 * Wt + 2 * w + patch % 2",
+     "2 * h + patch % 2) * 2 * Wt + 2 * w + patch / 2", 0, 0},
+    {"time: sin before cos",
+     "host[b * 2 * half + j] = (float)cos(angle), host[b * 2 * half + half + j] = (float)sin(angle)",
      "host[b * 2 * half + j] = (float)sin(angle), host[b * 2 * half + half + j] = (float)cos(angle)", 0, 0},
-    {"time backward: nothing from the head", "lincomb(r->small, 1, r->small, 1, r->de_e", "lincomb(r->small, 1, r->small, 0, r->de_e", 0, 0},
+    {"time backward: nothing from the head", "lincomb(r->small, 1, r->small, 1, r->de_e",
+     "lincomb(r->small, 1, r->small, 0, r->de_e", 0, 0},
     {"words: no positions", "* D + i] + pos[r % (size_t)L * D + i]", "* D + i] + 0 * pos[r % (size_t)L * D + i]", 0, 0},
     {"loss: gradient without its 2", "lincomb(dout, 2.0f / (float)n", "lincomb(dout, 1.0f / (float)n", 0, 0},
     // Flow matching, optimizer
-    {"sampling: steps the wrong way", "sigma[i], cond, uncond, guidance);\n        lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i])",
+    {"sampling: steps the wrong way",
+     "sigma[i], cond, uncond, guidance);\n        lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i])",
      "sigma[i], cond, uncond, guidance);\n        lincomb(x, 1, x, (float)(sigma[i] - sigma[i + 1])", 0, 0},
-    {"guidance: conditional and unconditional exchanged", "(float)(1 - g), v, (float)g, r->out", "(float)g, v, (float)(1 - g), r->out", 0, 0},
+    {"guidance: conditional and unconditional exchanged", "(float)(1 - g), v, (float)g, r->out",
+     "(float)g, v, (float)(1 - g), r->out", 0, 0},
     {"schedule: shift's denominator", "s * sigma / (1 + (s - 1) * sigma)", "s * sigma / (1 + s * sigma)", 0, 0},
     {"training: the target's sign", "target[i] = noise - x0", "target[i] = x0 - noise", 0, 0},
     {"training: shift of another resolution", "(tokens - 256) / (4096 - 256)", "tokens / 4096", 0, 0},
-    {"training: sees the captions that eval asks", "draw++) % CAPTIONS); while (held_out(caption));\n        float", "draw++) % CAPTIONS); while (0);\n        float", 0, 0},
+    {"training: sees the captions that eval asks", "draw++) % CAPTIONS); while (held_out(caption));\n        float",
+     "draw++) % CAPTIONS); while (0);\n        float", 0, 0},
     {"AdamW: no bias correction of m", "lr / (1.0 - pow(beta1, t))", "lr", 0, 0},
     {"AdamW: no bias correction of v", "1.0 / sqrt(1.0 - pow(beta2, t))", "1.0", 0, 0},
     {"AdamW: no decay", "keep * w[i] - rate", "w[i] - rate", 0, 0},
     {"AdamW: eps before the correction", "(sqrtf(v[i]) * grow + eps)", "((sqrtf(v[i]) + eps) * grow)", 0, 0},
     {"clipping: by the square of the norm", "options->clip / norm : 1", "options->clip / (norm * norm) : 1", 0, 0},
     // Mix-GRPO
-    {"GRPO: sample deviation", "(reward[i] - mean) * (reward[i] - mean) / G", "(reward[i] - mean) * (reward[i] - mean) / (G - 1)", 0, 0},
+    {"GRPO: sample deviation", "(reward[i] - mean) * (reward[i] - mean) / G",
+     "(reward[i] - mean) * (reward[i] - mean) / (G - 1)", 0, 0},
     {"GRPO: 1e-8 for 1e-4", "sqrt(var) + 1e-4", "sqrt(var) + 1e-8", 0, 0},
     {"GRPO: advantages not clipped", "a > 5 ? 5", "a > 50 ? 50", 0, 0},
-    {"GRPO: clipped on the wrong side", "clipped = -A * inside > -A * ratio", "clipped = -A * inside < -A * ratio", 0, 0},
+    {"GRPO: clipped on the wrong side", "clipped = -A * inside > -A * ratio", "clipped = -A * inside < -A * ratio", 0,
+     0},
     {"GRPO: gradient of clipped ratios", "clipped ? 0 : -A * ratio", "-A * ratio", 0, 0},
     {"GRPO: KL's gradient reversed", "(float)(k - w), mean_i", "(float)(-k - w), mean_i", 0, 0},
     {"GRPO: KL without its 1/2", "/ n / (2 * variance)", "/ n / variance", 0, 0},
-    {"GRPO: mean of the SDE without its drift", "1 + eta * eta / (2 * sigma) * dt", "1 + 0 * eta * eta / (2 * sigma) * dt", 0, 0},
+    {"GRPO: mean of the SDE without its drift", "1 + eta * eta / (2 * sigma) * dt",
+     "1 + 0 * eta * eta / (2 * sigma) * dt", 0, 0},
     {"GRPO: deviation of the SDE", "eta * sqrt(-dt)", "eta * -dt", 0, 0},
     {"GRPO: log-probability's deviation", "- log(std)", "+ log(std)", 0, 0},
     {"GRPO: no guidance in the gradient", "s.b * o->guidance / (n", "s.b / (n", 0, 0},
@@ -3063,8 +3235,10 @@ static const Mutant MUTANTS[] = {
     {"LoRA: gradient without alpha/rank", "lincomb(p->dw, l->scale, p->dw", "lincomb(p->dw, 1, p->dw", 0, 0},
     // Files, the world
     {"files: bfloat16 cut, not rounded", "(u + 0x7FFF + (u >> 16 & 1)) >> 16", "u >> 16", 0, 0},
-    {"files: moments exchanged on resuming", "{o->w, o->m, o->v, o->ema}, *host", "{o->w, o->v, o->m, o->ema}, *host", 0, 0},
-    {"files: a HiF8 weight is off by its scale", "hif8_decode((uint8_t)code) / k", "hif8_decode((uint8_t)code) * k", 0, 0},
+    {"files: moments exchanged on resuming", "{o->w, o->m, o->v, o->ema}, *host", "{o->w, o->v, o->m, o->ema}, *host",
+     0, 0},
+    {"files: a HiF8 weight is off by its scale", "hif8_decode((uint8_t)code) / k", "hif8_decode((uint8_t)code) * k", 0,
+     0},
     {"ShapesBench: left and right exchanged", "fabsf(vy) ? vx > 0", "fabsf(vy) ? vx < 0", 0, 0},
 };
 enum { MUTANT_COUNT = sizeof(MUTANTS) / sizeof(MUTANTS[0]) };
@@ -3091,17 +3265,20 @@ static bool mutate_text(char **text, const char *find, const char *replace) {   
 
 // Writes, compiles and tests one copy (m NULL: unchanged) in its folder; the exit status says what became of it.
 enum { CAUGHT, MISSED, NOT_FOUND, NOT_COMPILED };
-static int run_mutant(const Mutant *m, const char *source, const char *test, const char *folder, const char *golden_folder) {
+static int run_mutant(const Mutant *m, const char *source, const char *test, const char *folder,
+                      const char *golden_folder) {
     const char *cc = getenv("CC"), *flags = getenv("MUTATE_FLAGS");
     char path[PATH_MAX], command[3 * PATH_MAX], *text = strdup(source);
     if (m && !(mutate_text(&text, m->find, m->replace) && mutate_text(&text, m->find2, m->replace2))) return NOT_FOUND;
     mkdir(folder, 0777);
     snprintf(path, sizeof path, "%s/osp.c", folder), write_file(path, text, strlen(text));
     snprintf(path, sizeof path, "%s/test_osp.c", folder), write_file(path, test, strlen(test));
-    snprintf(command, sizeof command, "cd %s && %s -std=gnu11 -O1 -w %s -DSTOP_AT_FIRST -o t test_osp.c -lm -ldl > log 2>&1", folder,
+    snprintf(command, sizeof command,
+             "cd %s && %s -std=gnu11 -O1 -w %s -DSTOP_AT_FIRST -o t test_osp.c -lm -ldl > log 2>&1", folder,
              cc ? cc : "cc", flags ? flags : "");
     if (system(command)) return NOT_COMPILED;
-    snprintf(command, sizeof command, "cd %s && ulimit -t 300 && OMP_NUM_THREADS=1 ./t --golden '%s' > log 2>&1", folder, golden_folder);
+    snprintf(command, sizeof command, "cd %s && ulimit -t 300 && OMP_NUM_THREADS=1 ./t --golden '%s' > log 2>&1",
+             folder, golden_folder);
     int status = system(command) ? CAUGHT : MISSED;
     snprintf(path, sizeof path, "%s/t", folder), unlink(path);
     return status;
@@ -3123,7 +3300,8 @@ static void last_line(char line[256], const char *folder) {
 
 // test_osp mutate [--golden DIR] [--only WORD]: all of the table (or the names with WORD), two at a time.
 static int mutate(int argc, char **argv) {
-    static const char *const WHAT[] = {"caught", "MISSED", "ERROR: its place is not there exactly once", "ERROR: does not compile"};
+    static const char *const WHAT[] = {"caught", "MISSED", "ERROR: its place is not there exactly once",
+                                       "ERROR: does not compile"};
     const char *folder_given = "golden", *only = NULL;
     for (int i = 0; i + 1 < argc; i++) {
         if (!strcmp(argv[i], "--golden")) folder_given = argv[i + 1];
@@ -3145,7 +3323,8 @@ static int mutate(int argc, char **argv) {
             snprintf(folder, sizeof folder, "%s/%d", scratch_folder, next + 1);
             process[slot] = fork(), which[slot] = next;
             if (process[slot] < 0) die("fork: %s; close other programs", strerror(errno));
-            if (process[slot] == 0) _exit(run_mutant(next < 0 ? NULL : &MUTANTS[next], source, test, folder, golden_folder));
+            if (process[slot] == 0)
+                _exit(run_mutant(next < 0 ? NULL : &MUTANTS[next], source, test, folder, golden_folder));
             running++, next++;
             if (next > 0) continue;                                     // the unchanged copy goes first and alone
         }
@@ -3157,10 +3336,13 @@ static int mutate(int argc, char **argv) {
         process[slot] = 0, running--;
         snprintf(folder, sizeof folder, "%s/%d", scratch_folder, i + 1);
         last_line(line, folder);
-        if (i < 0 && code != MISSED) die("the tests must pass before they can be tried: %s%s (%s/log)", line, code == CAUGHT ? "" : ", cc failed", folder);
+        if (i < 0 && code != MISSED)
+            die("the tests must pass before they can be tried: %s%s (%s/log)", line,
+                code == CAUGHT ? "" : ", cc failed", folder);
         if (i < 0) { printf("unchanged: all tests pass\n"); continue; }
         ran++, caught += code == CAUGHT, bad += code != CAUGHT;
-        printf("%-56s %s%s%.80s\n", MUTANTS[i].name, WHAT[code], code == CAUGHT ? ": " : "", code == CAUGHT ? line : "");
+        printf("%-56s %s%s%.80s\n", MUTANTS[i].name, WHAT[code], code == CAUGHT ? ": " : "",
+               code == CAUGHT ? line : "");
     }
     char command[128];
     snprintf(command, sizeof command, "rm -r %s", scratch_folder);
@@ -3180,10 +3362,12 @@ enum { PATIENCE_MS = 1000 };
 // A file of raw bytes, from some number of pieces.
 static void put_file(const char *name, const void *data, size_t size) {
     FILE *f = fopen(name, "wb");
-    if (!f || fwrite(data, 1, size, f) != size || fclose(f)) die("%s: %s; the tests need a folder to write to", name, strerror(errno));
+    if (!f || fwrite(data, 1, size, f) != size || fclose(f))
+        die("%s: %s; the tests need a folder to write to", name, strerror(errno));
 }
 
-static void put_header(const char *name, const char *json, size_t data) {    // a safetensors file of zeros under this header
+static void put_header(const char *name, const char *json,
+                       size_t data) { // a safetensors file of zeros under this header
     uint64_t n = strlen(json);
     char *all = (char *)xalloc(8 + n + data, 1);
     memcpy(all, &n, 8), memcpy(all + 8, json, n);
@@ -3247,20 +3431,37 @@ static void put_state(const char *name, const char *run, const char *step, size_
 
 // All the hostile files, in the present folder.
 static void make_hostile_files(Ranks *one) {
-    static const char *const EDITS[][3] = {                                  // name, what stands in a good header, what replaces it
-        {"dim0", "\"dim\":\"64\"", "\"dim\":\"0\""}, {"dimneg", "\"dim\":\"64\"", "\"dim\":\"-64\""}, {"dimbig", "\"dim\":\"64\"", "\"dim\":\"99999999999\""},
-        {"dimtext", "\"dim\":\"64\"", "\"dim\":\"wide\""}, {"dim32", "\"dim\":\"64\"", "\"dim\":\"32\""}, {"nodim", "\"dim\":\"64\"", "\"mid\":\"64\""},
-        {"heads3", "\"num_heads\":\"4\"", "\"num_heads\":\"3\""}, {"layers9", "\"num_layers\":\"8\"", "\"num_layers\":\"9\""},
-        {"layers1000", "\"num_layers\":\"8\"", "\"num_layers\":\"1000\""}, {"full6", "\"num_full_blocks\":\"4\"", "\"num_full_blocks\":\"6\""},
-        {"ratio0", "\"sparse_ratio\":\"2\"", "\"sparse_ratio\":\"0\""}, {"odd", "\"H_l\":\"16\"", "\"H_l\":\"15\""}, {"tall", "\"H_l\":\"16\"", "\"H_l\":\"16386\""},
-        {"epsnan", "\"eps\":\"1e-06\"", "\"eps\":\"nan\""}, {"f64", "\"dtype\":\"F32\"", "\"dtype\":\"F64\""}, {"i32", "\"dtype\":\"F32\"", "\"dtype\":\"I32\""},
-        {"q9", "\"dtype\":\"F32\"", "\"dtype\":\"Q9\""}, {"renamed", "patch_embedding.weight", "patch_embedding.height"},
-        {"twice", "patch_embedding.bias", "patch_embedding.weight"}, {"shape", "\"shape\":[64,3,1,2,2]", "\"shape\":[3,64,1,2,2]"},
-        {"rank9", "\"shape\":[64,3,1,2,2]", "\"shape\":[1,1,1,1,1,64,3,2,2]"}, {"overflow", "\"shape\":[64,3,1,2,2]", "\"shape\":[4294967296,4294967296,3]"},
-        {"minus", "\"shape\":[64,3,1,2,2]", "\"shape\":[-64,3,1,2,2]"}, {"hole", "\"data_offsets\":[0,3072]", "\"data_offsets\":[256,3328]"},
+    static const char *const EDITS[][3] = {
+        // name, what stands in a good header, what replaces it
+        {"dim0", "\"dim\":\"64\"", "\"dim\":\"0\""},
+        {"dimneg", "\"dim\":\"64\"", "\"dim\":\"-64\""},
+        {"dimbig", "\"dim\":\"64\"", "\"dim\":\"99999999999\""},
+        {"dimtext", "\"dim\":\"64\"", "\"dim\":\"wide\""},
+        {"dim32", "\"dim\":\"64\"", "\"dim\":\"32\""},
+        {"nodim", "\"dim\":\"64\"", "\"mid\":\"64\""},
+        {"heads3", "\"num_heads\":\"4\"", "\"num_heads\":\"3\""},
+        {"layers9", "\"num_layers\":\"8\"", "\"num_layers\":\"9\""},
+        {"layers1000", "\"num_layers\":\"8\"", "\"num_layers\":\"1000\""},
+        {"full6", "\"num_full_blocks\":\"4\"", "\"num_full_blocks\":\"6\""},
+        {"ratio0", "\"sparse_ratio\":\"2\"", "\"sparse_ratio\":\"0\""},
+        {"odd", "\"H_l\":\"16\"", "\"H_l\":\"15\""},
+        {"tall", "\"H_l\":\"16\"", "\"H_l\":\"16386\""},
+        {"epsnan", "\"eps\":\"1e-06\"", "\"eps\":\"nan\""},
+        {"f64", "\"dtype\":\"F32\"", "\"dtype\":\"F64\""},
+        {"i32", "\"dtype\":\"F32\"", "\"dtype\":\"I32\""},
+        {"q9", "\"dtype\":\"F32\"", "\"dtype\":\"Q9\""},
+        {"renamed", "patch_embedding.weight", "patch_embedding.height"},
+        {"twice", "patch_embedding.bias", "patch_embedding.weight"},
+        {"shape", "\"shape\":[64,3,1,2,2]", "\"shape\":[3,64,1,2,2]"},
+        {"rank9", "\"shape\":[64,3,1,2,2]", "\"shape\":[1,1,1,1,1,64,3,2,2]"},
+        {"overflow", "\"shape\":[64,3,1,2,2]", "\"shape\":[4294967296,4294967296,3]"},
+        {"minus", "\"shape\":[64,3,1,2,2]", "\"shape\":[-64,3,1,2,2]"},
+        {"hole", "\"data_offsets\":[0,3072]", "\"data_offsets\":[256,3328]"},
         {"overlap", "\"data_offsets\":[3072,3328]", "\"data_offsets\":[2816,3072]"},
-        {"outside", "\"data_offsets\":[0,3072]", "\"data_offsets\":[99999999999,100000002671]"}, {"backwards", "\"data_offsets\":[0,3072]", "\"data_offsets\":[3072,0]"},
-        {"wrap", "\"data_offsets\":[0,3072]", "\"data_offsets\":[18446744073709551615,3071]"}, {"vocab", "\"vocab\":\"", "\"vocab\":\"9"},
+        {"outside", "\"data_offsets\":[0,3072]", "\"data_offsets\":[99999999999,100000002671]"},
+        {"backwards", "\"data_offsets\":[0,3072]", "\"data_offsets\":[3072,0]"},
+        {"wrap", "\"data_offsets\":[0,3072]", "\"data_offsets\":[18446744073709551615,3071]"},
+        {"vocab", "\"vocab\":\"", "\"vocab\":\"9"},
     };
     Config c = PRESETS[0].c;
     Model *m = model_layout(&c);
@@ -3271,27 +3472,37 @@ static void make_hostile_files(Ranks *one) {
     model_save("base.st", m, m->w, "f32"), model_save("hif8.st", m, m->w, "hif8");
     lora_new(m, 8, 16, 1), lora_save("lora.st", m->lora, m->lora->w);
     Raw base = get_file("base.st"), hif8 = get_file("hif8.st"), lora = get_file("lora.st");
-    for (size_t i = 0; i < sizeof(EDITS) / sizeof(EDITS[0]); i++) put_edited(EDITS[i][0], base, EDITS[i][1], EDITS[i][2]);
+    for (size_t i = 0; i < sizeof(EDITS) / sizeof(EDITS[0]); i++)
+        put_edited(EDITS[i][0], base, EDITS[i][1], EDITS[i][2]);
     for (size_t i = 0; i < 64; i++) noise[i] = rng_bits(9, 9, i);
-    put_file("empty", "", 0), put_file("bytes7", "1234567", 7), put_file("text", "This is no checkpoint, only text.\n", 34);
+    put_file("empty", "", 0), put_file("bytes7", "1234567", 7),
+        put_file("text", "This is no checkpoint, only text.\n", 34);
     put_file("noise", noise, sizeof noise), put_file("header62", &long_header, 8);
     put_file("cut8", base.data, 8), put_file("cut1000", base.data, 1000), put_file("cut1", base.data, base.size - 1);
     uint8_t *longer = (uint8_t *)xalloc(base.size + 1, 1);
     memcpy(longer, base.data, base.size), put_file("longer", longer, base.size + 1), free(longer);
-    put_header("json0", "", 0), put_header("json1", "{", 0), put_header("json2", "{\"a\":[[[[[[[[", 0), put_header("nothing", "{}", 0);
+    put_header("json0", "", 0), put_header("json1", "{", 0), put_header("json2", "{\"a\":[[[[[[[[", 0),
+        put_header("nothing", "{}", 0);
     put_header("alien", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8);
-    put_patched("nan", "base.st", "blocks.3.ffn.0.weight", &nan, 4), put_patched("inf", "base.st", "head.head.bias", &inf, 4);
-    put_patched("k0", "hif8.st", "blocks.0.self_attn.q.weight.scale", &none, 4), put_patched("kneg", "hif8.st", "blocks.0.self_attn.q.weight.scale", &minus, 4);
-    put_patched("knan", "hif8.st", "blocks.0.self_attn.q.weight.scale", &nan, 4), put_patched("kinf", "hif8.st", "blocks.0.self_attn.q.weight.scale", &inf, 4);
-    put_patched("codenan", "hif8.st", "blocks.1.ffn.2.weight", &code, 1), put_patched("codeinf", "hif8.st", "blocks.1.ffn.2.weight", &top, 1);
+    put_patched("nan", "base.st", "blocks.3.ffn.0.weight", &nan, 4),
+        put_patched("inf", "base.st", "head.head.bias", &inf, 4);
+    put_patched("k0", "hif8.st", "blocks.0.self_attn.q.weight.scale", &none, 4),
+        put_patched("kneg", "hif8.st", "blocks.0.self_attn.q.weight.scale", &minus, 4);
+    put_patched("knan", "hif8.st", "blocks.0.self_attn.q.weight.scale", &nan, 4),
+        put_patched("kinf", "hif8.st", "blocks.0.self_attn.q.weight.scale", &inf, 4);
+    put_patched("codenan", "hif8.st", "blocks.1.ffn.2.weight", &code, 1),
+        put_patched("codeinf", "hif8.st", "blocks.1.ffn.2.weight", &top, 1);
     put_edited("noscale", hif8, "self_attn.q.weight.scale", "self_attn.q.weight.stale");
-    put_edited("lorarank", lora, "\"lora_rank\":\"8\"", "\"lora_rank\":\"99\""), put_edited("loraalpha", lora, "\"lora_alpha\":\"16\"", "\"lora_alpha\":\"x\"");
+    put_edited("lorarank", lora, "\"lora_rank\":\"8\"", "\"lora_rank\":\"99\""),
+        put_edited("loraalpha", lora, "\"lora_alpha\":\"16\"", "\"lora_alpha\":\"x\"");
     put_edited("loraname", lora, "lora_A", "lora_C");
     put_patched("loranan", "lora.st", "blocks.0.self_attn.q.lora_B.weight", &nan, 4);
-    put_state("other.st.resume", "preset tiny of another kind", "3", 16), put_state("grpo.st.resume", "grpo of another kind", "3", 16);
+    put_state("other.st.resume", "preset tiny of another kind", "3", 16),
+        put_state("grpo.st.resume", "grpo of another kind", "3", 16);
     put_file("torn.st.resume", noise, sizeof noise), put_file("old.st.resume", base.data, base.size);
     put_file("keep.png", "kept", 4), put_file("keep.st", "kept", 4);
-    if (mkdir("folder", 0777) || mkdir("folder.png", 0777) || symlink("/dev/full", "full.png") || mkfifo("pipe", 0666)) die("cannot make test files");
+    if (mkdir("folder", 0777) || mkdir("folder.png", 0777) || symlink("/dev/full", "full.png") || mkfifo("pipe", 0666))
+        die("cannot make test files");
 }
 
 // A line per case: its name, special circumstances, arguments separated by '|'. S: stands for "sample -w", BASE for a caption
@@ -3301,49 +3512,147 @@ static void make_hostile_files(Ranks *one) {
 typedef struct { const char *name, *limits, *arguments; } BadCase;
 #define FILE_CASE(name) {"weights " name, "", "sample|-w|" name SHORT}
 static const BadCase BAD_CASES[] = {
-    FILE_CASE("missing"), FILE_CASE("empty"), FILE_CASE("bytes7"), FILE_CASE("text"), FILE_CASE("noise"), FILE_CASE("header62"), FILE_CASE("cut8"),
-    FILE_CASE("cut1000"), FILE_CASE("cut1"), FILE_CASE("longer"), FILE_CASE("json0"), FILE_CASE("json1"), FILE_CASE("json2"), FILE_CASE("nothing"),
-    FILE_CASE("alien"), FILE_CASE("folder"), FILE_CASE("pipe"), FILE_CASE("nan"), FILE_CASE("inf"), FILE_CASE("k0"), FILE_CASE("kneg"),
-    FILE_CASE("knan"), FILE_CASE("kinf"), FILE_CASE("codenan"), FILE_CASE("codeinf"), FILE_CASE("noscale"), FILE_CASE("dim0"), FILE_CASE("dimneg"),
-    FILE_CASE("dimbig"), FILE_CASE("dimtext"), FILE_CASE("dim32"), FILE_CASE("nodim"), FILE_CASE("heads3"), FILE_CASE("layers9"), FILE_CASE("layers1000"),
-    FILE_CASE("full6"), FILE_CASE("ratio0"), FILE_CASE("odd"), FILE_CASE("tall"), FILE_CASE("epsnan"), FILE_CASE("f64"), FILE_CASE("i32"), FILE_CASE("q9"),
-    FILE_CASE("renamed"), FILE_CASE("twice"), FILE_CASE("shape"), FILE_CASE("rank9"), FILE_CASE("overflow"), FILE_CASE("minus"), FILE_CASE("overlap"), FILE_CASE("hole"),
-    FILE_CASE("outside"), FILE_CASE("backwards"), FILE_CASE("wrap"), FILE_CASE("vocab"), FILE_CASE("lora.st"), FILE_CASE("other.st.resume"),
-    {"info of nothing", "", "info"}, {"info of text", "", "info|text"}, {"info of a missing file", "", "info|missing"}, {"info of two files", "", "info|base.st|hif8.st"},
-    {"no such command", "", "paint"}, {"empty command", "", ""}, {"option of no command", "", "--seed|1"}, {"unknown option", "", "sample|--colour|red"},
-    {"option without its value", "", "sample|-w"}, {"no weights", "", "sample" SHORT}, {"no caption", "", "sample|-w|base.st|-o|keep.png"},
-    {"empty caption", "", "sample|-w|base.st|-p||-o|keep.png"}, {"unknown word", "", "sample|-w|base.st|-p|a purple circle|-o|keep.png"},
-    {"too long a caption", "", "sample|-w|base.st|-p|a a a a a a a a a a a a a a a a a a a a a a a a a a a|-o|keep.png"},
-    {"17 captions", "", "sample|-w|base.st|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-o|keep.png"},
-    {"-n 0", "", "sample|-w|base.st" RED "|-n|0"}, {"-n -3", "", "sample|-w|base.st" RED "|-n|-3"}, {"-n 1e30", "", "sample|-w|base.st" RED "|-n|1e30"},
-    {"-n 2.5", "", "sample|-w|base.st" RED "|-n|2.5"}, {"-n 5x", "", "sample|-w|base.st" RED "|-n|5x"}, {"-n (empty)", "", "sample|-w|base.st" RED "|-n|"},
-    {"-g nan", "", "sample|-w|base.st" RED "|-g|nan"}, {"-g inf", "", "sample|-w|base.st" RED "|-g|inf"}, {"--shift 0", "", "sample|-w|base.st" RED "|--shift|0"},
-    {"--seed -1", "", "sample|-w|base.st" RED "|--seed|-1"}, {"--seed 2^64", "", "sample|-w|base.st" RED "|--seed|18446744073709551616"},
-    {"--height 15", "", "sample|-w|base.st" SHORT "|--height|15"}, {"--frames 0", "", "sample|-w|base.st" SHORT "|--frames|0"},
+    FILE_CASE("missing"),
+    FILE_CASE("empty"),
+    FILE_CASE("bytes7"),
+    FILE_CASE("text"),
+    FILE_CASE("noise"),
+    FILE_CASE("header62"),
+    FILE_CASE("cut8"),
+    FILE_CASE("cut1000"),
+    FILE_CASE("cut1"),
+    FILE_CASE("longer"),
+    FILE_CASE("json0"),
+    FILE_CASE("json1"),
+    FILE_CASE("json2"),
+    FILE_CASE("nothing"),
+    FILE_CASE("alien"),
+    FILE_CASE("folder"),
+    FILE_CASE("pipe"),
+    FILE_CASE("nan"),
+    FILE_CASE("inf"),
+    FILE_CASE("k0"),
+    FILE_CASE("kneg"),
+    FILE_CASE("knan"),
+    FILE_CASE("kinf"),
+    FILE_CASE("codenan"),
+    FILE_CASE("codeinf"),
+    FILE_CASE("noscale"),
+    FILE_CASE("dim0"),
+    FILE_CASE("dimneg"),
+    FILE_CASE("dimbig"),
+    FILE_CASE("dimtext"),
+    FILE_CASE("dim32"),
+    FILE_CASE("nodim"),
+    FILE_CASE("heads3"),
+    FILE_CASE("layers9"),
+    FILE_CASE("layers1000"),
+    FILE_CASE("full6"),
+    FILE_CASE("ratio0"),
+    FILE_CASE("odd"),
+    FILE_CASE("tall"),
+    FILE_CASE("epsnan"),
+    FILE_CASE("f64"),
+    FILE_CASE("i32"),
+    FILE_CASE("q9"),
+    FILE_CASE("renamed"),
+    FILE_CASE("twice"),
+    FILE_CASE("shape"),
+    FILE_CASE("rank9"),
+    FILE_CASE("overflow"),
+    FILE_CASE("minus"),
+    FILE_CASE("overlap"),
+    FILE_CASE("hole"),
+    FILE_CASE("outside"),
+    FILE_CASE("backwards"),
+    FILE_CASE("wrap"),
+    FILE_CASE("vocab"),
+    FILE_CASE("lora.st"),
+    FILE_CASE("other.st.resume"),
+    {"info of nothing", "", "info"},
+    {"info of text", "", "info|text"},
+    {"info of a missing file", "", "info|missing"},
+    {"info of two files", "", "info|base.st|hif8.st"},
+    {"no such command", "", "paint"},
+    {"empty command", "", ""},
+    {"option of no command", "", "--seed|1"},
+    {"unknown option", "", "sample|--colour|red"},
+    {"option without its value", "", "sample|-w"},
+    {"no weights", "", "sample" SHORT},
+    {"no caption", "", "sample|-w|base.st|-o|keep.png"},
+    {"empty caption", "", "sample|-w|base.st|-p||-o|keep.png"},
+    {"unknown word", "", "sample|-w|base.st|-p|a purple circle|-o|keep.png"},
+    {"too long a caption", "",
+     "sample|-w|base.st|-p|a a a a a a a a a a a a a a a a a a a a a a a a a a a|-o|keep.png"},
+    {"17 captions", "",
+     "sample|-w|base.st|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-p|a|-o|keep."
+     "png"},
+    {"-n 0", "", "sample|-w|base.st" RED "|-n|0"},
+    {"-n -3", "", "sample|-w|base.st" RED "|-n|-3"},
+    {"-n 1e30", "", "sample|-w|base.st" RED "|-n|1e30"},
+    {"-n 2.5", "", "sample|-w|base.st" RED "|-n|2.5"},
+    {"-n 5x", "", "sample|-w|base.st" RED "|-n|5x"},
+    {"-n (empty)", "", "sample|-w|base.st" RED "|-n|"},
+    {"-g nan", "", "sample|-w|base.st" RED "|-g|nan"},
+    {"-g inf", "", "sample|-w|base.st" RED "|-g|inf"},
+    {"--shift 0", "", "sample|-w|base.st" RED "|--shift|0"},
+    {"--seed -1", "", "sample|-w|base.st" RED "|--seed|-1"},
+    {"--seed 2^64", "", "sample|-w|base.st" RED "|--seed|18446744073709551616"},
+    {"--height 15", "", "sample|-w|base.st" SHORT "|--height|15"},
+    {"--frames 0", "", "sample|-w|base.st" SHORT "|--frames|0"},
     {"a clip of 68 G tokens", "", "sample|-w|base.st" SHORT "|--frames|4096|--height|16384|--width|16384"},
-    {"--sp magic", "", "sample|-w|base.st" SHORT "|--sp|magic"}, {"--noise of another size", "", "sample|-w|base.st" SHORT "|--noise|alien"},
-    {"output in no folder", "", "sample|-w|base.st" RED "|-o|nowhere/out.png"}, {"output is a folder", "", "sample|-w|base.st" RED "|-o|folder.png"},
-    {"output unwritable", "", "sample|-w|base.st" RED "|-o|/proc/out.png"}, {"output of no kind", "", "sample|-w|base.st" RED "|-o|out.gif"},
-    {"output without a name", "", "sample|-w|base.st" RED "|-o|"}, {"output's name of 300 letters", "n", "sample|-w|base.st" RED "|-o|"},
-    {"disk full: a device", "", "sample|-w|base.st" RED "|-n|1|-o|full.png"}, {"disk full: stdout", "o", "sample|-w|base.st" RED "|-n|1|-o|-"},
-    {"disk full: picture", "f", "sample|-w|base.st" SHORT}, {"disk full: checkpoint", "f", "train|--steps|0|-o|keep.st"},
+    {"--sp magic", "", "sample|-w|base.st" SHORT "|--sp|magic"},
+    {"--noise of another size", "", "sample|-w|base.st" SHORT "|--noise|alien"},
+    {"output in no folder", "", "sample|-w|base.st" RED "|-o|nowhere/out.png"},
+    {"output is a folder", "", "sample|-w|base.st" RED "|-o|folder.png"},
+    {"output unwritable", "", "sample|-w|base.st" RED "|-o|/proc/out.png"},
+    {"output of no kind", "", "sample|-w|base.st" RED "|-o|out.gif"},
+    {"output without a name", "", "sample|-w|base.st" RED "|-o|"},
+    {"output's name of 300 letters", "n", "sample|-w|base.st" RED "|-o|"},
+    {"disk full: a device", "", "sample|-w|base.st" RED "|-n|1|-o|full.png"},
+    {"disk full: stdout", "o", "sample|-w|base.st" RED "|-n|1|-o|-"},
+    {"disk full: picture", "f", "sample|-w|base.st" SHORT},
+    {"disk full: checkpoint", "f", "train|--steps|0|-o|keep.st"},
     {"disk full: latent", "f", "sample|-w|base.st" RED "|-n|1|-o|new.safetensors"},
-    {"LoRA missing", "", "sample|-w|base.st" SHORT "|--lora|missing"}, {"LoRA of no kind", "", "sample|-w|base.st" SHORT "|--lora|base.st"},
-    {"LoRA rank 99", "", "sample|-w|base.st" SHORT "|--lora|lorarank"}, {"LoRA alpha x", "", "sample|-w|base.st" SHORT "|--lora|loraalpha"},
-    {"LoRA of other names", "", "sample|-w|base.st" SHORT "|--lora|loraname"}, {"LoRA with NaN", "", "sample|-w|base.st" SHORT "|--lora|loranan"},
-    {"train without output", "", "train|--preset|tiny"}, {"train --preset big", "", "train|--preset|big|-o|new.st"}, {"train --steps -1", "", "train|-o|new.st|--steps|-1"},
-    {"train --batch 0", "", "train|-o|new.st|--batch|0"}, {"train --lr nan", "", "train|-o|new.st|--lr|nan"}, {"train --dtype fp4", "", "train|-o|new.st|--dtype|fp4"},
-    {"train --size 9", "", "train|-o|new.st|--size|9"}, {"train into a folder", "", "train|-o|folder|--steps|0"}, {"train into /dev/full", "", "train|-o|/dev/full|--steps|0"},
-    {"train --init text", "", "train|-o|new.st|--init|text"}, {"train --init with NaN", "", "train|-o|new.st|--init|nan"},
-    {"train --batch 65536 --size 512", "", "train|-o|new.st|--batch|65536|--size|512"}, {"resume another run", "", "train|-o|other.st|--steps|5"},
-    {"resume noise", "", "train|-o|torn.st|--steps|5"}, {"resume a checkpoint", "", "train|-o|old.st|--steps|5"},
-    {"eval without weights", "", "eval"}, {"eval -n 0", "", "eval|-w|base.st|-n|0"}, {"eval of text", "", "eval|-w|text"}, {"eval --batch -2", "", "eval|-w|base.st|--batch|-2"},
-    {"grpo without --init", "", "grpo|-o|new.st"}, {"grpo without output", "", "grpo|--init|base.st"}, {"grpo --init missing", "", "grpo|-o|new.st|--init|missing"},
-    {"grpo --group 1", "", "grpo|-o|new.st|--init|base.st|--group|1"}, {"grpo --window as long as -n", "", "grpo|-o|new.st|--init|base.st|-n|5|--window|5"},
-    {"grpo --rank 64 of dim 64", "", "grpo|-o|new.st|--init|base.st|--rank|64"}, {"grpo --rank 0", "", "grpo|-o|new.st|--init|base.st|--rank|0"},
-    {"grpo --clip 0", "", "grpo|-o|new.st|--init|base.st|--clip|0"}, {"grpo --w-red -1", "", "grpo|-o|new.st|--init|base.st|--w-red|-1"},
-    {"grpo without any weight", "", "grpo|-o|new.st|--init|base.st|--w-color|0|--w-shape|0|--w-size|0|--w-motion|0|--w-background|0|--w-consistency|0|--w-smoothness|0"},
-    {"grpo --dtype fp4", "", "grpo|-o|new.st|--init|base.st|--dtype|fp4"}, {"grpo resumes another run", "", "grpo|-o|grpo.st|--init|base.st|--group|2|--prompts|1"},
+    {"LoRA missing", "", "sample|-w|base.st" SHORT "|--lora|missing"},
+    {"LoRA of no kind", "", "sample|-w|base.st" SHORT "|--lora|base.st"},
+    {"LoRA rank 99", "", "sample|-w|base.st" SHORT "|--lora|lorarank"},
+    {"LoRA alpha x", "", "sample|-w|base.st" SHORT "|--lora|loraalpha"},
+    {"LoRA of other names", "", "sample|-w|base.st" SHORT "|--lora|loraname"},
+    {"LoRA with NaN", "", "sample|-w|base.st" SHORT "|--lora|loranan"},
+    {"train without output", "", "train|--preset|tiny"},
+    {"train --preset big", "", "train|--preset|big|-o|new.st"},
+    {"train --steps -1", "", "train|-o|new.st|--steps|-1"},
+    {"train --batch 0", "", "train|-o|new.st|--batch|0"},
+    {"train --lr nan", "", "train|-o|new.st|--lr|nan"},
+    {"train --dtype fp4", "", "train|-o|new.st|--dtype|fp4"},
+    {"train --size 9", "", "train|-o|new.st|--size|9"},
+    {"train into a folder", "", "train|-o|folder|--steps|0"},
+    {"train into /dev/full", "", "train|-o|/dev/full|--steps|0"},
+    {"train --init text", "", "train|-o|new.st|--init|text"},
+    {"train --init with NaN", "", "train|-o|new.st|--init|nan"},
+    {"train --batch 65536 --size 512", "", "train|-o|new.st|--batch|65536|--size|512"},
+    {"resume another run", "", "train|-o|other.st|--steps|5"},
+    {"resume noise", "", "train|-o|torn.st|--steps|5"},
+    {"resume a checkpoint", "", "train|-o|old.st|--steps|5"},
+    {"eval without weights", "", "eval"},
+    {"eval -n 0", "", "eval|-w|base.st|-n|0"},
+    {"eval of text", "", "eval|-w|text"},
+    {"eval --batch -2", "", "eval|-w|base.st|--batch|-2"},
+    {"grpo without --init", "", "grpo|-o|new.st"},
+    {"grpo without output", "", "grpo|--init|base.st"},
+    {"grpo --init missing", "", "grpo|-o|new.st|--init|missing"},
+    {"grpo --group 1", "", "grpo|-o|new.st|--init|base.st|--group|1"},
+    {"grpo --window as long as -n", "", "grpo|-o|new.st|--init|base.st|-n|5|--window|5"},
+    {"grpo --rank 64 of dim 64", "", "grpo|-o|new.st|--init|base.st|--rank|64"},
+    {"grpo --rank 0", "", "grpo|-o|new.st|--init|base.st|--rank|0"},
+    {"grpo --clip 0", "", "grpo|-o|new.st|--init|base.st|--clip|0"},
+    {"grpo --w-red -1", "", "grpo|-o|new.st|--init|base.st|--w-red|-1"},
+    {"grpo without any weight", "",
+     "grpo|-o|new.st|--init|base.st|--w-color|0|--w-shape|0|--w-size|0|--w-motion|0|--w-background|0|--w-consistency|0|"
+     "--w-smoothness|0"},
+    {"grpo --dtype fp4", "", "grpo|-o|new.st|--init|base.st|--dtype|fp4"},
+    {"grpo resumes another run", "", "grpo|-o|grpo.st|--init|base.st|--group|2|--prompts|1"},
 };
 
 // A fingerprint of the folder: names, sizes, times and numbers of all its files.
@@ -3355,7 +3664,8 @@ static uint64_t folder_state(int *count) {
         struct stat s;
         if (lstat(e->d_name, &s) || !strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
         uint64_t part[5] = {hash_bytes(e->d_name, strlen(e->d_name)), (uint64_t)s.st_size, (uint64_t)s.st_ino,
-                            S_ISDIR(s.st_mode) ? 0 : (uint64_t)s.st_mtim.tv_sec, S_ISDIR(s.st_mode) ? 0 : (uint64_t)s.st_mtim.tv_nsec};
+                            S_ISDIR(s.st_mode) ? 0 : (uint64_t)s.st_mtim.tv_sec,
+                            S_ISDIR(s.st_mode) ? 0 : (uint64_t)s.st_mtim.tv_nsec};
         sum += hash_bytes(part, sizeof part);
     }
     if (d) closedir(d);
@@ -3367,7 +3677,10 @@ static int run_case(const char *osp, const BadCase *c, char *said, size_t room, 
     char arguments[2048], *argv[64] = {(char *)(uintptr_t)osp};
     int argc = 1, ends[2], status = 0;
     snprintf(arguments, sizeof arguments, "%s", c->arguments);
-    if (strchr(c->limits, 'n')) { size_t n = strlen(arguments); memset(arguments + n, 'x', 300), strcpy(arguments + n + 300, ".png"); }
+    if (strchr(c->limits, 'n')) {
+        size_t n = strlen(arguments);
+        memset(arguments + n, 'x', 300), strcpy(arguments + n + 300, ".png");
+    }
     for (char *at = arguments; at && argc < 63; ) {
         argv[argc++] = at;
         if ((at = strchr(at, '|'))) *at++ = 0;
@@ -3392,7 +3705,8 @@ static int run_case(const char *osp, const BadCase *c, char *said, size_t room, 
         if (n > 0) continue;
         if (over) break;
         over = waitpid(child, &status, WNOHANG) == child;
-        if (!over && seconds() - began > PATIENCE_MS / 1e3) kill(child, SIGKILL), waitpid(child, &status, 0), over = true;
+        if (!over && seconds() - began > PATIENCE_MS / 1e3)
+            kill(child, SIGKILL), waitpid(child, &status, 0), over = true;
     }
     said[used] = 0, *took = 1e3 * (seconds() - began);
     close(ends[0]);
@@ -3416,20 +3730,21 @@ static int bad_input(const char *osp) {
     if (!binary || !getcwd(back, sizeof back)) die("%s: %s; build it first", osp, strerror(errno));
     if (!mkdtemp(folder) || chdir(folder)) die("%s: %s", folder, strerror(errno));
     make_hostile_files(&one);
-    setenv("ASAN_OPTIONS", "detect_leaks=0", 0);                             // a program that stops with an error frees nothing
+    setenv("ASAN_OPTIONS", "detect_leaks=0", 0); // a program that stops with an error frees nothing
     for (int i = 0; i < cases; i++) {
         const BadCase *c = &BAD_CASES[i];
         double took;
         uint64_t before = folder_state(&files);
         int code = run_case(binary, c, said, sizeof said, &took);
-        if (code == -SIGKILL) code = run_case(binary, c, said, sizeof said, &took);          // once more: the machine may be busy
+        if (code == -SIGKILL)
+            code = run_case(binary, c, said, sizeof said, &took); // once more: the machine may be busy
         bool same = folder_state(&after) == before, ok = code == 2 && one_line(said) && same;
         slowest = fmax(slowest, took);
         failed += !ok;
         const char *line = ok ? strstr(said, "osp: ") : said;
         if (ok) said[strlen(said) - 1] = 0;
-        printf("%-32s %4.0f ms exit %3d%s %s%s%.*s%s\n", c->name, took, code, same ? "" : ", FILES CHANGED", ok ? "ok" : "FAILED", ok ? "  " : "\n",
-               ok ? 100 : 2000, line, ok && strlen(line) > 100 ? ".." : "");
+        printf("%-32s %4.0f ms exit %3d%s %s%s%.*s%s\n", c->name, took, code, same ? "" : ", FILES CHANGED",
+               ok ? "ok" : "FAILED", ok ? "  " : "\n", ok ? 100 : 2000, line, ok && strlen(line) > 100 ? ".." : "");
         fflush(stdout);
     }
     DIR *d = opendir(".");
@@ -3447,7 +3762,8 @@ static int bad_input(const char *osp) {
 // have 4, for up to 4 ranks, on grids that P² and R divide and on grids that they do not.
 typedef struct { float *out, *dw, *dlatent; double loss; } Answer;
 
-static Answer ask(Model *m, Ranks *k, int T, int H, int W, const float *latent, const float *target, const float *text) {
+static Answer ask(Model *m, Ranks *k, int T, int H, int W, const float *latent, const float *target,
+                  const float *text) {
     Run *r = run_new(m, k, 2, T, H, W, true, NULL);
     size_t count = 2 * (size_t)m->c.in_dim * r->N * 4;
     float *dlatent = spoiled(count), *dout = spoiled(count);
@@ -3487,13 +3803,15 @@ static void ranks_against_one(Ranks *k, int T, int H, int W, int quant) {
             double e = relative(got.dw + p->offset, want.dw + p->offset, p->count);
             if (!quant) worse(&w, e, p->name);
         }
-        row(relative(got.dw, want.dw, m->count), limit, "%d ranks, %dx%dx%d, %s, %s: gradients as one vector", k->size, T, H, W,
-            ulysses ? "Ulysses" : "SSP", what);
+        row(relative(got.dw, want.dw, m->count), limit, "%d ranks, %dx%dx%d, %s, %s: gradients as one vector", k->size,
+            T, H, W, ulysses ? "Ulysses" : "SSP", what);
         worse(&w, relative(got.dlatent, want.dlatent, count), "latent");
         const char *sp = ulysses ? "Ulysses" : "SSP";
-        row(relative(got.out, want.out, count), limit, "%d ranks, %dx%dx%d, %s, %s: output", k->size, T, H, W, sp, what);
-        row(fabs(got.loss - want.loss) / want.loss, limit, "%d ranks, %dx%dx%d, %s, %s: loss", k->size, T, H, W, sp, what);
-        worst_row(&w, quant ? limit : 1e-5, "%d ranks, %dx%dx%d, %s, %s: each gradient", k->size, T, H, W, sp, what);
+        row(relative(got.out, want.out, count), limit, "%d ranks, %dx%dx%d, %s, %s: output", k->size, T, H, W, sp,
+            what);
+        row(fabs(got.loss - want.loss) / want.loss, limit, "%d ranks, %dx%dx%d, %s, %s: loss", k->size, T, H, W, sp,
+            what);
+        worst_row(&w, quant ? 3e-1 : 1e-5, "%d ranks, %dx%dx%d, %s, %s: each gradient", k->size, T, H, W, sp, what);
     }
     k->ulysses = false;
 }
@@ -3512,8 +3830,8 @@ static void ranks_sample(Ranks *k, int T, int H, int W) {
         x[i] = up(noise(65, count, 1), count);
         sample(r, x[i], cond, uncond, 50, 7, 5);
     }
-    row(relative(down(x[1], count), down(x[0], count), count), 1e-6, "%d x %d ranks, %dx%dx%d: 50 guided sampling steps",
-        k->halves, k->size, T, H, W);
+    row(relative(down(x[1], count), down(x[0], count), count), 1e-6,
+        "%d x %d ranks, %dx%dx%d: 50 guided sampling steps", k->halves, k->size, T, H, W);
 }
 
 // What one exchange and one Ulysses block send, measured against spec §5; on balanced grids exactly 1 : 4.
@@ -3536,8 +3854,10 @@ static void ranks_volume(Ranks *k, int T, int H, int W) {
     }
     k->ulysses = false;
     size_t each = (size_t)(T * H * W / k->size) * (size_t)c.dim * 4 * (size_t)(k->size - 1) / (size_t)k->size;
-    row(fabs((double)calls[0] - (sparse - 1)) + fabs((double)calls[1] - 4 * sparse), 0, "%d ranks: SSP 1 all_to_all a block, Ulysses 4", k->size);
-    row(fabs((double)bytes[0] / (sparse - 1) - (double)each), 0, "%d ranks: SSP sends (R-1)/R N/R dim a block: %zu bytes", k->size, each);
+    row(fabs((double)calls[0] - (sparse - 1)) + fabs((double)calls[1] - 4 * sparse), 0,
+        "%d ranks: SSP 1 all_to_all a block, Ulysses 4", k->size);
+    row(fabs((double)bytes[0] / (sparse - 1) - (double)each), 0,
+        "%d ranks: SSP sends (R-1)/R N/R dim a block: %zu bytes", k->size, each);
     row(fabs((double)bytes[1] / sparse - 4 * (double)each), 0, "%d ranks: Ulysses sends four times that", k->size);
 }
 
@@ -3548,7 +3868,8 @@ static int run_ranks(Ranks *world) {
     tally.silent = !speak;
     static const int grids[][3] = {{3, 6, 10}, {2, 7, 5}, {2, 8, 8}, {1, 45, 80}};
     for (int i = 0; i < 4; i++)
-        for (int quant = 0; quant < (i < 3 ? 2 : 1); quant++) ranks_against_one(world, grids[i][0], grids[i][1], grids[i][2], quant);
+        for (int quant = 0; quant < (i < 3 ? 2 : 1); quant++)
+            ranks_against_one(world, grids[i][0], grids[i][1], grids[i][2], quant);
     for (int i = 0; i < 3; i++) ranks_sample(world, grids[i][0], grids[i][1], grids[i][2]);
     if (world->size > 1) ranks_volume(world, 2, 8, 8);
     if (speak) printf("%d passed, %d failed, %d skipped\n", tally.passed, tally.failed, tally.skipped);
@@ -3710,7 +4031,8 @@ static const char *fuzz_check(const File *f, const uint8_t *data, size_t size, u
         end += t->bytes;
     }
     if (end != data + size) return "the file's end";
-    for (int i = 0; i < f->pairs; i++) if (file_meta(f, f->by_key[i].key) != f->by_key[i].value) return "metadata lookup";
+    for (int i = 0; i < f->pairs; i++)
+        if (file_meta(f, f->by_key[i].key) != f->by_key[i].value) return "metadata lookup";
     return NULL;
 }
 
@@ -3812,11 +4134,14 @@ int main(int argc, char **argv) {
     Ranks ranks;
     memset(&ranks, 0, sizeof ranks);
     ranks_start(&ranks, &argc, &argv);
-    const char *command = argc > 1 && argv[1][0] != '-' ? argv[1] : "", *folder = option(argc, argv, "--golden", "golden");
+    const char *command = argc > 1 && argv[1][0] != '-' ? argv[1] : "",
+               *folder = option(argc, argv, "--golden", "golden");
     int failed = 0;
     if (argc > 1 && (!strcmp(argv[1], "-h") || !strcmp(argv[1], "--help"))) command = "help";
-    bool device = !*command || !strcmp(command, "verify") || !strcmp(command, "bench") || !strcmp(command, "ranks") || !strcmp(command, "lose");
-    if (device) device_start(option(argc, argv, "--device-dtype", !strcmp(command, "bench") ? NULL : "f32"), ranks.rank);
+    bool device = !*command || !strcmp(command, "verify") || !strcmp(command, "bench") || !strcmp(command, "ranks") ||
+                  !strcmp(command, "lose");
+    if (device)
+        device_start(option(argc, argv, "--device-dtype", !strcmp(command, "bench") ? NULL : "f32"), ranks.rank);
     if (!*command) failed = run_tests(folder, &ranks);
     else if (!strcmp(command, "osp")) return osp_main(argc - 1, argv + 1);
     else if (!strcmp(command, "verify")) failed = verify(folder, option(argc, argv, "-w", NULL), &ranks);
@@ -3828,12 +4153,14 @@ int main(int argc, char **argv) {
     else if (!strcmp(command, "fuzz") && argc > 2) failed = fuzz_safetensors(atol(argv[2]), 1);
     else if (!strcmp(command, "mutate")) failed = mutate(argc - 2, argv + 2);
     else {
-        printf("test_osp [--golden DIR]          every check\ntest_osp verify [-w FILE]        the paper's claims\n"
-               "test_osp bench [--shape toy|1.3b-480p|14b-720p|14b-768p] [--layers L] [--train]; bench linear|hif8|comm\n"
-               "test_osp show skiparse|model|loss|reward|hif8|ranks ... -o FILE.png\n"
-               "test_osp ranks (under mpirun)    R ranks against one\ntest_osp lose (under mpirun)     one rank dies\n"
-               "test_osp badinput ./osp          hostile files and options\ntest_osp fuzz N                  the file reader\n"
-               "test_osp mutate                  breaks single terms of osp.c and looks whether the checks notice\n");
+        printf(
+            "test_osp [--golden DIR]          every check\ntest_osp verify [-w FILE]        the paper's claims\n"
+            "test_osp bench [--shape toy|1.3b-480p|14b-720p|14b-768p] [--layers L] [--train]; bench linear|hif8|comm\n"
+            "test_osp show skiparse|model|loss|reward|hif8|ranks ... -o FILE.png\n"
+            "test_osp ranks (under mpirun)    R ranks against one\ntest_osp lose (under mpirun)     one rank dies\n"
+            "test_osp badinput ./osp          hostile files and options\ntest_osp fuzz N                  the file "
+            "reader\n"
+            "test_osp mutate                  breaks single terms of osp.c and looks whether the checks notice\n");
         failed = strcmp(command, "help") != 0;
     }
     ranks_end();
