@@ -9,15 +9,6 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-// A line of squares, thick x thick pixels each, from (x0, y0) to (x1, y1).
-static void draw_line(Picture *p, float x0, float y0, float x1, float y1, int thick, uint32_t color) {
-    int steps = (int)fmaxf(fabsf(x1 - x0), fabsf(y1 - y0)) + 1;
-    for (int i = 0; i <= steps; i++) {
-        float u = (float)i / (float)steps, x = x0 + u * (x1 - x0), y = y0 + u * (y1 - y0);
-        float half = 0.5f * (float)(thick - 1);
-        fill_rect(p, (int)floorf(x - half), (int)floorf(y - half), thick, thick, color);
-    }
-}
 // ============================================================================================================
 // The proof: every number osp computes, against one it did not compute
 // ============================================================================================================
