@@ -739,7 +739,7 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
                                   const float *rope, int B, size_t n, int dim, int heads);
 
 // ---- attention: o = softmax(q·k^T/√head_dim)·v inside each sequence, all heads ----------------------------------
-// q, o [q rows, heads·head_dim]; k, v [k rows, heads·head_dim]; lse[q rows, heads] = log Σ exp(scores) kept for backward
+// q, o [q rows, heads·head_dim]; k, v [k rows, heads·head_dim]; lse[q rows, heads] = log Σ exp(scores), for backward
 // (NULL: not wanted). Blockwise softmax: no N x N matrix is ever stored. A query whose sequence has no keys gets 0.
 static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s,
                               int heads, int head_dim);
@@ -1572,7 +1572,7 @@ static void pattern_init(Pattern *p, int pattern, int T, int H, int W, int P, in
 }
 
 // How the tokens of B samples move from one pattern's order to another's: rank `rank` packs rows by `pack`, sends
-// send[s] of them to each rank s, receives receive[s], and puts them in order by `unpack`. With one rank nothing is sent:
+// send[s] of them to each rank s, receives receive[s], puts them in order by `unpack`. With one rank nothing is sent:
 // pack alone is the rearrangement. The backward pass is the exchange the other way.
 typedef struct { int *pack, *unpack, *send, *receive; size_t sent, received; } Exchange;
 
@@ -1648,7 +1648,7 @@ static void config_check(const Config *c, const char *where) {
         die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
 
-// One tensor of weights. `w` is the master copy; `c` is what matrix products read: w as act, merged with a LoRA, rounded
+// One tensor of weights. `w` is the master copy; `c` what matrix products read: w as act, merged with a LoRA, rounded
 // to HiF8, whatever the run asks for (weights_prepare), and simply w itself where nothing is asked.
 typedef struct {
     char name[64];
@@ -1796,8 +1796,8 @@ static void param_set(Model *m, Param *p, const float *host) {
     if (!p->w) device_free(w);
 }
 
-// First weights: matrices normal with deviation 1/√in (GPT-like small for what feeds a residual: zero), biases 0, norms 1,
-// modulation 1/√dim. The head starts at zero: an untrained model answers v = 0, the best constant.
+// First weights: matrices normal with deviation 1/√in, biases 0, norms 1, modulation normal with 1/√dim. The head starts
+// at zero: an untrained model answers v = 0, the best constant.
 static void model_random(Model *m, uint64_t seed) {
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
@@ -1913,8 +1913,8 @@ static void ranks_end(void) {}
 #endif
 
 // From device memory to device memory: straight through MPI on the CPU; osp_cuda.cu stages or uses NCCL.
-static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
-                              int R, int purpose);
+static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
+                              size_t row_bytes, int R, int purpose);
 #ifndef OSP_CUDA
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
                               size_t row_bytes, int R, int purpose) {
@@ -2294,19 +2294,26 @@ static void linear_back(Run *r, act *dx, act *dy, const act *x, const Linear *l,
     linear_backward(dx, l->w->dw, l->b->dw, dy, x, l->w->c, rows, out, in, accumulate);
 }
 
+// What lies packed for the other ranks goes to them; what arrives is put in order.
+static void deliver(Run *r, float *x_out, int from, int to) {
+    const Exchange *e = &r->move[from][to];
+    size_t D = (size_t)r->m->c.dim;
+    float *arrived = r->packed + e->sent * D;
+    all_to_all(r->ranks, arrived, r->packed, e->receive, e->send, false, D * sizeof(float),
+               from == FULL || to == FULL ? CONVERT : EXCHANGE);
+    gather_rows(x_out, arrived, e->unpack, e->received, D * sizeof(float));
+}
+
 // The residual stream from one order to another; also its gradient, the other way.
 static void exchange_rows(Run *r, float *x_out, const float *x, int from, int to) {
     const Exchange *e = &r->move[from][to];
-    size_t row = (size_t)r->m->c.dim * sizeof(float);
-    if (r->ranks->size == 1) { gather_rows(x_out, x, e->pack, e->sent, row); return; }
-    gather_rows(r->packed, x, e->pack, e->sent, row);
-    all_to_all(r->ranks, r->packed + e->sent * (size_t)r->m->c.dim, r->packed, e->receive, e->send, false, row,
-               from == FULL || to == FULL ? CONVERT : EXCHANGE);
-    gather_rows(x_out, r->packed + e->sent * (size_t)r->m->c.dim, e->unpack, e->received, row);
+    float *packed = r->ranks->size == 1 ? x_out : r->packed;
+    gather_rows(packed, x, e->pack, e->sent, (size_t)r->m->c.dim * sizeof(float));
+    if (packed != x_out) deliver(r, x_out, from, to);
 }
 
-// Ulysses: tokens for heads. Before: my tokens, all heads [B·n, dim]; after: all tokens in the pattern's order, my heads
-// [B·N, dim/R]. backwards: the way back. A "row" of the transfer is one token's share for one rank, dim/R numbers.
+// Ulysses: tokens for heads. Before: my tokens, all heads [B·n, dim]; after: all tokens in the pattern's order, my
+// heads [B·N, dim/R]. backwards: the way back. A "row" of the transfer is one token's share for one rank, dim/R numbers.
 static void trade(Run *r, act *y, const act *x, int pattern, bool backwards) {
     int R = r->ranks->size, D = r->m->c.dim, *counts = (int *)xalloc(2 * (size_t)R, sizeof(int));
     const int *first = r->pattern[FULL].first;
@@ -2429,13 +2436,10 @@ static void block_forward(Run *r, int i) {
     if (c->quant) quantize(r, s->f, s->f, rows * (size_t)c->ffn_dim, 15);
     linear(s->y, s->f, &w->ffn2, rows);
 
-    if (at == next->place) residual_gather_forward(next->x0, s->x2, s->y, gate2, NULL, rows, B, n, D);
-    else if (r->ranks->size == 1)
-        residual_gather_forward(next->x0, s->x2, s->y, gate2, r->move[at][next->place].pack, rows, B, n, D);
-    else {
-        residual_gather_forward(r->dx2, s->x2, s->y, gate2, NULL, rows, B, n, D);
-        exchange_rows(r, next->x0, r->dx2, at, next->place);
-    }
+    const int *pack = at == next->place ? NULL : r->move[at][next->place].pack;
+    float *x_out = pack && r->ranks->size > 1 ? r->packed : next->x0;
+    residual_gather_forward(x_out, s->x2, s->y, gate2, pack, rows, B, n, D);
+    if (x_out != next->x0) deliver(r, next->x0, at, next->place);
 }
 
 // From r->dx, the gradient of the block's output in the next block's order, to that of its input in its own.
@@ -2542,7 +2546,7 @@ static void gather_tokens(Run *r, act *all, const act *mine, size_t width) {
 }
 
 // ---- the whole model ----------------------------------------------------------------------------------------------
-// x[B, in_dim, T, 2H, 2W], t[B] = 1000σ, and the text in r->text or r->ids -> r->out[B, out_dim, T, 2H, 2W], the velocity.
+// x[B, in_dim, T, 2H, 2W], t[B] = 1000σ, and the text in r->text or r->ids -> the velocity r->out[B, out_dim, T, 2H, 2W].
 static void forward(Run *r, const float *x, const double *t) {
     const Config *c = &r->m->c;
     int B = r->B, D = c->dim, L = c->num_layers;
@@ -2570,7 +2574,7 @@ static void forward(Run *r, const float *x, const double *t) {
     rows_to_latent(r->out, r->y_all, B, c->out_dim, r->T, r->H, r->W, false);
 }
 
-// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out. Adds to every parameter's gradient; dlatent (may be NULL) is written.
+// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out. Adds to every parameter's gradient; writes dlatent, if not NULL.
 static void backward(Run *r, float *dlatent, const float *dout) {
     const Config *c = &r->m->c;
     int B = r->B, D = c->dim, L = c->num_layers, first = r->pattern[FULL].first[r->ranks->rank];
@@ -3071,13 +3075,18 @@ static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) 
     }
 }
 
-// Forward and backward of one batch; returns the loss. x, target, dout are device buffers of the latent's size.
-static double train_step(Run *r, const Batch *a, float *x, float *target, float *dout) {
+// To the device: as soon as the last step's backward is asked for, so that a GPU never waits for it.
+static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
     size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
     Text text = {a->ids, NULL};
     upload(x, a->x, count * sizeof(float));
     upload(target, a->target, count * sizeof(float));
     text_set(r, text);
+}
+
+// Forward and backward of an uploaded batch; returns the loss. x, target, dout are device buffers of the latent's size.
+static double train_step(Run *r, const Batch *a, const float *x, const float *target, float *dout) {
+    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
     weights_prepare(r->m);
     forward(r, x, a->t);
     double loss = mse(dout, r->out, target, count);
@@ -4148,10 +4157,11 @@ static void train_loop(Run *r, Optimizer *opt, const TrainCommand *o, const char
     double began = seconds(), saved = began;
     int first = opt->step;
     batch_new(&batch, r);
-    if (first < o->train.steps) batch_fill(&batch, r, &o->train, first);
+    if (first < o->train.steps) batch_fill(&batch, r, &o->train, first), batch_upload(r, &batch, x, target);
     for (int step = first; step < o->train.steps; step++) {
         double lr = learning_rate(&o->train, step), loss = train_step(r, &batch, x, target, dout);
-        if (step + 1 < o->train.steps) batch_fill(&batch, r, &o->train, step + 1);   // while a GPU is still at work
+        if (step + 1 < o->train.steps)                                      // while a GPU is still at work
+            batch_fill(&batch, r, &o->train, step + 1), batch_upload(r, &batch, x, target);
         double norm = optimizer_step(opt, r->ranks, &o->train, lr);
         if (!isfinite(loss) || !isfinite(norm))
             die("step %d: the loss is %g, the gradient's norm %g; %s holds the last good state: lower --lr", step + 1,
