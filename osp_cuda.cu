@@ -905,7 +905,7 @@ template <typename A> static __global__ void hif8_kernel(A *y, const A *x, float
     load8(v, x, i, n);
     for (int j = 0; j < 8; j++) {
         float q = hif8_round(v[j] * k), y0 = q * inverse;
-        v[j] = fmaf(fmaf(-y0, k, q), inverse, y0);
+        v[j] = isinf(q) ? q : fmaf(fmaf(-y0, k, q), inverse, y0);
     }
     store8(y, v, i, n);
 }
@@ -1368,16 +1368,18 @@ __global__ void __launch_bounds__(256) attention_backward_simple(const Backward<
             }
 }
 
-// delta[q row, head] = Σ_features do·o: a warp for each.
-template <typename T>
-__global__ void attention_delta(float *delta, const T *dout, const T *o, size_t n, int head_dim) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    if (i >= n) return;
-    float sum = 0;
-    for (size_t f = i * head_dim + threadIdx.x % 32; f < (i + 1) * head_dim; f += 32)
-        sum += load_float(dout[f]) * load_float(o[f]);
-    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
-    if (threadIdx.x % 32 == 0) delta[i] = sum;
+// delta[q row, head] = Σ_features do·o: `lanes` neighbouring threads for each, V features at a time.
+template <typename T, int V>
+__global__ void attention_delta(float *delta, const T *dout, const T *o, size_t n, int head_dim, int lanes) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / lanes, row = i < n ? i : n - 1;
+    float sum = 0, a[V], b[V];
+    for (int f = threadIdx.x % lanes * V; f < head_dim; f += lanes * V) {
+        load(a, dout + row * head_dim + f);
+        load(b, o + row * head_dim + f);
+        for (int j = 0; j < V; j++) sum += a[j] * b[j];
+    }
+    for (int bit = lanes / 2; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+    if (i < n && threadIdx.x % lanes == 0) delta[i] = sum;
 }
 
 // dk, dv [n] = Σ_chunks partial, in the order of the chunks.
@@ -1992,7 +1994,11 @@ static void attention_backward_any(T *dq, T *dk, T *dv, const T *dout, const T *
     float *delta = (float *)scratch((delta_floats + (chunks > 1 ? 2 * chunks * k_rows * width : 0)) * sizeof(float));
     float *partial = chunks > 1 ? delta + delta_floats : NULL;
     if (q_rows) {
-        attention_delta<<<(unsigned)((n + 7) / 8), 256, 0, stream>>>(delta, dout, o, n, head_dim);
+        int lanes = head_dim / 8;                                            // 16 bytes of bf16 each, where that fits
+        if (head_dim % 8 == 0 && (lanes & (lanes - 1)) == 0 && lanes <= 32 && aligned(8, 8, dout, o))
+            LAUNCH((attention_delta<T, 8>), (unsigned)((n * lanes + 255) / 256), 256, delta, dout, o, n, head_dim, lanes);
+        else
+            LAUNCH((attention_delta<T, 1>), (unsigned)((n + 7) / 8), 256, delta, dout, o, n, head_dim, 32);
         Backward<T> b = { dq, NULL, NULL, q, dout, k, v, lse, delta, s->q_device, s->k_device, heads, head_dim, 1,
                           INT_MAX, q_rows };
         backward_launch<false>(b, long_q, s->count, stream);

@@ -2127,8 +2127,9 @@ static void model_noise(Model *m) {
         float *host = (float *)xalloc(p->count, sizeof(float));
         double in = p->rank > 1 ? (double)p->count / (double)p->shape[0] : 100;
         bool norm = strstr(p->name, "norm") && strstr(p->name, "weight");
-        for (size_t j = 0; j < p->count; j++)
-            host[j] = norm ? 1 : (float)(noise[(j * 3 + (size_t)i) % ROOM] / sqrt(in));
+        float scale = (float)(1 / sqrt(in));
+        #pragma omp parallel for
+        for (size_t j = 0; j < p->count; j++) host[j] = norm ? 1 : scale * noise[(j * 3 + (size_t)i) % ROOM];
         param_set(m, p, host);
         free(host);
     }
@@ -2305,7 +2306,7 @@ static void bench_formula(const char *name, const Config *c) {
 typedef struct { const char *shape, *device; int layers, train, force, hif8; } BenchOptions;
 
 static void bench_shape(const BenchOptions *o, Ranks *one) {
-    Config whole = shape_config(o->shape), c = few_layers(whole, o->layers ? o->layers : whole.vocab ? 0 : 1);
+    Config whole = shape_config(o->shape), c = few_layers(whole, o->layers >= 0 ? o->layers : whole.vocab ? 0 : 1);
     c.quant = c.quant_attn = o->hif8;
     const char *paper = strstr(o->shape, "720p")   ? "; paper, padded: 1.53x"
                         : strstr(o->shape, "768p") ? "; paper: 1.64x"
@@ -2465,13 +2466,13 @@ static void bench_comm(const BenchOptions *o, Ranks *k) {
 }
 
 static int bench(int argc, char **argv, Ranks *ranks) {
-    BenchOptions o = {"toy", "bf16", 0, 0, 0, 0};
+    BenchOptions o = {"toy", "bf16", -1, 0, 0, 0};
     Ranks one = one_rank();
     const char *what = NULL;
     const Option options[] = {
         {"--shape", 's', &o.shape, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
-        {"--layers", 'i', &o.layers, 0, 64,
-         "run so many token-wise, as many group-wise and twice as many full blocks; 0: all (Wan's shapes: 1)"},
+        {"--layers", 'i', &o.layers, -1, 64,
+         "run so many token-wise, as many group-wise, twice as many full blocks; 0: the whole model; -1: 1 (toys: all)"},
         {"--train", 'b', &o.train, 0, 0, "backward and the training step, too"},
         {"--device-dtype", 's', &o.device, 0, 0, "arithmetic on a GPU: f32 or bf16"},
         {"--hif8", 'b', &o.hif8, 0, 0, "8 bits"},

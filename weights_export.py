@@ -15,7 +15,12 @@ A file is written beside its target and renamed when complete. An error is one l
 1 errors and output   2 numbers: bf16, HiF8   3 tensors on disk   4 names and shapes   5 writing   6 commands   7 tests
 """
 import argparse, contextlib, json, math, os, re, shutil, signal, struct, subprocess, sys, time, zipfile, zlib
-import numpy as np
+
+try:
+    import numpy as np
+except ImportError:
+    print("weights_export: numpy is missing: python3 -m pip install numpy safetensors", file=sys.stderr)
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------- 1. errors and output
