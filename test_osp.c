@@ -774,7 +774,8 @@ static void check_quantized_weights(const Model *m, const char *name) {
     for (int i = 0; i < m->params; i++) {
         const Param *p = &m->param[i];
         if (!p->block_matrix) continue;
-        const float *w = as_act(down(p->w, p->count), p->count), *want = as_act(nearest_tensor(w, p->count, 15), p->count);
+        const float *w = as_act(down(p->w, p->count), p->count);
+        const float *want = as_act(nearest_tensor(w, p->count, 15), p->count);
         wrong += !same_bits(down_act(p->c, p->count), want, p->count);
     }
     row(wrong, 0, "%s: block matrices that are not Q(W; 15), bit for bit", name);
@@ -2472,7 +2473,7 @@ static int bench(int argc, char **argv, Ranks *ranks) {
     const Option options[] = {
         {"--shape", 's', &o.shape, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
         {"--layers", 'i', &o.layers, -1, 64,
-         "run so many token-wise, as many group-wise, twice as many full blocks; 0: the whole model; -1: 1 (toys: all)"},
+         "run so many token-wise, as many group-wise, twice as many full blocks; 0: all; -1: 1 (toys: all)"},
         {"--train", 'b', &o.train, 0, 0, "backward and the training step, too"},
         {"--device-dtype", 's', &o.device, 0, 0, "arithmetic on a GPU: f32 or bf16"},
         {"--hif8", 'b', &o.hif8, 0, 0, "8 bits"},
@@ -4139,7 +4140,8 @@ int main(int argc, char **argv) {
                *folder = option(argc, argv, "--golden", "golden");
     int failed = 0;
     if (argc > 1 && (!strcmp(argv[1], "-h") || !strcmp(argv[1], "--help"))) command = "help";
-    bool device = !*command || !strcmp(command, "ops") || !strcmp(command, "verify") || !strcmp(command, "bench") || !strcmp(command, "ranks") ||
+    bool device = !*command || !strcmp(command, "ops") || !strcmp(command, "verify") || !strcmp(command, "bench") ||
+                  !strcmp(command, "ranks") ||
                   !strcmp(command, "lose");
     if (device)
         device_start(option(argc, argv, "--device-dtype", !strcmp(command, "bench") ? NULL : "f32"), ranks.rank);
