@@ -45,11 +45,13 @@ test_osp_mpi: test_osp.c osp.c
 ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
 gencode = -gencode=arch=compute_$(1),code=sm_$(1)
 NVFLAGS = -std=c++17 -O3 $(if $(ARCH),$(call gencode,$(ARCH)),$(call gencode,80) $(call gencode,90a)) -Xcompiler -fopenmp,-march=native \
-          $(if $(MPI),-DOSP_MPI $(patsubst -pthread,,$(shell mpicc --showme:compile)) $(patsubst -pthread,,$(patsubst -Wl%,,$(shell mpicc --showme:link))))
+          $(if $(MPI),-DOSP_MPI $(filter -I%,$(shell mpicc --showme:compile)))
+HAS_NCCL := $(if $(MPI),$(shell printf '\043include <nccl.h>\nint main(void) { return 0; }\n' | nvcc -x cu - -lnccl -o /dev/null 2>/dev/null && echo yes))
+NVLIBS   = -lcublasLt $(if $(HAS_NCCL),-lnccl) $(if $(MPI),$(filter -L% -l%,$(shell mpicc --showme:link)))
 osp_cuda: osp_cuda.cu osp.c
-	nvcc $(NVFLAGS) osp_cuda.cu -o $@ -lcublasLt
+	nvcc $(NVFLAGS) $(if $(HAS_NCCL),-DOSP_NCCL) osp_cuda.cu -o $@ $(NVLIBS)
 test_osp_cuda: test_osp.c osp_cuda.cu osp.c
-	nvcc $(NVFLAGS) -x cu -DTEST_CUDA test_osp.c -o $@ -lcublasLt
+	nvcc $(NVFLAGS) $(if $(HAS_NCCL),-DOSP_NCCL) -x cu -DTEST_CUDA test_osp.c -o $@ $(NVLIBS)
 
 # ---- the demo: captions that training never saw, drawn by the shipped model. train-tiny: from nothing, in three minutes
 # on two cores; killed and run again, it resumes

@@ -1840,6 +1840,16 @@ typedef struct {
     double time[PURPOSES];
 } Ranks;
 
+// One machine's ranks share its cores, unless OMP_NUM_THREADS says how.
+#ifdef _OPENMP
+static void share_cores(int ranks) {
+    int cores = omp_get_num_procs() / ranks;
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(cores > 1 ? cores : 1);
+}
+#else
+static void share_cores(int ranks) { (void)ranks; }
+#endif
+
 #ifdef OSP_MPI
 static MPI_Comm sample_ranks = MPI_COMM_NULL, guidance_pair = MPI_COMM_NULL;
 
@@ -1856,10 +1866,24 @@ static void abort_ranks(void) {
     if (up) MPI_Abort(MPI_COMM_WORLD, 2);
 }
 
+static MPI_Comm ranks_of(int purpose) {
+    return purpose == GUIDANCE ? guidance_pair : sample_ranks == MPI_COMM_NULL ? MPI_COMM_WORLD : sample_ranks;
+}
+
+// How many ranks run on this machine.
+static int ranks_here(void) {
+    MPI_Comm here;
+    int count;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &count);
+    MPI_Comm_free(&here);
+    return count;
+}
+
 // The transfer itself, between buffers in host memory.
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
                            int purpose) {
-    MPI_Comm comm = purpose == GUIDANCE ? guidance_pair : sample_ranks == MPI_COMM_NULL ? MPI_COMM_WORLD : sample_ranks;
+    MPI_Comm comm = ranks_of(purpose);
     int R, at_send = 0, at_receive = 0;
     MPI_Comm_size(comm, &R);
     int *send_at = (int *)xalloc(2 * (size_t)R, sizeof(int)), *receive_at = send_at + R;
@@ -1880,15 +1904,7 @@ static void ranks_start(Ranks *k, int *argc, char ***argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &k->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &k->size);
     k->halves = 1;
-#ifdef _OPENMP
-    MPI_Comm here; // the ranks of one machine share its cores, unless OMP_NUM_THREADS says how
-    int neighbours;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
-    MPI_Comm_size(here, &neighbours);
-    MPI_Comm_free(&here);
-    if (!getenv("OMP_NUM_THREADS"))
-        omp_set_num_threads(omp_get_num_procs() > neighbours ? omp_get_num_procs() / neighbours : 1);
-#endif
+    share_cores(ranks_here());
 }
 
 // All ranks of the world -> `halves` groups of size/halves ranks.
@@ -1903,22 +1919,26 @@ static void ranks_end(void) { MPI_Finalize(); }
 #else
 static void wait_for_rank_0(void) {}
 static void abort_ranks(void) {}
+static int ranks_here(void) { return 1; }
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
                            int purpose) {
     (void)to, (void)from, (void)receive, (void)send, (void)same, (void)row_bytes, (void)purpose;
 }
-static void ranks_start(Ranks *k, int *argc, char ***argv) { (void)argc, (void)argv, k->size = 1, k->halves = 1; }
+static void ranks_start(Ranks *k, int *argc, char ***argv) {
+    (void)argc, (void)argv, k->size = k->halves = 1;
+    share_cores(ranks_here());
+}
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
 static void ranks_end(void) {}
 #endif
 
 // From device memory to device memory: straight through MPI on the CPU; osp_cuda.cu stages or uses NCCL.
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int R, int purpose);
+                              size_t row_bytes, int rank, int R, int purpose);
 #ifndef OSP_CUDA
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int R, int purpose) {
-    (void)R;
+                              size_t row_bytes, int rank, int R, int purpose) {
+    (void)rank, (void)R;
     mpi_all_to_all(to, from, receive, send, same, row_bytes, purpose);
 }
 #endif
@@ -1930,7 +1950,7 @@ static void all_to_all(Ranks *k, void *to, const void *from, const int *receive,
     int R = purpose == GUIDANCE ? k->halves : k->size, me = purpose == GUIDANCE ? k->half : k->rank;
     wait_device();                                                      // so that the time is the transfer's alone
     double begin = seconds();
-    device_all_to_all(to, from, receive, send, same, row_bytes, R, purpose);
+    device_all_to_all(to, from, receive, send, same, row_bytes, me, R, purpose);
     k->time[purpose] += seconds() - begin;
     k->calls[purpose]++;
     for (int s = 0; s < R; s++)

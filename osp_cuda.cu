@@ -18,6 +18,9 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef OSP_NCCL
+#include <nccl.h>
+#endif
 typedef __nv_bfloat16 bf16;
 
 // ============================================================================================================
@@ -51,6 +54,9 @@ static struct {
     double *sums, *sums_host;                // [SUM_BLOCKS]
     struct { void *host; cudaEvent_t free; } stage[STAGES];    // pinned memory on the way to the card
     unsigned turn;
+    char *room;                              // pinned memory for what ranks exchange; grows
+    size_t room_bytes;
+    bool shared;                             // several ranks use this card
 } gpu;
 
 #define cuda_check(call) cuda_report((call), #call, __LINE__)
@@ -90,6 +96,7 @@ static void device_start(const char *dtype, int rank) {
     cuda_check(cudaGetDeviceProperties(&gpu.card, rank % cards));
     if (gpu.card.major < 8)
         die("%s has compute capability %d.%d: 8.0 or newer is needed", gpu.card.name, gpu.card.major, gpu.card.minor);
+    gpu.shared = ranks_here() > cards;
     gpu.half = !strcmp(dtype, "bf16");
     cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     blas_check(cublasLtCreate(&gpu.blas));
@@ -156,16 +163,64 @@ static void download(void *dst, const void *src, size_t bytes) {
     wait_device();
 }
 
-// Between ranks (section 7 of osp.c), each with a card of its own: down, through MPI between hosts' memories, up.
+// Between ranks (section 7 of osp.c). With a card for every rank: NCCL's grouped sends and receives on the compute stream.
+// Where NCCL is missing, or ranks share a card: down, through MPI between hosts' memories, up.
+#ifdef OSP_NCCL
+static void nccl_check(ncclResult_t r) {
+    if (r != ncclSuccess) die("NCCL: %s; the run cannot go on", ncclGetErrorString(r));
+}
+
+// One communicator for the ranks of a sample, one for the guidance pair, each made when first used: the group's first
+// rank draws an id, MPI brings it to the others. NVLink multicast stays off.
+static ncclComm_t nccl_group(int purpose, int rank, int R) {
+    static ncclComm_t groups[2];
+    ncclComm_t *group = &groups[purpose == GUIDANCE];
+    if (*group) return *group;
+    ncclUniqueId id;
+    setenv("NCCL_NVLS_ENABLE", "0", 1);
+    if (rank == 0) nccl_check(ncclGetUniqueId(&id));
+    MPI_Bcast(&id, sizeof(id), MPI_BYTE, 0, ranks_of(purpose));
+    nccl_check(ncclCommInitRank(group, R, id, rank));
+    return *group;
+}
+
+static bool nccl_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
+                            int rank, int R, int purpose) {
+    if (sample_ranks == MPI_COMM_NULL || gpu.shared) return false;
+    ncclComm_t group = nccl_group(purpose, rank, R);
+    size_t at_send = 0, at_receive = 0;
+    nccl_check(ncclGroupStart());
+    for (int s = 0; s < R; s++) {
+        const char *out = (const char *)from + (same ? 0 : at_send);
+        nccl_check(ncclSend(out, (size_t)send[s] * row_bytes, ncclUint8, s, group, gpu.stream));
+        nccl_check(ncclRecv((char *)to + at_receive, (size_t)receive[s] * row_bytes, ncclUint8, s, group, gpu.stream));
+        at_send += (size_t)send[s] * row_bytes, at_receive += (size_t)receive[s] * row_bytes;
+    }
+    nccl_check(ncclGroupEnd());
+    return true;
+}
+#else
+static bool nccl_all_to_all(void *, const void *, const int *, const int *, bool, size_t, int, int, int) { return false; }
+#endif
+
+static char *pinned(size_t bytes) {
+    if (bytes > gpu.room_bytes) {
+        if (gpu.room) cuda_check(cudaFreeHost(gpu.room));
+        cuda_check(cudaMallocHost((void **)&gpu.room, bytes));
+        gpu.room_bytes = bytes;
+    }
+    return gpu.room;
+}
+
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int R, int purpose) {
+                              size_t row_bytes, int rank, int R, int purpose) {
+    if (nccl_all_to_all(to, from, receive, send, same, row_bytes, rank, R, purpose)) return;
     size_t out = 0, in = 0;
     for (int s = 0; s < R; s++) out = same ? (size_t)send[s] : out + (size_t)send[s], in += (size_t)receive[s];
-    char *host = (char *)xalloc(out + in, row_bytes);
+    char *host = pinned((out + in) * row_bytes);
     download(host, from, out * row_bytes);
     mpi_all_to_all(host + out * row_bytes, host, receive, send, same, row_bytes, purpose);
     upload(to, host + out * row_bytes, in * row_bytes);
-    free(host);
 }
 
 // ============================================================================================================
