@@ -2,22 +2,24 @@
 // osp.c: OSP-Next, a sparse video diffusion transformer, in one file (paper: arXiv 2605.28691)
 // ============================================================================================================
 // A text-to-video DiT (Wan2.1's architecture) in which most blocks attend sparsely, trained with 8-bit numbers, run on
-// several ranks with a quarter of the usual communication, and improved by reinforcement learning. All of the method is
-// here, forward and backward by hand. test_osp.c proves it; osp_cuda.cu brings the same operations for one GPU.
-// Not here: the text encoder and the VAE of the real model (weights_export.py runs them), downloads, and speed at any price.
+// several ranks with a quarter of the usual communication in sparse blocks, and improved by reinforcement learning: all
+// of the method is here, forward and backward by hand. test_osp.c proves it, osp_cuda.cu runs it on a GPU. Not here:
+// the real model's text encoder and VAE (weights_export.py runs them), downloads, and speed at any price.
 //
-//   caption ── words ── table or UMT5 ──► text [512, text_dim] ─► Linear, GELU, Linear ─► context [text_len, dim] ──────┐
-//   timestep t = 1000σ ─► sin/cos ─► Linear, SiLU, Linear ─► e [dim] ─► SiLU, Linear ─► e0 [6, dim] ────────────┐       │
-//                                                                                                               ▼       ▼
-//   latent [C, T, 2H, 2W] ─► 2x2 patches ─► x [N, dim] ─► block ─► block ─► ... ─► block ─► LN, Linear ─► v [C, T, 2H, 2W]
-//                                                        full     token   group     full
+//   caption ─ words, table or UMT5 ─► text [text_len, text_dim] ─► Linear, GELU, Linear ─► context [text_len, dim] ──┐
+//   timestep t = 1000σ ─► sin, cos ─► Linear, SiLU, Linear ─► e [dim] ─► SiLU, Linear ─► e0 [6, dim] ──────┐         │
+//                                                                                                          ▼         ▼
+//   latent [C, T, 2H, 2W] ─► 2x2 patches ─► x [N, dim] ─► block ─► block ─► block ─► ... ─► head ─► v [C, T, 2H, 2W]
+//                                                         full     token    group
 //   block:  x += gate1 · SelfAttention(LN(x)(1 + scale1) + shift1)      full, token-wise or group-wise (section 5)
 //           x += CrossAttention(LN(x), context)
 //           x += gate2 · FFN(LN(x)(1 + scale2) + shift2)                shift, scale, gate = modulation + e0
+//   head:   v = Linear(LN(x)(1 + scale) + shift)                        shift, scale = head.modulation + e
 //
 // Letters, in every comment: B samples, C channels, T x H x W token grid (T frames, H x W patches), N = T·H·W tokens,
 // dim, D = dim, P sparse ratio (P² subsequences), R ranks, n = tokens of a sample that this rank holds, L blocks,
 // F full ones, σ noise level from 1 (noise) to 0 (data), v velocity from data to noise, S sampling steps, G group size.
+// "spec §4" is a section of golden/spec.md, which states the same method as formulas.
 //
 //    1 tools    2 HiF8    3 files    4 operations: declared once, CPU bodies    5 Skiparse-2D    6 the model as data
 //    7 ranks    8 the DiT, forward and backward    9 the small world and ShapesBench    10 flow matching and training
@@ -180,8 +182,9 @@ static float hif8_decode(uint8_t code) {
     return sign * ldexpf(mantissa, negative ? -size : size);
 }
 
-// Q(x; s) = hif8(x·k)/k, k = s/max|x|: a tensor scaled so that its largest magnitude meets the format at s (15 going
-// forward: the top of the 3-bit binades; 224 for gradients, whose small values matter more).
+// Q(x; s) = hif8(x·k)/k, k = s/max|x|: a tensor scaled so that its largest magnitude meets the format at s. Forward
+// 15 = 1.875·2^3, the top of the binades with 3 mantissa bits; for gradients 224 = 1.75·2^7, the top of those with 2:
+// a bit less for the largest values, four more binades below for the many small ones.
 EVERYWHERE float hif8_scale(float s, float amax) { return s / (amax < 1e-8f ? 1e-8f : amax); }
 // ============================================================================================================
 // 3. Files: written whole or not at all; safetensors in and out
@@ -657,8 +660,8 @@ static void writer_close(Writer *w) {
 // ============================================================================================================
 // 4. The operations: what a backend provides
 // ============================================================================================================
-// The model, the sampler and the trainers below call these and nothing else: they never look inside a tensor. The
-// CPU bodies follow; osp_cuda.cu defines OSP_CUDA, includes this file and brings its own.
+// The model, the sampler and the trainers below call these (and device_all_to_all of section 7) and nothing else: they
+// never look inside a tensor. The CPU bodies follow; osp_cuda.cu defines OSP_CUDA, includes this file and has its own.
 //
 // Two kinds of numbers: `float` for the residual stream, modulations, statistics, master weights and gradients of
 // weights; `act` for what enters a matrix product or attention (float on the CPU; float or bfloat16 on a GPU).
@@ -666,7 +669,7 @@ static void writer_close(Writer *w) {
 // Backward: gradients of activations are written, gradients of weights and of the residual stream are added to,
 // unless it says otherwise. Every sum has a fixed order: results do not depend on the number of threads.
 #ifdef OSP_CUDA
-typedef struct act act;                  // opaque: float or __nv_bfloat16, chosen by --dtype when the program starts
+typedef struct act act;                  // opaque: float or __nv_bfloat16, chosen by --device-dtype
 #else
 typedef float act;
 #endif
@@ -696,8 +699,8 @@ static void   to_act(act *y, const float *x, size_t n);                         
 static void   to_float(float *y, const act *x, size_t n);                       // y = x
 
 // ---- matrix products: y[rows, out] = x[rows, in] · w[out, in]^T + b[out] --------------------------------------
-static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out,
-                           int in); // b may be NULL
+// b may be NULL.
+static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in);
 // dx[rows, in] (=, or += where accumulate) dy[rows, out] · w;  dw[out, in] += dy^T · x;  db[out] += Σ_rows dy.
 // Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
 static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w, size_t rows,
@@ -728,8 +731,8 @@ static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *
 // of a block: its residual and the Skiparse rearrangement (or the packing for an exchange) in one pass.
 static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate, const int *map,
                                     size_t count, int B, size_t n, int dim);
-static void gather_rows(void *dst, const void *src, const int *map, size_t count,
-                        size_t row_bytes); // dst[j] = src[map[j]]
+// dst[j] = src[map[j]], rows of row_bytes each.
+static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes);
 // y = x·rstd·w over the whole dim (rstd = 1/√(mean x² + eps) kept in rstd[rows]), then, where rope is not NULL, pair
 // (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2].
 static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, int B, size_t n,
@@ -747,27 +750,25 @@ static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const
                                const act *o, const float *lse, const Sequences *s, int heads, int head_dim);
 
 // ---- HiF8 (section 2) --------------------------------------------------------------------------------------------
-static void absmax(float *m, const act *x, size_t n); // m[1] = max |x| (device; NaN counts as 0)
-static void hif8_tensor(act *y, const act *x, size_t n, float s,
-                        const float *m); // y = Q(x; s) with max|x| = *m; y may be x
+// m[1] = max |x| (device; NaN counts as 0); y = Q(x; s) with max|x| = *m, y may be x.
+static void absmax(float *m, const act *x, size_t n);
+static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m);
 
 // ---- pixels, words, time -----------------------------------------------------------------------------------------
 // Rows of 2x2 patches. rows[B, n, 4·C] of tokens first..first+n-1 of the grid (T,H,W) <- x[B, C, T, 2H, 2W].
-// channels_first: column (c·2 + ph)·2 + pw (patch_embedding); else column (ph·2 + pw)·C + c (head).
+// channels_first: column (c·2 + ph)·2 + pw (patch_embedding); else column (ph·2 + pw)·C + c (head). And back.
 static void latent_to_rows(act *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n,
                            bool channels_first);
-static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W,
-                           bool channels_first); // all tokens
+static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W, bool channels_first);
 // y[r] = table[ids[r]] + pos[r mod L], ids[r] < 0: a zero row (padding). r < rows. ids on the device.
 static void embed_forward(act *y, const float *table, const float *pos, const int *ids, size_t rows, int L, int dim);
 static void embed_backward(float *dtable, const act *dy, const int *ids, size_t rows, int vocab, int dim);        // +=
 
 // ---- elementwise on float, reductions to the host, optimizer ------------------------------------------------------
-static void lincomb(float *y, float a, const float *x, float b, const float *z,
-                    size_t n); // y = a·x + b·z (z NULL: a·x)
-static double sum_squares(const float *x, const float *z, size_t n); // Σ (x − z)² (z NULL: Σ x²)
-static double mse(float *dout, const float *out, const float *target,
-                  size_t n); // mean (out−target)²; dout = 2(out−target)/n
+// y = a·x + b·z (z NULL: a·x);  Σ (x − z)² (z NULL: Σ x²);  mean (out − target)², with dout = 2(out − target)/n.
+static void lincomb(float *y, float a, const float *x, float b, const float *z, size_t n);
+static double sum_squares(const float *x, const float *z, size_t n);
+static double mse(float *dout, const float *out, const float *target, size_t n);
 // Decoupled AdamW at step t = 1, 2, ..; g is multiplied by gscale first; ema (may be NULL) = decay·ema + (1−decay)·w.
 static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr,
                   double beta1, double beta2, float eps, float weight_decay, double ema_decay, int t);
@@ -775,7 +776,8 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 // ============================================================================================================
 // 4, continued: the operations on a CPU
 // ============================================================================================================
-// float32 throughout; OpenMP splits rows, tiles or heads, never a sum, so any number of threads gives the same bytes.
+// float32 throughout. OpenMP splits rows, tiles or heads; a sum is cut only at places that do not depend on the number
+// of threads, so any number of them gives the same bytes.
 // Matrix products and attention share one inner kernel, `tile`; all else is plain loops that the compiler vectorises.
 
 // A vector of LANES floats in one register, and the tile of a product that fits the register file.
@@ -791,6 +793,7 @@ enum {
     TILE_K = 256,             // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     FAR = 512,                // a matrix read by columns that lie further apart is copied first ...
     NEAR_M = 256,             // ... in blocks of this many rows of the product
+    NEAR_ROW = NEAR_M + 8,    // no power of two: columns spread over the cache's sets
     CHUNKS = 16,              // a sum over rows is cut in this many parts, whatever the number of threads
     KEYS = 64,                // attention: keys taken at a time
     QUERY_BLOCKS = 16,        // attention forward: blocks of TILE_N queries that one task carries through all keys
@@ -898,14 +901,14 @@ static void pack(float *panel, const float *b, size_t b_row, size_t b_col, size_
 static void matmul_block(float *c, const float *bias, bool add, const float *a, size_t a_row, size_t a_col,
                          const float *b, size_t b_row, size_t b_col, size_t N, size_t K,
                          size_t first, size_t last, size_t left, size_t right) {
-    float panel[TILE_K * TILE_N], head[TILE_N], edge[TILE_M * TILE_N], near[TILE_K * (NEAR_M + 8)];
+    float panel[TILE_K * TILE_N], head[TILE_N], edge[TILE_M * TILE_N], near[TILE_K * NEAR_ROW];
     for (size_t k = 0; k < K; k += TILE_K) {
         size_t depth = least(TILE_K, K - k), row = a_row, col = a_col;
         const float *block = a + first * a_row + k * a_col;
         if (a_col > FAR) {                                  // a column of a would fall into a few cache sets: move it
-            for (size_t d = 0; d < depth; d++) memcpy(near + d * (NEAR_M + 8), block + d * a_col, 4 * (last - first));
+            for (size_t d = 0; d < depth; d++) memcpy(near + d * NEAR_ROW, block + d * a_col, 4 * (last - first));
             block = near;
-            col = NEAR_M + 8;
+            col = NEAR_ROW;
         }
         for (size_t j = left; j < right; j += TILE_N) {
             size_t columns = least(TILE_N, N - j);
@@ -1489,7 +1492,7 @@ static double mse(float *dout, const float *out, const float *target, size_t n) 
 }
 
 // m = β1·m + (1−β1)·g, v = β2·v + (1−β2)·g², w −= lr·(weight_decay·w + m̂/(√v̂ + eps)), m̂ = m/(1−β1^t), v̂ alike.
-// 0.999f is not 0.999, which would show in 1 − β: the decimal that was meant is restored first.
+// 1 − β is formed in double: of the float 0.999f it would be off by 1e-5 of itself.
 static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr,
                   double beta1, double beta2, float eps, float weight_decay, double ema_decay, int t) {
     float old1 = (float)beta1, old2 = (float)beta2, stay = (float)ema_decay;
@@ -1548,7 +1551,7 @@ static int skiparse_order(int *order, int *start, int pattern, int T, int H, int
 // The dual-end hybrid (spec §3): full attention in the first and last F/2 of L blocks; between them token-wise at even
 // indices and group-wise at odd ones.
 static int block_pattern(int i, int L, int F) {
-    if (i < F / 2 || i >= L - F / 2) return FULL;
+    if (i < F / 2 || i >= L - (F + 1) / 2) return FULL;          // F is odd only where it is L
     return i % 2 == 0 ? TOKEN_WISE : GROUP_WISE;
 }
 
@@ -1648,8 +1651,8 @@ static void config_check(const Config *c, const char *where) {
         die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
 
-// One tensor of weights. `w` is the master copy; `c` what matrix products read: w as act, merged with a LoRA, rounded
-// to HiF8, whatever the run asks for (weights_prepare), and simply w itself where nothing is asked.
+// One tensor of weights. `w` is the master copy; `c` (not Model's c, the config) is what products read: w as act,
+// merged with a LoRA, rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked.
 typedef struct {
     char name[64];
     int rank;
@@ -1685,12 +1688,11 @@ enum { DIM = -1, FFN = -2, SIX = -3, IN = -4, OUT = -5, TEXT = -6, FREQ = -7, WO
 typedef struct { const char *name; size_t field; int shape[5]; } ParamRow;
 #define LINEAR(name, S, field, out, in) \
     {name ".weight", offsetof(S, field.w), {out, in}}, {name ".bias", offsetof(S, field.b), {out}}
-#define ATTENTION(name, field)                                                                                         \
-    LINEAR(name ".q", Block, field.q, DIM, DIM), LINEAR(name ".k", Block, field.k, DIM, DIM),                          \
-        LINEAR(name ".v", Block, field.v, DIM, DIM), LINEAR(name ".o", Block, field.o, DIM, DIM),                      \
-        {name ".norm_q.weight", offsetof(Block, field.norm_q), {DIM}}, {                                               \
-        name ".norm_k.weight", offsetof(Block, field.norm_k), { DIM }                                                  \
-    }
+#define ATTENTION(name, field) \
+    LINEAR(name ".q", Block, field.q, DIM, DIM), LINEAR(name ".k", Block, field.k, DIM, DIM), \
+    LINEAR(name ".v", Block, field.v, DIM, DIM), LINEAR(name ".o", Block, field.o, DIM, DIM), \
+    {name ".norm_q.weight", offsetof(Block, field.norm_q), {DIM}}, \
+    {name ".norm_k.weight", offsetof(Block, field.norm_k), {DIM}}
 static const ParamRow MODEL_TABLE[] = {
     {"patch_embedding.weight", offsetof(Model, patch.w), {DIM, IN, 1, 2, 2}},
     {"patch_embedding.bias", offsetof(Model, patch.b), {DIM}},
@@ -1796,8 +1798,8 @@ static void param_set(Model *m, Param *p, const float *host) {
     if (!p->w) device_free(w);
 }
 
-// First weights: matrices normal with deviation 1/√in, biases 0, norms 1, modulation normal with 1/√dim. The head starts
-// at zero: an untrained model answers v = 0, the best constant.
+// First weights: matrices normal with deviation 1/√in, biases 0, norms 1, modulation normal with 1/√dim. The head is
+// zero: an untrained model answers v = 0, the best constant.
 static void model_random(Model *m, uint64_t seed) {
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
@@ -1819,18 +1821,14 @@ static void model_random(Model *m, uint64_t seed) {
 // ============================================================================================================
 // Sparse blocks under SSP need ONE all_to_all, of x, between two blocks: a rank holds whole subsequences, so attention
 // needs no other rank. Full blocks (and sparse ones with --sp ulysses, to compare) run under Ulysses: q, k, v and the
-// output each pass through an all_to_all that trades tokens for heads, FOUR a block. With 2·R ranks the conditional
+// output each pass through an all_to_all that trades tokens for heads, FOUR a block, each as large as that one (half as
+// many bytes where act is bfloat16: x stays float). With 2·R ranks the conditional
 // and the unconditional half of guidance run side by side.
 // Everything that crosses between ranks goes through all_to_all(), which counts calls, bytes and time by purpose.
 enum { EXCHANGE, ULYSSES_FULL, ULYSSES_SPARSE, CONVERT, GRADIENTS, MAXIMA, OUTPUT, GUIDANCE, PURPOSES };
-static const char *const PURPOSE_NAME[] = {"exchange (SSP)",
-                                           "Ulysses, full blocks",
-                                           "Ulysses, sparse blocks",
-                                           "full<->sparse",
-                                           "gradients",
-                                           "HiF8 maxima",
-                                           "output",
-                                           "guidance"};
+static const char *const PURPOSE_NAME[] = {
+    "exchange (SSP)", "Ulysses, full blocks", "Ulysses, sparse blocks", "full<->sparse",
+    "gradients", "HiF8 maxima", "output", "guidance"};
 
 typedef struct {
     int rank, size;                          // of the R ranks that share one sample
@@ -1971,6 +1969,7 @@ static void all_gather(Ranks *k, void *to, const void *from, int count, size_t r
 static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     int R = k->size, slice = (int)((n + (size_t)R - 1) / (size_t)R);
     if (R == 1) return;
+    if (n > INT_MAX) die("%zu gradients are more than MPI's counts hold: train fewer, or on one rank", n);
     int *send = (int *)xalloc(2 * (size_t)R, sizeof(int)), *receive = send + R;
     float *parts = (float *)device_alloc((size_t)R * (size_t)slice * sizeof(float));
     for (int s = 0; s < R; s++) {
@@ -1981,8 +1980,7 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     for (int s = 0; s < R; s++) receive[s] = mine;
     all_to_all(k, parts, x, receive, send, false, sizeof(float), GRADIENTS);
     for (int s = 1; s < R; s++) lincomb(parts, 1, parts, 1, parts + (size_t)s * (size_t)mine, (size_t)mine);
-    for (int s = 0; s < R; s++) receive[s] = mine;                      // now everyone gets my slice
-    all_to_all(k, x, parts, send, receive, true, sizeof(float), GRADIENTS);
+    all_to_all(k, x, parts, send, receive, true, sizeof(float), GRADIENTS);             // now everyone gets my slice
     if (only_first && k->rank > 0) zero(x, n * sizeof(float));
     device_free(parts);
     free(send);
@@ -2008,7 +2006,7 @@ static void ranks_report(const Ranks *k) {
                     (double)k->bytes[p] / 1e6, k->time[p]);
 }
 
-// All ranks must hold the same bytes (settings, weights, the program): everyone compares hashes and stops as one.
+// All ranks must read the same bytes (checkpoint, step to resume from): everyone compares hashes and stops as one.
 static uint64_t hash_bytes(const void *data, size_t size) {
     uint64_t h = 0xCBF29CE484222325ull;                                 // FNV-1a
     for (size_t i = 0; i < size; i++) h = (h ^ ((const uint8_t *)data)[i]) * 0x100000001B3ull;
@@ -2041,7 +2039,7 @@ typedef struct {
 
 // What one block keeps. x0, x1, x2: the residual stream before self-attention, cross-attention, ffn.
 typedef struct {
-    int pattern, place;                               // who attends with whom; which pattern's order the tokens are in
+    int pattern, place;                               // who attends with whom; the order the tokens stand in
     float *x0, *x1, *x2, *stat1, *stat2, *stat3, *e;  // e[B, 6, dim]: shift, scale, gate; shift, scale, gate
     act *h1, *h2, *h3, *f_pre, *f, *y;
     SavedAttention self, cross;
@@ -2059,14 +2057,14 @@ typedef struct {
     float *rope[PATTERNS];                            // [n, head_dim/2, 2] in each order
     Sequences self[PATTERNS], cross[PATTERNS];
     int *heads_pack, *heads_unpack[PATTERNS], *tokens_pack[PATTERNS], *tokens_unpack;   // Ulysses, see trade()
-    Saved *saved;                                     // [layers + 1]; the last one only has x0: the head's input
+    Saved *saved;                                     // [layers + 1]; the last: x0 alone, the head's input, place FULL
     act *sin, *t1, *t1s, *e_act, *es, *e0_act;        // the timestep's way
     float *e, *e0, *head_e;                           // [B, dim], [B, 6, dim], [B, 2, dim]
     act *text, *text_pre, *text_h, *context, *context_q;   // [B·text_len, ...]
     int *ids;                                         // [B·text_len] words, −1 padding
     float *word_pos;                                  // [text_len, text_dim]
     act *patches, *tokens, *h, *y_all, *y;            // h: the head's input after its norm
-    float *head_stat, *out, *amax;                    // out[B, out_dim, T, 2H, 2W]
+    float *head_stat, *out;                           // out[B, out_dim, T, 2H, 2W]
     float *dx, *dx2, *de, *de0, *de_e, *dhead_e, *small;   // gradients: residual stream (two to exchange), modulations
     act *d1, *d2, *d3, *d4, *d5, *dff, *dcontext, *dtext, *dpatches;
     float *packed;                                    // [rows, dim]: what is sent
@@ -2080,6 +2078,14 @@ static int *to_device(const int *host, size_t count) {
     int *p = (int *)device_alloc(count * sizeof(int));
     upload(p, host, count * sizeof(int));
     return p;
+}
+
+// out[2·half] = cos, then sin, of position·10000^(−j/half). The angles need double: float is off by 1e-5 near t = 1000.
+static void sinusoids(float *out, double position, int half) {
+    for (int j = 0; j < half; j++) {
+        double angle = position * pow(10000.0, -(double)j / half);
+        out[j] = (float)cos(angle), out[half + j] = (float)sin(angle);
+    }
 }
 
 // (cos, sin) for every token this rank holds in a pattern's order: out[n, head_dim/2, 2]. A head's pairs are shared out
@@ -2166,7 +2172,7 @@ static void attention_buffers(Arena *a, Run *r, SavedAttention *s, size_t rows, 
     s->q_rstd = take_float(a, rows), s->k_rstd = take_float(a, kv_rows);
     s->q_all = spread_out ? take_act(a, share) : s->q, s->k_all = spread_out ? take_act(a, share) : s->k;
     s->v_all = spread_out ? take_act(a, share) : s->v, s->o_all = spread_out ? take_act(a, share) : s->o;
-    s->lse = r->training ? take_float(a, (spread_out ? all : rows) * heads) : NULL;
+    s->lse = r->training ? take_float(a, spread_out ? all * heads / (size_t)r->ranks->size : rows * heads) : NULL;
 }
 
 // Training keeps every block's activations; otherwise all blocks share one set, and x0 alternates between two.
@@ -2207,16 +2213,17 @@ static void run_buffers(Arena *a, Run *r, size_t most) {
     r->e_act = take_act(a, B * D), r->es = take_act(a, B * D), r->e0_act = take_act(a, B * 6 * D);
     r->e = take_float(a, B * D), r->e0 = take_float(a, B * 6 * D), r->head_e = take_float(a, B * 2 * D);
     r->small = take_float(a, B * (D > (size_t)c->freq_dim ? D : (size_t)c->freq_dim));
-    r->text = take_act(a, text * (size_t)c->text_dim), r->text_pre = take_act(a, text * D),
+    r->text = take_act(a, text * (size_t)c->text_dim), r->text_pre = r->training ? take_act(a, text * D) : NULL,
     r->text_h = take_act(a, text * D);
     r->context = take_act(a, text * D), r->context_q = c->quant ? take_act(a, text * D) : r->context;
     r->ids = (int *)take(a, text, sizeof(int)), r->word_pos = take_float(a, (size_t)c->text_len * (size_t)c->text_dim);
     r->patches = take_act(a, rows * patch), r->tokens = take_act(a, rows * D), r->h = take_act(a, rows * D);
-    r->y = take_act(a, rows * patch), r->y_all = R > 1 ? take_act(a, B * r->N * patch) : r->y;
-    r->head_stat = take_float(a, rows * 2), r->out = take_float(a, pixels), r->amax = take_float(a, 1);
+    r->y = take_act(a, rows * patch), r->y_all = R > 1 ? take_act(a, B * r->N * patch) : NULL;
+    r->head_stat = take_float(a, rows * 2), r->out = take_float(a, pixels);
     r->dx2 = take_float(a, rows * D);
     r->packed = R > 1 ? take_float(a, 2 * wide * D) : NULL;
-    r->trade = R > 1 ? take_act(a, 2 * (share + rows * D)) : NULL;
+    size_t half = rows * D > share ? rows * D : share, all = B * r->N * patch;        // see trade(), gather_tokens()
+    r->trade = R > 1 ? take_act(a, 2 * half > all ? 2 * half : all) : NULL;
     if (!r->training) return;
     r->dx = take_float(a, rows * D), r->de = take_float(a, B * 6 * D), r->de0 = take_float(a, B * 6 * D);
     r->de_e = take_float(a, B * D), r->dhead_e = take_float(a, B * 2 * D);
@@ -2234,8 +2241,7 @@ static void run_maps(Run *r) {
     int rank = r->ranks->rank, R = r->ranks->size, L = c->num_layers;
     for (int i = 0; i < L; i++) {
         int p = r->saved[i].pattern, at = r->saved[i].place, count = r->pattern[p].count;
-        int low = R > 1 && at == FULL ? 0 : count * rank / R,
-            high = R > 1 && at == FULL ? count : count * (rank + 1) / R;
+        int low = at == FULL ? 0 : count * rank / R, high = at == FULL ? count : count * (rank + 1) / R;
         if (!r->self[p].q) sequences_init(&r->self[p], &r->pattern[p], low, high, r->B);
         if (!r->cross[at].q) cross_sequences_init(&r->cross[at], r->n[at], c->text_len, r->B);
         if (!r->rope[at]) r->rope[at] = rope_table(&r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
@@ -2251,13 +2257,8 @@ static void run_maps(Run *r) {
         }
     if (R > 1) ulysses_init(r);
     if (!c->vocab) return;
-    int half = c->text_dim / 2;                                     // the word table's positions, as for timesteps
     float *host = (float *)xalloc((size_t)c->text_len * (size_t)c->text_dim, sizeof(float));
-    for (int l = 0; l < c->text_len; l++)
-        for (int j = 0; j < half; j++) {
-            double angle = l * pow(10000.0, -(double)j / half);
-            host[l * c->text_dim + j] = (float)cos(angle), host[l * c->text_dim + half + j] = (float)sin(angle);
-        }
+    for (int l = 0; l < c->text_len; l++) sinusoids(host + l * c->text_dim, l, c->text_dim / 2);     // word positions
     upload(r->word_pos, host, (size_t)c->text_len * (size_t)c->text_dim * sizeof(float));
     free(host);
 }
@@ -2298,9 +2299,9 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
 // ---- rows in, rows out ------------------------------------------------------------------------------------------
 // Q(x; s) of a tensor that may be spread over ranks: its maximum is everyone's (spec §6).
 static void quantize(Run *r, act *y, const act *x, size_t n, float s) {
-    absmax(r->amax, x, n);
-    max_over_ranks(r->ranks, r->amax);
-    hif8_tensor(y, x, n, s, r->amax);
+    absmax(r->m->amax, x, n);
+    max_over_ranks(r->ranks, r->m->amax);
+    hif8_tensor(y, x, n, s, r->m->amax);
 }
 
 static void linear(act *y, const act *x, const Linear *l, size_t rows) {
@@ -2332,8 +2333,16 @@ static void exchange_rows(Run *r, float *x_out, const float *x, int from, int to
     if (packed != x_out) deliver(r, x_out, from, to);
 }
 
+// r->dx from one order to another.
+static void exchange_gradient(Run *r, int from, int to) {
+    if (from == to) return;
+    float *moved = r->dx2;
+    exchange_rows(r, moved, r->dx, from, to);
+    r->dx2 = r->dx, r->dx = moved;
+}
+
 // Ulysses: tokens for heads. Before: my tokens, all heads [B·n, dim]; after: all tokens in the pattern's order, my
-// heads [B·N, dim/R]. backwards: the way back. A "row" of the transfer is one token's share for one rank, dim/R numbers.
+// heads [B·N, dim/R]. backwards: the way back. y may be x. A "row" here is one token's share for one rank.
 static void trade(Run *r, act *y, const act *x, int pattern, bool backwards) {
     int R = r->ranks->size, D = r->m->c.dim, *counts = (int *)xalloc(2 * (size_t)R, sizeof(int));
     const int *first = r->pattern[FULL].first;
@@ -2391,14 +2400,11 @@ static void attention_layer_back(Run *r, const Attention *w, SavedAttention *s, 
     size_t rows = (size_t)B * n, kv_rows = (size_t)B * kv_n, width = (size_t)D;
     act *dout = r->d2, *dq = r->d3, *dk = r->d4, *dv = r->d5;
     linear_back(r, dout, r->d1, s->oq, &w->o, rows, false);
-    if (R > 1) trade(r, r->d1, dout, trade_pattern, false);
-    attention_backward(dq, dk, dv, R > 1 ? r->d1 : dout, s->q_all, s->k_all, s->v_all, s->o_all, s->lse, sequences,
-                       heads / R, D / heads);
-    if (R > 1) {
-        trade(r, r->d1, dq, trade_pattern, true), copy(dq, r->d1, rows * width * act_size());
-        trade(r, r->d1, dk, trade_pattern, true), copy(dk, r->d1, rows * width * act_size());
-        trade(r, r->d1, dv, trade_pattern, true), copy(dv, r->d1, rows * width * act_size());
-    }
+    if (R > 1) trade(r, dout, dout, trade_pattern, false);
+    attention_backward(dq, dk, dv, dout, s->q_all, s->k_all, s->v_all, s->o_all, s->lse, sequences, heads / R,
+                       D / heads);
+    act *const gradients[] = {dq, dk, dv};
+    for (int i = 0; i < 3 && R > 1; i++) trade(r, gradients[i], gradients[i], trade_pattern, true);
     if (dcontext != dh && r->ranks->size > 1) {
         float *sums[] = {r->packed, r->packed + kv_rows * width};
         to_float(sums[0], dk, kv_rows * width), to_float(sums[1], dv, kv_rows * width);
@@ -2473,10 +2479,7 @@ static void block_backward(Run *r, int i) {
     PerSample scale1 = of_row(e, 1, 6, D), gate1 = of_row(e, 2, 6, D), scale2 = of_row(e, 4, 6, D),
               gate2 = of_row(e, 5, 6, D);
     zero(de, (size_t)B * 6 * (size_t)D * sizeof(float));
-    if (at != next->place) {
-        exchange_rows(r, r->dx2, r->dx, next->place, at);
-        float *swap = r->dx; r->dx = r->dx2, r->dx2 = swap;
-    }
+    exchange_gradient(r, next->place, at);
     // x += gate2 · ffn(LN(x)·(1 + scale2) + shift2)
     gate_backward(r->d1, of_row(de, 5, 6, D), r->dx, s->y, gate2, B, n, D);
     linear_back(r, r->dff, r->d1, s->f, &w->ffn2, rows, false);
@@ -2498,16 +2501,12 @@ static void block_backward(Run *r, int i) {
 }
 
 // ---- around the blocks ------------------------------------------------------------------------------------------
-// t[B] = 1000σ. sin_emb -> e[B, dim] -> e0[B, 6, dim]. The angles need double: float is off by 1e-5 near t = 1000.
+// t[B] = 1000σ. Sinusoids -> e[B, dim] -> e0[B, 6, dim].
 static void time_forward(Run *r, const double *t) {
     const Model *m = r->m;
     int B = r->B, D = m->c.dim, half = m->c.freq_dim / 2;
     float *host = (float *)xalloc((size_t)B * (size_t)m->c.freq_dim, sizeof(float));
-    for (int b = 0; b < B; b++)
-        for (int j = 0; j < half; j++) {
-            double angle = t[b] * pow(10000.0, -(double)j / half);
-            host[b * 2 * half + j] = (float)cos(angle), host[b * 2 * half + half + j] = (float)sin(angle);
-        }
+    for (int b = 0; b < B; b++) sinusoids(host + b * 2 * half, t[b], half);
     upload(r->small, host, (size_t)B * 2 * (size_t)half * sizeof(float));
     to_act(r->sin, r->small, (size_t)B * 2 * (size_t)half);
     free(host);
@@ -2554,19 +2553,21 @@ static void text_backward(Run *r) {
 }
 
 // Rows that the ranks hold in plain order -> all rows, of `width` numbers each, on every rank.
-static void gather_tokens(Run *r, act *all, const act *mine, size_t width) {
+static act *gather_tokens(Run *r, act *mine, size_t width) {
+    if (r->ranks->size == 1) return mine;
     int R = r->ranks->size, *counts = (int *)xalloc(2 * (size_t)R, sizeof(int));
     for (int s = 0; s < R; s++) {
         counts[s] = r->B * (int)r->n[FULL];
         counts[R + s] = r->B * (r->pattern[FULL].first[s + 1] - r->pattern[FULL].first[s]);
     }
     all_to_all(r->ranks, r->trade, mine, counts + R, counts, true, width * act_size(), OUTPUT);
-    gather_rows(all, r->trade, r->heads_unpack[FULL], (size_t)r->B * r->N, width * act_size());
+    gather_rows(r->y_all, r->trade, r->heads_unpack[FULL], (size_t)r->B * r->N, width * act_size());
     free(counts);
+    return r->y_all;
 }
 
 // ---- the whole model ----------------------------------------------------------------------------------------------
-// x[B, in_dim, T, 2H, 2W], t[B] = 1000σ, and the text in r->text or r->ids -> the velocity r->out[B, out_dim, T, 2H, 2W].
+// x[B, in_dim, T, 2H, 2W], t[B] = 1000σ, and the text in r->text or r->ids -> velocity r->out[B, out_dim, T, 2H, 2W].
 static void forward(Run *r, const float *x, const double *t) {
     const Config *c = &r->m->c;
     int B = r->B, D = c->dim, L = c->num_layers;
@@ -2590,8 +2591,7 @@ static void forward(Run *r, const float *x, const double *t) {
     residual_norm_forward(NULL, r->h, r->head_stat, last->x0, NULL, NOTHING, of_row(r->head_e, 0, 2, D),
                           of_row(r->head_e, 1, 2, D), 1, B, n, D, (float)c->eps);
     linear(r->y, r->h, &r->m->head, rows);
-    if (r->ranks->size > 1) gather_tokens(r, r->y_all, r->y, 4 * (size_t)c->out_dim);
-    rows_to_latent(r->out, r->y_all, B, c->out_dim, r->T, r->H, r->W, false);
+    rows_to_latent(r->out, gather_tokens(r, r->y, 4 * (size_t)c->out_dim), B, c->out_dim, r->T, r->H, r->W, false);
 }
 
 // dout[B, out_dim, T, 2H, 2W] = d loss / d r->out. Adds to every parameter's gradient; writes dlatent, if not NULL.
@@ -2610,15 +2610,12 @@ static void backward(Run *r, float *dlatent, const float *dout) {
                   of_row(r->head_e, 1, 2, D), 1, B, n, D);
     modulation_backward(r->m->head_modulation->dw, r->de_e, r->dhead_e, B, 2, 1, D);
     for (int i = L - 1; i >= 0; i--) block_backward(r, i);
-    if (r->saved[0].place != FULL) {
-        exchange_rows(r, r->dx2, r->dx, r->saved[0].place, FULL);
-        float *swap = r->dx; r->dx = r->dx2, r->dx2 = swap;
-    }
+    exchange_gradient(r, r->saved[0].place, FULL);
     to_act(r->d1, r->dx, rows * (size_t)D);
     linear_back(r, dlatent ? r->dpatches : NULL, r->d1, r->patches, &r->m->patch, rows, false);
-    if (dlatent && r->ranks->size > 1) gather_tokens(r, r->y_all, r->dpatches, 4 * (size_t)c->in_dim);
     if (dlatent)
-        rows_to_latent(dlatent, r->ranks->size > 1 ? r->y_all : r->dpatches, B, c->in_dim, r->T, r->H, r->W, true);
+        rows_to_latent(dlatent, gather_tokens(r, r->dpatches, 4 * (size_t)c->in_dim), B, c->in_dim, r->T, r->H, r->W,
+                       true);
     text_backward(r);
     time_backward(r);
 }

@@ -875,7 +875,7 @@ static void check_unit_linear(const File *f, const char *name) {
           *bx = golden(f, &nb, "unit.linear.b"), *dyx = golden(f, &ny, "unit.linear.dy");
     alone.size = alone.halves = 1;
     m.c.quant = 1, m.amax = spoiled(1);
-    r.m = &m, r.ranks = &alone, r.amax = spoiled(1);
+    r.m = &m, r.ranks = &alone;
     w.rank = 2, w.shape[0] = nb, w.shape[1] = nw / nb, w.count = nw, w.block_matrix = w.product = true;
     w.w = up(wx, nw), w.dw = (float *)device_alloc(nw * sizeof(float)), w.c = spoiled_act(nw);
     b.rank = 1, b.shape[0] = b.count = nb, b.w = up(bx, nb), b.dw = (float *)device_alloc(nb * sizeof(float));
@@ -2074,9 +2074,9 @@ static void part_forward(Run *r, int i, int part) {
     default: {                                                               // in place: what 8 bits would add
         act *const wide[] = {s->h1, s->self.q, s->self.k, s->self.v, s->self.o, s->h2, s->cross.q, s->cross.o, s->h3};
         for (int k = 0; k < 9; k++)
-            absmax(r->amax, wide[k], rows * (size_t)D), hif8_tensor(wide[k], wide[k], rows * (size_t)D, 15, r->amax);
-        absmax(r->amax, s->f, rows * (size_t)c->ffn_dim),
-            hif8_tensor(s->f, s->f, rows * (size_t)c->ffn_dim, 15, r->amax);
+            absmax(r->m->amax, wide[k], rows * (size_t)D), hif8_tensor(wide[k], wide[k], rows * (size_t)D, 15, r->m->amax);
+        absmax(r->m->amax, s->f, rows * (size_t)c->ffn_dim),
+            hif8_tensor(s->f, s->f, rows * (size_t)c->ffn_dim, 15, r->m->amax);
     }
     }
 }
