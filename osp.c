@@ -190,10 +190,11 @@ EVERYWHERE float hif8_scale(float s, float amax) { return s / (amax < 1e-8f ? 1e
 // 3. Files: written whole or not at all; safetensors in and out
 // ============================================================================================================
 // An output file grows under a temporary name beside its target and takes the target's name when all of it is on the
-// disk: whoever stops the program finds the old file or the new one.
+// disk: whoever stops the program finds the old file or the new one. The path "-" is stdout.
 typedef struct { char path[PATH_MAX], temp[PATH_MAX]; FILE *file; } Output;
 
 static void output_drop(Output *o) {
+    if (o->file == stdout) return;
     fclose(o->file);
     unlink(o->temp);
 }
@@ -207,6 +208,7 @@ static void output_failed(Output *o) {
 static void output_open(Output *o, const char *path) {
     struct stat s;
     size_t length = strlen(path);
+    if (!strcmp(path, "-")) { strcpy(o->path, "to stdout"), o->file = stdout; return; }
     if (!length || path[length - 1] == '/' || (!stat(path, &s) && !S_ISREG(s.st_mode)))
         die("cannot write '%s': not a regular file; give the name of a file", path);
     if (!realpath(path, o->path)) snprintf(o->path, PATH_MAX, "%s", path);   // a link stays, its target is replaced
@@ -223,7 +225,9 @@ static void output_bytes(Output *o, const void *data, size_t size) {
 }
 
 static void output_close(Output *o) {
-    if (fflush(o->file) || fsync(fileno(o->file)) || rename(o->temp, o->path)) output_failed(o);
+    if (fflush(o->file)) output_failed(o);
+    if (o->file == stdout) return;
+    if (fsync(fileno(o->file)) || rename(o->temp, o->path)) output_failed(o);
     fclose(o->file);
 }
 
@@ -261,7 +265,7 @@ typedef struct {
     FileTensor *tensors;                   // in the order of their data
     int count, pairs;
     Entry *by_name, *by_key;               // the tensors and __metadata__, sorted
-    char *header, *at;                     // a copy of the header, strings decoded in place; where the parser stands
+    char *header, *at;                     // a copy of the header, whose strings end in 0; where the parser stands
     const char *part;                      // and in which tensor
 } File;
 
@@ -278,12 +282,8 @@ static bool complain(char error[256], const char *format, ...) {
 // No call looks at what another returned: after the first complaint json_each ends every loop, and the copy ends with a
 // 0, which no rule accepts, so that no step can leave it. Nothing recurses.
 static void expected(File *f, const char *what) {
-    unsigned c = (unsigned char)*f->at;
-    char found[16];
     if (*f->error) return;                                                   // what follows is a consequence
-    snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02X", c);
-    complain(f->error, "%.100s, byte %zu of the file: found %s, expected %s", f->part, (size_t)(f->at - f->header) + 8,
-             found, what);
+    complain(f->error, "%.100s, byte %zu of the file: expected %s", f->part, (size_t)(f->at - f->header) + 8, what);
 }
 
 static char json_peek(File *f) {
@@ -317,42 +317,24 @@ static int json_numbers(File *f, size_t *out, int most) {                    // 
     return n;
 }
 
-// What an escape stands for, 0 if it is none; its last byte becomes the current one. All above ASCII becomes '?': no
-// name needs it.
-static unsigned char json_escape(File *f) {
-    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    const char *hit = strchr(names, *++f->at);
-    char hex[5] = "";
-    if (*f->at && hit) return (unsigned char)values[hit - names];
-    if (*f->at != 'u' || strspn(f->at + 1, "0123456789abcdefABCDEF") < 4) return 0;
-    memcpy(hex, f->at + 1, 4);
-    f->at += 4;
-    unsigned long code = strtoul(hex, NULL, 16);
-    return (unsigned char)(code < 0x80 ? code : '?');
-}
-
-// Decoded in place, for no escape is shorter than what it stands for. Only values may hold control characters, escaped.
+// A string as it is written: an escape must not end it, and stays. Names have none, or two could look different and be
+// the same; the values of __metadata__ may.
 static const char *json_string(File *f, bool value) {
     json_take(f, '"');
-    char *start = f->at, *out = f->at;
-    while (!*f->error && *f->at != '"') {
-        bool escape = *f->at == '\\';
-        unsigned char c = escape ? json_escape(f) : (unsigned char)*f->at;
-        if (!c || (c < 0x20 && !(escape && value))) expected(f, "a character of a string");
-        else f->at++, *out++ = (char)c;
+    char *start = f->at;
+    for (; !*f->error && *f->at != '"'; f->at++) {
+        if (*f->at == '\\' && value && f->at[1] > 0) f->at++;
+        else if ((unsigned char)*f->at < 0x20 || *f->at == '\\') expected(f, "a plain character");
     }
     if (*f->error) return "";
-    f->at++;
-    *out = 0;
+    *f->at++ = 0;
     return start;
 }
 
 // ---- the header ---------------------------------------------------------------------------------------------------
 static size_t dtype_bytes(const char *dtype) {                               // 0: unknown
-    static const char *names[] = {"U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "F16", "BF16", "I16", "U16", "F32", "I32",
-                                  "U32", "F64", "I64", "U64"};
-    for (int i = 0; i < 15; i++) if (strcmp(dtype, names[i]) == 0) return i < 5 ? 1 : i < 9 ? 2 : i < 12 ? 4 : 8;
-    return 0;
+    if (!strcmp(dtype, "F32") || !strcmp(dtype, "I32")) return 4;
+    return !strcmp(dtype, "BF16") || !strcmp(dtype, "F16") ? 2 : !strcmp(dtype, "U8");
 }
 
 static bool parse_tensor(File *f, const char *name) {
@@ -447,10 +429,9 @@ static bool check_layout(File *f, const uint8_t *data, size_t size) {
 }
 
 static void file_close(File *f) {
-    free(f->header); free(f->tensors); free(f->by_name); free(f->by_key);
+    free(f->header), free(f->tensors), free(f->by_name), free(f->by_key);
     if (f->map) munmap(f->map, f->size);
-    f->header = NULL; f->tensors = NULL; f->by_name = f->by_key = NULL; f->map = NULL;
-    f->count = f->pairs = 0;
+    f->header = NULL, f->tensors = NULL, f->by_name = f->by_key = NULL, f->map = NULL;
 }
 
 // f from the bytes of a file, which must outlive it. False: f->error says what and where, and nothing stays allocated.
@@ -515,28 +496,24 @@ static float half_to_float(uint32_t h) {
     return bits_float((u >= 0x47800000u ? u | 0x7F800000u : u) | (h & 0x8000) << 16);    // 2^16: Inf and NaN
 }
 
-// The value of every HiF8 code in t.
-static bool read_scale(char error[256], float value[256], const File *f, const FileTensor *t) {
-    float k = 0;
-    char *name = NULL;
-    if (asprintf(&name, "%s.scale", t->name) < 0) return complain(error, "out of memory; close other programs");
-    const FileTensor *scale = file_find(f, name);
-    free(name);
-    if (!scale) return complain(error, "tensor %.100s: U8 without a .scale; write the file again", t->name);
-    if (!read_raw(error, &k, scale, "F32", 1)) return false;
-    for (int code = 0; code < 256; code++) value[code] = hif8_decode((uint8_t)code) / k;
-    if (k > 0 && isfinite(k)) return true;
-    return complain(error, "tensor %.100s: found %g, expected > 0; write the file again", scale->name, (double)k);
-}
-
-// file_read that does not die: false where error says why.
+// out[count] = the values of t, from F32, BF16, F16 or HiF8; false where error says why not. For other numbers, or NaN
+// on purpose: read_raw.
 static bool try_read(char error[256], float *out, const File *f, const FileTensor *t, size_t count) {
-    float value[256];
+    char scale_name[300];
+    float k = 1;
     bool u8 = !strcmp(t->dtype, "U8"), bf16 = !strcmp(t->dtype, "BF16"), f16 = !strcmp(t->dtype, "F16");
     if (t->count != count)
         return complain(error, "tensor %.100s: found %zu values, expected %zu; use a file of this model", t->name,
                         t->count, count);
-    if (u8 ? !read_scale(error, value, f, t) : !bf16 && !f16 && !read_raw(error, out, t, "F32", count)) return false;
+    snprintf(scale_name, sizeof scale_name, "%.280s.scale", t->name);
+    const FileTensor *scale = u8 ? file_find(f, scale_name) : NULL;
+    if (u8 && !scale) return complain(error, "tensor %.100s: U8 without a .scale; write the file again", t->name);
+    if (u8 ? !read_raw(error, &k, scale, "F32", 1) : !bf16 && !f16 && !read_raw(error, out, t, "F32", count))
+        return false;
+    if (!(k > 0 && isfinite(k)))
+        return complain(error, "tensor %.100s: found %g, expected > 0; write the file again", scale_name, (double)k);
+    float value[256];
+    for (int code = 0; code < 256; code++) value[code] = hif8_decode((uint8_t)code) / k;
     for (size_t i = 0; i < count; i++) {
         uint16_t h = 0;
         if (bf16 || f16) memcpy(&h, t->data + 2 * i, 2);
@@ -549,22 +526,35 @@ static bool try_read(char error[256], float *out, const File *f, const FileTenso
     return true;
 }
 
-// out[count] = the values of t, from F32, BF16, F16 or HiF8. For other numbers, or NaN on purpose: read_raw.
-static void file_read(float *out, const File *f, const FileTensor *t, size_t count) {
+// The values of t on the host, or the end of the program. The caller frees them.
+static float *file_read(const File *f, const FileTensor *t, size_t count) {
     char error[256];
+    float *out = (float *)xalloc(count, sizeof(float));
     if (!try_read(error, out, f, t, count)) die("%s: %s", f->path, error);
+    return out;
+}
+
+static float *file_numbers(const File *f, const char *name, size_t count, const char *remedy) {
+    const FileTensor *t = file_find(f, name);
+    if (!t || t->count != count)
+        die("%s: tensor %s is missing or not of %zu numbers; %s", f->path, name, count, remedy);
+    return file_read(f, t, count);
 }
 
 // ---- writing ------------------------------------------------------------------------------------------------------
-// writer_open, writer_meta.., writer_declare.., then writer_put for each tensor as declared, writer_close.
+// writer_open, writer_meta.., writer_add.., and writer_close, which writes all of it.
+typedef struct { const char *name, *dtype; const float *values; size_t count; } Item;
+
 typedef struct {
     Output out;
-    FILE *header;                          // in memory, in text[length], until the first put
+    FILE *header;                          // in memory: text[length]
     char *text;
-    FileTensor *tensors;                   // as declared; tensors[next] is the next to be put
-    int pairs, lines, count, next;         // pairs, lines: of the header
-    size_t length, bytes;                  // bytes: of all tensors declared
+    size_t length, bytes;                  // bytes: of all tensors
+    Item *items;
+    int pairs, lines, count;               // pairs, lines: of the header
 } Writer;
+
+static void download(void *host, const void *device, size_t bytes);          // section 4
 
 static void writer_open(Writer *w, const char *path) {
     memset(w, 0, sizeof *w);
@@ -573,19 +563,21 @@ static void writer_open(Writer *w, const char *path) {
     fputs("{\"__metadata__\":{", w->header);
 }
 
-// A string of __metadata__; before the first tensor is declared.
+// What JSON would have to escape becomes '.
+static void plain_text(char *s) {
+    for (; *s; s++) if ((unsigned char)*s < 0x20 || *s == '"' || *s == '\\') *s = '\'';
+}
+
+// A string of __metadata__; before the first tensor.
 __attribute__((format(printf, 3, 4)))
 static void writer_meta(Writer *w, const char *key, const char *format, ...) {
-    char *text = NULL;
+    char text[4096];
     va_list args;
     va_start(args, format);
-    if (vasprintf(&text, format, args) < 0) output_failed(&w->out);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    fprintf(w->header, "%s\"%s\":\"", w->pairs++ ? "," : "", key);
-    for (const char *s = text; *s; s++)
-        fprintf(w->header, (unsigned char)*s < 0x20 ? "\\u%04x" : *s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
-    fputc('"', w->header);
-    free(text);
+    plain_text(text);
+    fprintf(w->header, "%s\"%s\":\"%s\"", w->pairs++ ? "," : "", key, text);
 }
 
 // The header's line of a tensor; returns how many values it has.
@@ -599,27 +591,17 @@ static size_t header_line(Writer *w, const char *name, const char *suffix, const
     return count;
 }
 
-// dtype F32, BF16 or U8, which means HiF8 and declares name.scale too. The name, plain ASCII, must outlive the writer.
-static void writer_declare(Writer *w, const char *name, const char *dtype, int rank, const size_t *shape) {
-    w->tensors = (FileTensor *)realloc(w->tensors, ((size_t)w->count + 1) * sizeof *w->tensors);
-    if (!w->tensors) output_failed(&w->out);
-    FileTensor *t = &w->tensors[w->count++];
-    t->name = name;
-    strcpy(t->dtype, dtype);
-    t->count = header_line(w, name, "", dtype, rank, shape);
+// The tensor values[shape] on the device. dtype F32, BF16 or U8, which means HiF8 and writes name.scale too. Name
+// (plain ASCII) and values must stay until writer_close.
+static void writer_add(Writer *w, const char *name, const char *dtype, int rank, const size_t *shape,
+                       const float *values) {
     const size_t one = 1;
+    w->items = (Item *)realloc(w->items, ((size_t)w->count + 1) * sizeof *w->items);
+    if (!w->items) output_failed(&w->out);
+    Item *item = &w->items[w->count++];
+    item->name = name, item->dtype = dtype, item->values = values;
+    item->count = header_line(w, name, "", dtype, rank, shape);
     if (!strcmp(dtype, "U8")) header_line(w, name, ".scale", "F32", 1, &one);
-}
-
-static void writer_start(Writer *w) {
-    fputc('}', w->header);
-    fflush(w->header);
-    fprintf(w->header, "%*s", (int)((8 - w->length % 8) % 8), "");           // data start at a multiple of 8
-    if (fclose(w->header)) output_failed(&w->out);
-    w->header = NULL;
-    uint64_t n = w->length;
-    output_bytes(&w->out, &n, 8);
-    output_bytes(&w->out, w->text, w->length);
 }
 
 static uint32_t float_to_bf16(float x) {                                     // to the nearest, ties to even
@@ -627,15 +609,13 @@ static uint32_t float_to_bf16(float x) {                                     // 
     return isnan(x) ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
 }
 
-// x[count] becomes the tensor whose turn it is. What file_read would refuse is refused here: NaN and Inf.
-static void writer_put(Writer *w, const float *x, size_t count) {
-    if (w->header) writer_start(w);
-    if (w->next == w->count || w->tensors[w->next].count != count) die("%s: not the tensor declared", w->out.path);
-    const FileTensor *t = &w->tensors[w->next++];
-    bool u8 = !strcmp(t->dtype, "U8"), bf16 = !strcmp(t->dtype, "BF16");
-    size_t width = dtype_bytes(t->dtype);
+// The bytes of one tensor. What file_read would refuse is refused here: NaN and Inf.
+static void write_item(Output *o, const Item *item) {
+    bool u8 = !strcmp(item->dtype, "U8"), bf16 = !strcmp(item->dtype, "BF16");
+    size_t width = dtype_bytes(item->dtype), count = item->count;
+    float *x = (float *)xalloc(count, sizeof(float)), amax = 0;
     uint8_t *bytes = (uint8_t *)xalloc(count * width + 4, 1);
-    float amax = 0;
+    download(x, item->values, count * sizeof(float));
     for (size_t i = 0; u8 && i < count; i++) if (isfinite(x[i]) && fabsf(x[i]) > amax) amax = fabsf(x[i]);
     float k = hif8_scale(15.0f, amax);
     for (size_t i = 0; i < count; i++) {
@@ -643,19 +623,26 @@ static void writer_put(Writer *w, const float *x, size_t count) {
         float y = bf16 ? bits_float(bits << 16) : u8 ? hif8_round(x[i] * k) / k : x[i];
         memcpy(bytes + width * i, &bits, 4);                                 // the next one overwrites what is too much
         if (isfinite(y)) continue;
-        output_drop(&w->out);
-        die("%s: tensor %s: value %zu is %g, no number of %s; lower --lr or write f32", w->out.path, t->name, i,
-            (double)x[i], t->dtype);
+        output_drop(o);
+        die("%s: tensor %s: value %zu is %g, no number of %s; lower --lr or write f32", o->path, item->name, i,
+            (double)x[i], item->dtype);
     }
-    output_bytes(&w->out, bytes, count * width);
-    if (u8) output_bytes(&w->out, &k, 4);
-    free(bytes);
+    output_bytes(o, bytes, count * width);
+    if (u8) output_bytes(o, &k, 4);
+    free(x), free(bytes);
 }
 
 static void writer_close(Writer *w) {
-    if (w->next < w->count) die("%s: tensor %s was not put", w->out.path, w->tensors[w->next].name);
+    fputc('}', w->header);
+    fflush(w->header);
+    fprintf(w->header, "%*s", (int)((8 - w->length % 8) % 8), "");           // data start at a multiple of 8
+    if (fclose(w->header)) output_failed(&w->out);
+    uint64_t n = w->length;
+    output_bytes(&w->out, &n, 8);
+    output_bytes(&w->out, w->text, w->length);
+    for (int i = 0; i < w->count; i++) write_item(&w->out, &w->items[i]);
     output_close(&w->out);
-    free(w->tensors); free(w->text);
+    free(w->items), free(w->text);
 }
 // ============================================================================================================
 // 4. The operations: what a backend provides
@@ -2953,6 +2940,9 @@ static void schedule(double *sigma, int steps, double shift) {          // sigma
 // The training shift e^μ grows with the tokens of a frame: more pixels need more noise to be hidden equally well.
 static double train_shift(int tokens) { return exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)); }
 
+// Numbers of one sample's latent or clip, x[C, T, 2H, 2W].
+static size_t latent_size(const Run *r) { return (size_t)r->m->c.out_dim * r->N * 4; }
+
 // A batch's text on the host: words of captions, or rows of UMT5 embeddings.
 typedef struct { const int *ids; const float *rows; } Text;             // [B·text_len] or [B·text_len, text_dim]
 
@@ -2965,30 +2955,43 @@ static void text_set(Run *r, Text text) {
     device_free(room);
 }
 
-// v = v_uncond + g·(v_cond − v_uncond), for all samples at one σ. With g = 1 one forward is enough; with halves of ranks
-// each does one forward and they swap. `v` may not be r->out.
+static void caption_ids(int *ids, int text_len, const char *text) {     // words, then −1 for padding
+    for (int i = words_of(ids, text_len, text); i < text_len; i++) ids[i] = -1;
+}
+
+static Text caption_batch(const Model *m, const char *const *captions, int count) {   // NULL: the empty caption
+    int *ids = (int *)xalloc((size_t)count * (size_t)m->c.text_len, sizeof(int));
+    for (int b = 0; b < count; b++) caption_ids(ids + b * m->c.text_len, m->c.text_len, captions ? captions[b] : "");
+    Text t = {ids, NULL};
+    return t;
+}
+
+static void noise_fill(float *x, size_t count, uint64_t seed, uint64_t stream, uint64_t first) {
+    #pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; i++) x[i] = rng_normal(seed, stream, first + i);
+}
+
+// v = v_uncond + g·(v_cond − v_uncond), for all samples at one σ. With g = 1 one forward is enough; with
+// halves of ranks each does one forward and they swap. `v` may not be r->out.
 static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text cond, Text uncond, double g) {
-    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    size_t count = (size_t)r->B * latent_size(r);
+    bool halves = r->ranks->halves == 2;
     double *t = (double *)xalloc((size_t)r->B, sizeof(double));
     for (int b = 0; b < r->B; b++) t[b] = 1000 * sigma;
-    if (r->ranks->halves == 2) {
-        float *both = (float *)device_alloc(2 * count * sizeof(float));
-        text_set(r, r->ranks->half == 0 ? cond : uncond);
+    if (!halves && g != 1) {
+        text_set(r, uncond);
         forward(r, x, t);
+        copy(v, r->out, count * sizeof(float));
+    }
+    text_set(r, halves && r->ranks->half ? uncond : cond);
+    forward(r, x, t);
+    if (halves) {
+        float *both = (float *)device_alloc(2 * count * sizeof(float));
         all_gather(r->ranks, both, r->out, (int)count, sizeof(float), GUIDANCE);
         lincomb(v, (float)(1 - g), both + count, (float)g, both, count);
         device_free(both);
-    } else {
-        if (g != 1) {
-            text_set(r, uncond);
-            forward(r, x, t);
-            copy(v, r->out, count * sizeof(float));
-        }
-        text_set(r, cond);
-        forward(r, x, t);
-        if (g != 1) lincomb(v, (float)(1 - g), v, (float)g, r->out, count);
-        else copy(v, r->out, count * sizeof(float));
-    }
+    } else if (g != 1) lincomb(v, (float)(1 - g), v, (float)g, r->out, count);
+    else copy(v, r->out, count * sizeof(float));
     free(t);
 }
 
@@ -2999,7 +3002,7 @@ static void progress_line(const char *what, int step, int steps, double began) {
 
 // Noise x[B, C, T, 2H, 2W] becomes data, in place: Euler steps x += (σ_next − σ)·v.
 static void sample(Run *r, float *x, Text cond, Text uncond, int steps, double shift, double guidance) {
-    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    size_t count = (size_t)r->B * latent_size(r);
     double *sigma = (double *)xalloc((size_t)steps + 1, sizeof(double)), began = seconds();
     float *v = (float *)device_alloc(count * sizeof(float));
     schedule(sigma, steps, shift);
@@ -3011,6 +3014,19 @@ static void sample(Run *r, float *x, Text cond, Text uncond, int steps, double s
     if (r->show) fprintf(stderr, "\r\033[K");
     device_free(v);
     free(sigma);
+}
+
+// The same from noise to data on the host.
+static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, double shift, double guidance) {
+    size_t count = (size_t)r->B * latent_size(r);
+    float *x = (float *)device_alloc(count * sizeof(float));
+    upload(x, host, count * sizeof(float));
+    sample(r, x, cond, uncond, steps, shift, guidance);
+    download(host, x, count * sizeof(float));
+    device_free(x);
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite(host[i]))
+            die("the model made a number that is not finite; the weights may be broken, or try --device-dtype f32");
 }
 
 // ---- learning ---------------------------------------------------------------------------------------------------
@@ -3056,28 +3072,30 @@ enum { CAPTION_STREAM = 1, DROP_STREAM, SIGMA_STREAM, NOISE_STREAM, SAMPLE_STREA
 typedef struct { float *x, *target; int *ids; double *t; } Batch;       // host: x_σ, ε − x0, words, 1000σ
 
 static void batch_new(Batch *a, const Run *r) {
-    size_t count = (size_t)r->B * (size_t)r->m->c.in_dim * r->N * 4;
+    size_t count = (size_t)r->B * latent_size(r);
     a->x = (float *)xalloc(count, sizeof(float)), a->target = (float *)xalloc(count, sizeof(float));
     a->ids = (int *)xalloc((size_t)r->B * (size_t)r->m->c.text_len, sizeof(int));
     a->t = (double *)xalloc((size_t)r->B, sizeof(double));
 }
 
-static void caption_ids(int *ids, int text_len, const char *text) {     // words, then −1 for padding
-    for (int i = words_of(ids, text_len, text); i < text_len; i++) ids[i] = -1;
+static int training_caption(uint64_t seed, uint64_t k) {                // the first of draw k that is not held out
+    int caption;
+    k <<= 8;
+    do caption = (int)(rng_bits(seed, CAPTION_STREAM, k++) % CAPTIONS); while (held_out(caption));
+    return caption;
 }
 
 // The training samples of one step: a caption that is not held out, its clip, σ, noise; captions dropped at times, so
 // that the model also learns the unconditional velocity that guidance needs.
 static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
     const Config *c = &r->m->c;
-    size_t size = (size_t)c->in_dim * r->N * 4;
+    size_t size = latent_size(r);
     double s = train_shift(r->H * r->W);
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
-        uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b, draw = k << 8;
-        int caption;
+        uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b;
         char text[128] = "";
-        do caption = (int)(rng_bits(o->seed, CAPTION_STREAM, draw++) % CAPTIONS); while (held_out(caption));
+        int caption = training_caption(o->seed, k);
         float *x = a->x + (size_t)b * size, *target = a->target + (size_t)b * size;
         draw_clip(x, scene_of(caption), o->seed, k, r->T, 2 * r->H, 2 * r->W);
         if (rng_uniform(o->seed, DROP_STREAM, k) >= o->drop) caption_text(text, sizeof(text), scene_of(caption));
@@ -3094,7 +3112,7 @@ static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) 
 
 // To the device: as soon as the last step's backward is asked for, so that a GPU never waits for it.
 static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
-    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    size_t count = (size_t)r->B * latent_size(r);
     Text text = {a->ids, NULL};
     upload(x, a->x, count * sizeof(float));
     upload(target, a->target, count * sizeof(float));
@@ -3103,7 +3121,7 @@ static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
 
 // Forward and backward of an uploaded batch; returns the loss. x, target, dout are device buffers of the latent's size.
 static double train_step(Run *r, const Batch *a, const float *x, const float *target, float *dout) {
-    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    size_t count = (size_t)r->B * latent_size(r);
     weights_prepare(r->m);
     forward(r, x, a->t);
     double loss = mse(dout, r->out, target, count);
@@ -3119,43 +3137,38 @@ static double train_step(Run *r, const Batch *a, const float *x, const float *ta
 
 // ---- LoRA: W + (alpha/rank)·B·A on q, k, v, o of both attentions --------------------------------------------------
 struct Lora {
-    int rank;
+    int rank, count;
     float scale;                                 // alpha / rank; 0: the model without its adapter, the reference
-    int count;
-    Param **target, *A, *B;                      // [count]; A[rank, in], B[out, rank]
+    Param **target, *param;                      // target[count]; param[2·count]: A[rank, in], B[out, rank] of each
     float *w, *dw;                               // arenas of all A and B
     size_t n;
-    act *a, *b, *dw_act, *d;                     // room for one adapter's products
+    act *a, *b, *d, *dw_act;                     // room for one adapter's products
 };
 
 static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
-    int most = 8 * m->c.num_layers;
-    size_t D = (size_t)m->c.dim;
-    l->rank = rank, l->scale = (float)(alpha / rank);
-    l->target = (Param **)xalloc((size_t)most, sizeof(Param *));
-    l->A = (Param *)xalloc((size_t)most, sizeof(Param)), l->B = (Param *)xalloc((size_t)most, sizeof(Param));
-    l->n = (size_t)most * 2 * (((size_t)rank * D + 15) & ~(size_t)15);
+    size_t most = 8 * (size_t)m->c.num_layers, D = (size_t)m->c.dim, size = (size_t)rank * D;
+    size_t step = (size + 15) & ~(size_t)15;
+    float *host = (float *)xalloc(size, sizeof(float));
+    l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
+    l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
     l->w = (float *)device_alloc(l->n * sizeof(float)), l->dw = (float *)device_alloc(l->n * sizeof(float));
-    l->a = (act *)device_alloc((size_t)rank * D * act_size()),
-    l->b = (act *)device_alloc((size_t)rank * D * act_size());
-    l->dw_act = (act *)device_alloc(D * D * act_size()), l->d = (act *)device_alloc((size_t)rank * D * act_size());
-    size_t offset = 0, step = ((size_t)rank * D + 15) & ~(size_t)15;
-    float *host = (float *)xalloc((size_t)rank * D, sizeof(float));
+    l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
+    l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
-        Param *A = &l->A[l->count], *B = &l->B[l->count];
-        int stem = (int)(strlen(p->name) - strlen(".weight"));
-        snprintf(A->name, sizeof(A->name), "%.*s.lora_A.weight", stem, p->name);
-        snprintf(B->name, sizeof(B->name), "%.*s.lora_B.weight", stem, p->name);
-        A->rank = B->rank = 2, A->count = B->count = (size_t)rank * D;
-        A->shape[0] = B->shape[1] = (size_t)rank, A->shape[1] = B->shape[0] = D;
-        A->w = l->w + offset, A->dw = l->dw + offset, B->w = l->w + offset + step, B->dw = l->dw + offset + step;
-        offset += 2 * step;
-        for (size_t j = 0; j < A->count; j++) // A gaussian, B zero: training starts at the base model
+        for (int k = 0; k < 2; k++) {
+            Param *ab = &l->param[2 * l->count + k];
+            snprintf(ab->name, sizeof(ab->name), "%.*s.lora_%c.weight", (int)(strlen(p->name) - strlen(".weight")),
+                     p->name, "AB"[k]);
+            ab->rank = 2, ab->count = size, ab->offset = (2 * (size_t)l->count + (size_t)k) * step;
+            ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
+            ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
+        }
+        for (size_t j = 0; j < size; j++)        // A gaussian, B zero: training starts at the base model
             host[j] = rng_normal(seed, 5000 + (uint64_t)l->count, j) / sqrtf((float)rank);
-        upload(A->w, host, A->count * sizeof(float));
+        upload(l->param[2 * l->count].w, host, size * sizeof(float));
         l->target[l->count++] = p;
     }
     free(host);
@@ -3165,10 +3178,11 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
 static void lora_merge(Model *m, Param *p) {
     Lora *l = m->lora;
     for (int i = 0; i < l->count; i++) {
+        const Param *A = &l->param[2 * i], *B = A + 1;
         if (l->target[i] != p || l->scale == 0) continue;
         float *scaled = (float *)l->dw_act;                          // room for rank·dim floats (rank <= dim/2)
-        lincomb(scaled, l->scale, l->B[i].w, 0, NULL, l->B[i].count);
-        to_act(l->b, scaled, l->B[i].count), to_act(l->a, l->A[i].w, l->A[i].count);
+        lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
+        to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
         linear_backward(p->c, NULL, NULL, l->b, NULL, l->a, p->shape[0], l->rank, (int)p->shape[1], true);
     }
 }
@@ -3177,16 +3191,30 @@ static void lora_merge(Model *m, Param *p) {
 static void lora_backward(Model *m) {
     Lora *l = m->lora;
     for (int i = 0; i < l->count; i++) {
-        Param *p = l->target[i], *A = &l->A[i], *B = &l->B[i];
-        int out = (int)p->shape[0], in = (int)p->shape[1];
+        Param *p = l->target[i], *A = &l->param[2 * i], *B = A + 1;
+        int in = (int)p->shape[1];
+        size_t out = p->shape[0];
         lincomb(p->dw, l->scale, p->dw, 0, NULL, p->count);
         to_act(l->dw_act, p->dw, p->count), to_act(l->a, A->w, A->count), to_act(l->b, B->w, B->count);
-        linear_forward(l->d, l->dw_act, l->a, NULL, (size_t)out, l->rank, in);
+        linear_forward(l->d, l->dw_act, l->a, NULL, out, l->rank, in);
         to_float(p->dw, l->d, B->count);
         lincomb(B->dw, 1, B->dw, 1, p->dw, B->count);
-        linear_backward(NULL, A->dw, NULL, l->b, l->dw_act, NULL, (size_t)out, l->rank, in, false);
+        linear_backward(NULL, A->dw, NULL, l->b, l->dw_act, NULL, out, l->rank, in, false);
     }
     zero(m->dw, m->count * sizeof(float));
+}
+
+// W becomes W + scale·B·A for good, with the adapter's average.
+static void lora_into_weights(Model *m, const float *ema) {
+    int quant = m->c.quant;
+    copy(m->lora->w, ema, m->lora->n * sizeof(float));
+    m->c.quant = 0;                                                  // merge first, round when written
+    weights_prepare(m);
+    m->c.quant = quant;
+    for (int i = 0; i < m->lora->count; i++) {
+        const Param *p = m->lora->target[i];
+        to_float(p->w, p->c, p->count);
+    }
 }
 
 // ---- the policy -----------------------------------------------------------------------------------------------
@@ -3226,26 +3254,28 @@ static Surrogate surrogate(double A, double logp, double logp_old, double c) {
 }
 
 typedef struct {
-    int steps, sde_first, sde_count, group;       // S; the window of SDE steps
-    double guidance, clip, beta;
+    int updates, prompts, group, epochs;             // captions an update; G videos of each; optimizer steps on them
+    int steps, sde_first, sde_count, stride;         // S; the window of SDE steps, and how far it slides in an update
+    double guidance, shift, clip, beta;
+    double weight[N_SCORES + 1];                     // of ShapesBench's soft scores, and of plain redness
 } PolicyOptions;
 
 // The policy's mean at (x, σ) with the weights as prepared: mean = a·x + b·guided v. mean[G, ...] is written.
 static void policy_mean(Run *r, float *mean, const float *x, double sigma, double sigma_next, Text cond, Text uncond,
                         double g) {
-    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
+    size_t count = (size_t)r->B * latent_size(r);
     SdeStep s = sde_step(sigma, sigma_next);
     guided_velocity(r, mean, x, sigma, cond, uncond, g);
     lincomb(mean, (float)s.a, x, (float)s.b, mean, count);
 }
 
-// Loss and gradient of one SDE step for a group: loss = mean over the G videos of policy_loss + β·kl. The guided velocity
-// is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, whose activations
+// Loss and gradient of one SDE step for a group: loss = mean over the G videos of policy_loss + β·kl. The guided
+// velocity is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, whose activations
 // are the ones kept, and d v_cond = g·d v. mean, dmean: room for one latent batch each; out[G] gets the figures.
 static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, const float *x, const float *x_next,
                           const float *mean_ref, double sigma, double sigma_next, Text cond, Text uncond,
                           const double *advantage, const double *logp_old, const PolicyOptions *o) {
-    size_t one = (size_t)r->m->c.out_dim * r->N * 4;
+    size_t one = latent_size(r);
     SdeStep s = sde_step(sigma, sigma_next);
     double loss = 0;
     policy_mean(r, mean, x, sigma, sigma_next, cond, uncond, o->guidance);
@@ -3264,6 +3294,162 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
     backward(r, NULL, dmean);
     return loss;
 }
+
+// ---- rollouts and updates -----------------------------------------------------------------------------------------
+// One group's trajectory: x[count + 1] before and after each SDE step, the reference's means, what was likely then.
+typedef struct { float *x, *mean_ref; double *logp, *reward, *advantage; Text cond; } Rollout;
+
+typedef struct {                                 // all that GRPO needs beside the model, built once
+    const PolicyOptions *o;
+    const TrainOptions *train;
+    const char *out;                             // for messages
+    Rollout *group;                              // [prompts]
+    Text uncond;
+    float *x, *mean;                             // room for one batch each
+    double *sigma;                               // [S + 1]
+    int first;                                   // the window's first step in this update
+} Policy;
+
+// What an update prints: sums over `count` (video, SDE step) pairs, and over videos.
+typedef struct {
+    int count;
+    double reward, spread, advantage, ratio_min, ratio_mean, ratio_max, clipped, kl, norm, loss, rollout_time;
+} PolicyFigures;
+
+static Policy policy_new(Run *r, const PolicyOptions *o, const TrainOptions *train, const char *out) {
+    size_t bytes = (size_t)r->B * latent_size(r) * sizeof(float), window = (size_t)o->sde_count, B = (size_t)r->B;
+    Policy p;
+    p.o = o, p.train = train, p.out = out, p.first = 0, p.uncond = caption_batch(r->m, NULL, r->B);
+    p.group = (Rollout *)xalloc((size_t)o->prompts, sizeof(Rollout));
+    p.x = (float *)device_alloc(bytes), p.mean = (float *)device_alloc(bytes);
+    p.sigma = (double *)xalloc((size_t)o->steps + 1, sizeof(double));
+    schedule(p.sigma, o->steps, o->shift);
+    for (Rollout *a = p.group; a < p.group + o->prompts; a++) {
+        a->x = (float *)device_alloc((window + 1) * bytes), a->mean_ref = (float *)device_alloc(window * bytes);
+        a->logp = (double *)xalloc(window * B, sizeof(double));
+        a->reward = (double *)xalloc(2 * B, sizeof(double)), a->advantage = a->reward + B;
+    }
+    return p;
+}
+
+static double reward_of(const float *x, Scene asked, const Run *r, const double *weight) {
+    float score[N_SCORES];
+    size_t plane = r->N * 4;
+    double reward = 0, total = 0, red = 0;
+    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, true);
+    for (int s = 0; s < N_SCORES; s++) reward += weight[s] * score[s], total += weight[s];
+    for (size_t i = 0; i < plane; i++) red += (x[i] - 0.5 * (x[plane + i] + x[2 * plane + i])) / (2 * (double)plane);
+    return (reward + weight[N_SCORES] * red) / (total + weight[N_SCORES]);
+}
+
+// G videos of one caption with the weights as they are: SDE steps in the window, whose states are kept, ODE outside.
+static void rollout(Run *r, const Policy *p, Rollout *a, Scene asked, uint64_t id) {
+    size_t one = latent_size(r), count = one * (size_t)r->B, bytes = count * sizeof(float);
+    float *host = (float *)xalloc(count, sizeof(float)), *x = p->x, *mean = p->mean;
+    noise_fill(host, count, p->train->seed, POLICY_STREAM, id << 40);
+    upload(x, host, bytes);
+    for (int i = 0; i < p->o->steps; i++) {
+        double sigma = p->sigma[i], next = p->sigma[i + 1], std = sde_step(sigma, next).std;
+        int kept = i - p->first;
+        if (kept < 0 || kept >= p->o->sde_count) {
+            guided_velocity(r, mean, x, sigma, a->cond, p->uncond, p->o->guidance);
+            lincomb(x, 1, x, (float)(next - sigma), mean, count);
+            continue;
+        }
+        copy(a->x + (size_t)kept * count, x, bytes);
+        policy_mean(r, mean, x, sigma, next, a->cond, p->uncond, p->o->guidance);
+        noise_fill(host, count, p->train->seed, POLICY_STREAM, id << 40 | (uint64_t)(i + 1) << 32);
+        upload(x, host, bytes);
+        lincomb(x, 1, mean, (float)std, x, count);
+        copy(a->x + (size_t)(kept + 1) * count, x, bytes);
+        for (int b = 0; b < r->B; b++)
+            a->logp[kept * r->B + b] = log_probability(x + (size_t)b * one, mean + (size_t)b * one, std, one);
+    }
+    download(host, x, bytes);
+    for (int b = 0; b < r->B; b++) {
+        a->reward[b] = reward_of(host + (size_t)b * one, asked, r, p->o->weight);
+        if (!isfinite(a->reward[b])) die("a reward is not finite; %s holds the last good adapter: lower --lr", p->out);
+    }
+    advantages(a->advantage, a->reward, r->B);
+    free(host);
+}
+
+// Groups of new captions, then the reference's means at the same states: those of the model without its adapter.
+static void roll_out_groups(Run *r, Policy *p, PolicyFigures *f, int update) {
+    const PolicyOptions *o = p->o;
+    size_t count = (size_t)r->B * latent_size(r);
+    const char **captions = (const char **)xalloc((size_t)r->B, sizeof(char *));
+    double videos = (double)o->prompts * r->B, scale = r->m->lora->scale;
+    for (int k = 0; k < o->prompts; k++) {
+        Rollout *a = &p->group[k];
+        uint64_t id = (uint64_t)update * (uint64_t)o->prompts + (uint64_t)k;
+        Scene asked = scene_of(training_caption(p->train->seed, id));
+        char text[128];
+        caption_text(text, sizeof(text), asked);
+        for (int b = 0; b < r->B; b++) captions[b] = text;
+        free((void *)a->cond.ids);
+        a->cond = caption_batch(r->m, captions, r->B);
+        rollout(r, p, a, asked, id);
+        for (int b = 0; b < r->B; b++) {
+            f->reward += a->reward[b] / videos, f->spread += a->reward[b] * a->reward[b] / videos;
+            f->advantage += a->advantage[b] * a->advantage[b] / videos;
+        }
+    }
+    f->spread = sqrt(fmax(f->spread - f->reward * f->reward, 0)), f->advantage = sqrt(f->advantage);
+    r->m->lora->scale = 0, weights_prepare(r->m);
+    for (int k = 0; k < o->prompts; k++)
+        for (int i = 0; i < o->sde_count; i++) {
+            const Rollout *a = &p->group[k];
+            policy_mean(r, a->mean_ref + (size_t)i * count, a->x + (size_t)i * count, p->sigma[p->first + i],
+                        p->sigma[p->first + i + 1], a->cond, p->uncond, o->guidance);
+        }
+    r->m->lora->scale = (float)scale, weights_prepare(r->m);
+    free(captions);
+}
+
+// One AdamW step on all SDE steps of all groups.
+static void policy_learn(Run *r, const Policy *p, Optimizer *opt, PolicyFigures *f) {
+    size_t count = (size_t)r->B * latent_size(r);
+    Surrogate *out = (Surrogate *)xalloc((size_t)r->B, sizeof(Surrogate));
+    for (Rollout *a = p->group; a < p->group + p->o->prompts; a++)
+        for (int i = 0; i < p->o->sde_count; i++) {
+            const float *x = a->x + (size_t)i * count, *ref = a->mean_ref + (size_t)i * count;
+            const double *sigma = p->sigma + p->first + i;
+            f->loss += policy_step(r, out, p->x, p->mean, x, x + count, ref, sigma[0], sigma[1], a->cond, p->uncond,
+                                   a->advantage, a->logp + i * r->B, p->o);
+            for (int b = 0; b < r->B; b++, f->count++) {
+                f->ratio_min = fmin(f->ratio_min, out[b].ratio), f->ratio_max = fmax(f->ratio_max, out[b].ratio);
+                f->ratio_mean += out[b].ratio, f->kl += out[b].kl, f->clipped += out[b].clipped;
+            }
+        }
+    if (opt->step == 0 && !(f->ratio_min > 1 - 1e-5 && f->ratio_max < 1 + 1e-5))
+        die("before the first update the ratio must be 1 within 1e-5, but lies in %.7f .. %.7f: rollout and training "
+            "do not compute the same log-probability; report this", f->ratio_min, f->ratio_max);
+    lora_backward(r->m);
+    f->norm = optimizer_step(opt, r->ranks, p->train, p->train->lr);
+    if (!isfinite(f->norm) || !isfinite(f->loss))
+        die("update %d: loss or gradient is not finite; %s holds the last good adapter: lower --lr", opt->step + 1,
+            p->out);
+    weights_prepare(r->m);
+    free(out);
+}
+
+// Update number `update`: roll out, then learn from it `epochs` times.
+static PolicyFigures policy_update(Run *r, Policy *p, Optimizer *opt, int update) {
+    const PolicyOptions *o = p->o;
+    PolicyFigures f;
+    double began = seconds();
+    int last = o->steps - 1 - o->sde_count;                          // the last step adds no noise: not in the window
+    memset(&f, 0, sizeof(f));
+    f.ratio_min = INFINITY, f.ratio_max = -INFINITY;
+    p->first = o->sde_first + update * o->stride % (last + 1);
+    if (p->first > last) p->first = last;
+    roll_out_groups(r, p, &f, update);
+    f.rollout_time = seconds() - began;
+    for (int e = 0; e < o->epochs; e++) policy_learn(r, p, opt, &f);
+    f.ratio_mean /= f.count, f.clipped /= f.count, f.kl /= f.count;
+    return f;
+}
 // ============================================================================================================
 // 12. Pictures and clips in files
 // ============================================================================================================
@@ -3277,13 +3463,6 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
 #include <stb_image_write.h>
 #endif
 #pragma GCC diagnostic pop
-
-static void write_file(const char *path, const void *data, size_t size) {
-    Output o;
-    output_open(&o, path);
-    output_bytes(&o, data, size);
-    output_close(&o);
-}
 
 // ---- drawing: colors are 0xRRGGBB, the origin is the upper left corner, what lies outside is cut off -------------
 typedef struct { int width, height; uint8_t *rgb; } Picture;      // rgb[height][width][3]
@@ -3323,133 +3502,121 @@ static void draw_text(Picture *p, int x, int y, const char *text, int scale, uin
 }
 
 // ---- PNG: a signature, then chunks of length, name, data, CRC ------------------------------------------------------
-typedef struct { uint8_t *data; size_t size, room; } Bytes;
-
-static void put_bytes(Bytes *b, const void *data, size_t size) {
-    if (b->size + size > b->room) {
-        b->room = 2 * b->room + size;
-        b->data = (uint8_t *)realloc(b->data, b->room);
-        if (!b->data) die("out of memory: %zu bytes asked for a picture; use a smaller one", b->room);
-    }
-    if (size) memcpy(b->data + b->size, data, size);
-    b->size += size;
+static void put_number(uint8_t *out, size_t v) {                  // 4 bytes, the most significant first
+    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(v >> (24 - 8 * i));
 }
 
-static void put_numbers(Bytes *b, int count, const size_t *v) {   // 4 bytes each, the most significant first
-    for (int i = 0; i < count; i++)
-        for (int shift = 24; shift >= 0; shift -= 8) {
-            uint8_t byte = (uint8_t)(v[i] >> shift);
-            put_bytes(b, &byte, 1);
-        }
-}
-
-static void put_chunk(Bytes *b, const char *name, Bytes *content) {           // and empties content
-    size_t start = b->size + 4, crc = 0xFFFFFFFFu;
-    put_numbers(b, 1, &content->size);
-    put_bytes(b, name, 4);
-    put_bytes(b, content->data, content->size);
-    for (size_t i = start; i < b->size; i++) {
-        crc ^= b->data[i];
+// A chunk whose data is head, then body.
+static void png_chunk(Output *o, const char *name, const void *head, size_t head_size, const void *body, size_t size) {
+    size_t count = 4 + head_size + size;
+    uint32_t crc = 0xFFFFFFFFu;
+    uint8_t *all = (uint8_t *)xalloc(count + 8, 1), *end = all + 4 + count;
+    put_number(all, head_size + size);
+    memcpy(all + 4, name, 4);
+    if (head_size) memcpy(all + 8, head, head_size);
+    if (size) memcpy(all + 8 + head_size, body, size);
+    for (const uint8_t *p = all + 4; p < end; p++) {
+        crc ^= *p;
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
-    crc = ~crc;
-    put_numbers(b, 1, &crc);
-    content->size = 0;
+    put_number(end, ~crc);
+    output_bytes(o, all, count + 8);
+    free(all);
 }
 
-// The pixels of one frame: rows, each after a 0 (no filter), compressed.
-static void put_pixels(Bytes *b, const Picture *p) {
+// A frame's pixels: rows, each after a 0 (no filter), compressed; the caller frees them.
+static uint8_t *png_pixels(const Picture *p, int *packed_size) {
     size_t row = (size_t)p->width * 3, size = (row + 1) * p->height;
     if (size > INT_MAX / 2) die("a picture of %dx%d pixels is too large; use smaller ones", p->width, p->height);
     uint8_t *rows = (uint8_t *)xalloc(size, 1);
     for (int h = 0; h < p->height; h++) memcpy(rows + h * (row + 1) + 1, p->rgb + h * row, row);
-    int packed_size;
-    uint8_t *packed = stbi_zlib_compress(rows, (int)size, &packed_size, 8);
+    uint8_t *packed = stbi_zlib_compress(rows, (int)size, packed_size, 8);
     if (!packed) die("out of memory: compressing %zu bytes of a picture; use a smaller one", size);
-    put_bytes(b, packed, (size_t)packed_size);
-    free(packed);
     free(rows);
+    return packed;
 }
 
 // A PNG of one frame, or an animated one (APNG) of several equally large ones that loops for ever; the comment is a
 // tEXt chunk "osp" (exiftool shows it). IDAT is the picture that every viewer shows; fdAT, which begins with its place
 // in the sequence of fcTL and fdAT, are the later frames.
 static void save_frames(const char *path, const Picture *frames, int count, int fps, const char *comment) {
-    Bytes png = { NULL, 0, 0 }, chunk = { NULL, 0, 0 };
-    size_t sequence = 0, size[2] = { (size_t)frames->width, (size_t)frames->height };
-    put_bytes(&png, "\x89PNG\r\n\x1a\n", 8);
-    put_numbers(&chunk, 2, size);
-    put_bytes(&chunk, "\x08\x02\x00\x00\x00", 5);                 // 8 bits, RGB, deflate, filters, not interlaced
-    put_chunk(&png, "IHDR", &chunk);
-    put_bytes(&chunk, "osp", 4);                                  // keyword, 0, text
-    put_bytes(&chunk, comment, strlen(comment));
-    put_chunk(&png, "tEXt", &chunk);
-    size_t animation[2] = { (size_t)count, 0 };                   // frames; times to play: 0 = for ever
-    if (count > 1) put_numbers(&chunk, 2, animation), put_chunk(&png, "acTL", &chunk);
+    Output o;
+    int size;
+    uint8_t header[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2, 0, 0, 0};                // 8 bits, RGB
+    uint8_t animation[8] = {0}, control[26] = {0}, sequence[4];                  // played 0 times: for ever
+    size_t next = 0;
+    put_number(header, (size_t)frames->width), put_number(header + 4, (size_t)frames->height);
+    put_number(animation, (size_t)count);
+    memcpy(control + 4, header, 8);                                              // all of the picture, at (0, 0) ...
+    put_number(control + 20, (size_t)1 << 16 | (size_t)fps);                     // ... for 1/fps seconds
+    output_open(&o, path);
+    output_bytes(&o, "\x89PNG\r\n\x1a\n", 8);
+    png_chunk(&o, "IHDR", header, 13, NULL, 0);
+    png_chunk(&o, "tEXt", "osp", 4, comment, strlen(comment));
+    if (count > 1) png_chunk(&o, "acTL", animation, 8, NULL, 0);
     for (int i = 0; i < count; i++) {
-        size_t control[6] = { sequence, size[0], size[1], 0, 0, (size_t)1 << 16 | (size_t)fps };   // at (0, 0), 1/fps s
-        if (count > 1) put_numbers(&chunk, 6, control), put_bytes(&chunk, "\0\0", 2), put_chunk(&png, "fcTL", &chunk);
-        sequence++;
-        if (i) put_numbers(&chunk, 1, &sequence), sequence++;
-        put_pixels(&chunk, &frames[i]);
-        put_chunk(&png, i ? "fdAT" : "IDAT", &chunk);
+        uint8_t *packed = png_pixels(&frames[i], &size);
+        put_number(control, next++);
+        if (count > 1) png_chunk(&o, "fcTL", control, 26, NULL, 0);
+        if (i) put_number(sequence, next++);
+        png_chunk(&o, i ? "fdAT" : "IDAT", sequence, i ? 4 : 0, packed, (size_t)size);
+        free(packed);
     }
-    put_chunk(&png, "IEND", &chunk);
-    write_file(path, png.data, png.size);
-    free(chunk.data);
-    free(png.data);
+    png_chunk(&o, "IEND", NULL, 0, NULL, 0);
+    output_close(&o);
 }
 
 static void save_png(const char *path, Picture p, const char *comment) { save_frames(path, &p, 1, 0, comment); }
 
 // ---- clips x[C, T, H, W] in [-1, 1] --------------------------------------------------------------------------------
+typedef struct { int C, T, H, W, count; float **x; const char *const *captions; } Clips;    // x[count]
+
 // Frame t at (left, top) of a picture, each pixel a square of scale x scale. C = 1 is gray; of many, the first 3 count.
-static void draw_frame(Picture *p, int left, int top, const float *x, int C, int T, int H, int W, int t, int scale) {
-    for (int h = 0; h < H; h++)
-        for (int w = 0; w < W; w++) {
+static void draw_frame(Picture *p, int left, int top, const Clips *k, int clip, int t, int scale) {
+    for (int h = 0; h < k->H; h++)
+        for (int w = 0; w < k->W; w++) {
             uint32_t color = 0;
             for (int c = 0; c < 3; c++) {
-                float v = x[(((size_t)(c < C ? c : C - 1) * T + t) * H + h) * W + w];
+                float v = k->x[clip][(((size_t)(c < k->C ? c : k->C - 1) * k->T + t) * k->H + h) * k->W + w];
                 color = color << 8 | (uint32_t)(255 * clamp01(0.5f + 0.5f * v) + 0.5f);
             }
             fill_rect(p, left + w * scale, top + h * scale, scale, scale, color);
         }
 }
 
-// One row a clip, its frames from left to right, its caption above (captions, or one of them, may be NULL).
-static void write_sheet(const char *path, const float *const *clips, const char *const *captions, int count, int C,
-                        int T, int H, int W, int scale, const char *comment) {
-    int gap = 4, column = W * scale + gap, title = captions ? 13 : 0, row = title + H * scale + gap;
-    int width = T * column + gap;
-    for (int i = 0; captions && i < count; i++)
-        if (captions[i] && text_width(captions[i], 1) + 2 * gap > width) width = text_width(captions[i], 1) + 2 * gap;
-    Picture p = new_picture(width, count * row + gap, 0x202024);
-    for (int i = 0; i < count; i++) {
-        if (title && captions[i]) draw_text(&p, gap, i * row + gap + 2, captions[i], 1, 0xE8E8E8);
-        for (int t = 0; t < T; t++)
-            draw_frame(&p, gap + t * column, i * row + gap + title, clips[i], C, T, H, W, t, scale);
+// One row a clip, its frames from left to right, its caption above.
+static void write_sheet(const char *path, const Clips *k, int scale, const char *comment) {
+    int gap = 4, title = 13, column = k->W * scale + gap, row = title + k->H * scale + gap, width = k->T * column + gap;
+    for (int i = 0; i < k->count; i++)
+        if (text_width(k->captions[i], 1) + 2 * gap > width) width = text_width(k->captions[i], 1) + 2 * gap;
+    Picture p = new_picture(width, k->count * row + gap, 0x202024);
+    for (int i = 0; i < k->count; i++) {
+        draw_text(&p, gap, i * row + gap + 2, k->captions[i], 1, 0xE8E8E8);
+        for (int t = 0; t < k->T; t++) draw_frame(&p, gap + t * column, i * row + gap + title, k, i, t, scale);
     }
     save_png(path, p, comment);
     free(p.rgb);
 }
 
 // YUV4MPEG2: a text line, then each frame as planes Y, Cb, Cr in BT.601's range (16..235, 16..240), 4:4:4.
-static void put_y4m(Bytes *b, const Picture *frames, int count, int fps) {
+static void write_y4m(const char *path, const Picture *frames, int count, int fps) {
     static const float TO_YUV[3][4] = { { 16, 65.481f, 128.553f, 24.966f }, { 128, -37.797f, -74.203f, 112 },
                                         { 128, 112, -93.786f, -18.214f } };
-    char header[96];
+    Output o;
     size_t pixels = (size_t)frames->width * frames->height;
-    snprintf(header, sizeof header, "YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C444\n", frames->width, frames->height, fps);
-    put_bytes(b, header, strlen(header));
+    output_open(&o, path);
+    fprintf(o.file, "YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C444\n", frames->width, frames->height, fps);
     for (int t = 0; t < count; t++) {
-        put_bytes(b, "FRAME\n", 6);
+        fputs("FRAME\n", o.file);
         for (size_t i = 0; i < 3 * pixels; i++) {
             const float *m = TO_YUV[i / pixels];
             const uint8_t *rgb = frames[t].rgb + 3 * (i % pixels);
-            uint8_t byte = (uint8_t)(m[0] + (m[1] * rgb[0] + m[2] * rgb[1] + m[3] * rgb[2]) / 255 + 0.5f);
-            put_bytes(b, &byte, 1);
+            fputc((int)(m[0] + (m[1] * rgb[0] + m[2] * rgb[1] + m[3] * rgb[2]) / 255 + 0.5f), o.file);
         }
     }
+    if (ferror(o.file)) output_failed(&o);
+    output_close(&o);
+    fprintf(stderr, "%sffmpeg -i %s -pix_fmt yuv420p clip.mp4   (makes a film)\n", strcmp(path, "-") ? "" : "| ", path);
 }
 
 static bool ends_with(const char *text, const char *end) {
@@ -3462,69 +3629,51 @@ static void sheet_name(char sheet[PATH_MAX], const char *path) {  // out.png -> 
         die("cannot write %.60s...: the name is too long; choose a shorter one", path);
 }
 
-// Before work starts: does path name a kind of clip that write_clip knows, and can it be written?
+// Before work starts: does path name a kind of file that `osp sample` knows, and can it be written?
 static void check_clip_path(const char *path) {
     char sheet[PATH_MAX];
-    if (!strcmp(path, "-")) return;
-    if (!ends_with(path, ".png") && !ends_with(path, ".y4m"))
-        die("cannot write a clip to %s: the name must end in .png or .y4m, or be - (y4m to stdout)", path);
+    if (strcmp(path, "-") && !ends_with(path, ".png") && !ends_with(path, ".y4m") && !ends_with(path, ".safetensors"))
+        die("cannot write a clip to '%s': its name must end in .png, .y4m or .safetensors, or be - (stdout)", path);
     check_writable(path);
     if (ends_with(path, ".png")) sheet_name(sheet, path), check_writable(sheet);
 }
 
-// NAME.png: an animated PNG, and NAME_sheet.png with the frames side by side. NAME.y4m or -: YUV4MPEG2.
-static void write_clip(const char *path, const float *x, int C, int T, int H, int W, int scale, int fps,
-                       const char *comment) {
-    bool to_stdout = !strcmp(path, "-");
+// The clips side by side. NAME.png: an animated PNG, and NAME_sheet.png with the frames in rows. NAME.y4m or -: y4m.
+static void write_clips(const char *path, const Clips *k, int scale, int fps, const char *comment) {
     char sheet[PATH_MAX];
-    Bytes y4m = { NULL, 0, 0 };
-    Picture *frames = (Picture *)xalloc((size_t)T, sizeof(Picture));
-    for (int t = 0; t < T; t++) {
-        frames[t] = new_picture(W * scale, H * scale, 0);
-        draw_frame(&frames[t], 0, 0, x, C, T, H, W, t, scale);
+    Picture *frames = (Picture *)xalloc((size_t)k->T, sizeof(Picture));
+    for (int t = 0; t < k->T; t++) {
+        frames[t] = new_picture(k->count * k->W * scale, k->H * scale, 0);
+        for (int i = 0; i < k->count; i++) draw_frame(&frames[t], i * k->W * scale, 0, k, i, t, scale);
     }
     if (ends_with(path, ".png")) {
         sheet_name(sheet, path);
-        save_frames(path, frames, T, fps, comment);
-        write_sheet(sheet, &x, NULL, 1, C, T, H, W, scale, comment);
-    } else {
-        put_y4m(&y4m, frames, T, fps);
-        if (!to_stdout) write_file(path, y4m.data, y4m.size);
-        else if (fwrite(y4m.data, 1, y4m.size, stdout) != y4m.size || fflush(stdout))
-            die("cannot write the clip to stdout: %s; check where the pipe ends", strerror(errno));
-        fprintf(stderr, "%sffmpeg -i %s -pix_fmt yuv420p clip.mp4   (makes a film)\n", to_stdout ? "| " : "", path);
-        free(y4m.data);
-    }
-    for (int t = 0; t < T; t++) free(frames[t].rgb);
+        save_frames(path, frames, k->T, fps, comment);
+        write_sheet(sheet, k, scale, comment);
+    } else write_y4m(path, frames, k->T, fps);
+    for (int t = 0; t < k->T; t++) free(frames[t].rgb);
     free(frames);
 }
 // ============================================================================================================
 // 13. Checkpoints: safetensors under the names of spec §2, the config as strings in the metadata
 // ============================================================================================================
-static long whole_number(const char *text, const char *what, const char *where, long least, long most) {
+static double meta_number(const File *f, const char *key, double least, double most, const char *kind) {
+    const char *text = file_meta(f, key);
     char *end;
-    errno = 0;
-    long value = strtol(text, &end, 10);
-    if (end == text || *end || errno || value < least || value > most)
-        die("%s: %s is \"%.40s\", expected a whole number from %ld to %ld", where, what, text, least, most);
+    if (!text) die("%s: no \"%s\" in its metadata; give a file that osp or weights_export.py wrote for this", f->path, key);
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= least && value <= most) || (*kind == 'w' && value != floor(value)))
+        die("%s: %s is \"%.40s\", expected a %s from %g to %g", f->path, key, text, kind, least, most);
     return value;
 }
 
 static Config config_read(const File *f) {
     Config c;
     memset(&c, 0, sizeof(c));
-    for (int i = 0; i < CONFIG_ROWS; i++) {
-        const char *text = file_meta(f, CONFIG[i].key);
-        if (!text && CONFIG[i].needed)
-            die("%s: no \"%s\" in its metadata, so this is not an osp checkpoint; make one with osp train or "
-                "weights_export.py",
-                f->path, CONFIG[i].key);
-        if (text)
-            *config_field(&c, i) = (int)whole_number(text, CONFIG[i].key, f->path, CONFIG[i].least, CONFIG[i].most);
-    }
-    const char *eps = file_meta(f, "eps");
-    c.eps = eps ? atof(eps) : 1e-6;
-    if (!(c.eps > 0 && c.eps < 1)) die("%s: eps is \"%.40s\", expected a small positive number", f->path, eps);
+    for (int i = 0; i < CONFIG_ROWS; i++)
+        if (CONFIG[i].needed || file_meta(f, CONFIG[i].key))
+            *config_field(&c, i) = (int)meta_number(f, CONFIG[i].key, CONFIG[i].least, CONFIG[i].most, "whole number");
+    c.eps = file_meta(f, "eps") ? meta_number(f, "eps", 1e-12, 0.1, "number") : 1e-6;
     config_check(&c, f->path);
     return c;
 }
@@ -3553,90 +3702,38 @@ static void weights_read(Model *m, const File *f) {
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
         const FileTensor *t = param_find(f, p);
-        float *host = (float *)xalloc(p->count, sizeof(float));
-        file_read(host, f, t, p->count);
+        float *host = file_read(f, t, p->count);
         p->codes = !strcmp(t->dtype, "U8");
         used += p->codes ? 2 : 1;
         param_set(m, p, host);
         free(host);
     }
-    if (used == f->count) return;
-    for (int i = 0; i < f->count; i++) {
-        bool known = !strncmp(f->tensors[i].name, "_pad.", 5) || strstr(f->tensors[i].name, ".scale");
-        for (int j = 0; j < m->params && !known; j++) known = !strcmp(m->param[j].name, f->tensors[i].name);
-        if (!known)
-            die("%s: tensor %.80s is not part of this model; export the file again", f->path, f->tensors[i].name);
+    for (int i = 0; used < f->count && i < f->count; i++) {
+        const char *name = f->tensors[i].name;
+        bool known = !strncmp(name, "_pad.", 5) || strstr(name, ".scale");
+        for (int j = 0; j < m->params && !known; j++) known = !strcmp(m->param[j].name, name);
+        if (!known) die("%s: tensor %.80s is not part of this model; export the file again", f->path, name);
     }
 }
 
-static void config_write(Writer *w, const Config *c) {
-    Config copy_of = *c;
-    for (int i = 0; i < CONFIG_ROWS; i++) writer_meta(w, CONFIG[i].key, "%d", *config_field(&copy_of, i));
-    writer_meta(w, "eps", "%.9g", c->eps);
+// Tensors out of a device arena laid out as the params are; dtype f32, bf16 or hif8. Vectors and tables are small and
+// matter: they stay F32.
+static void add_params(Writer *w, const Param *param, int count, const float *arena, const char *dtype) {
+    for (const Param *p = param; p < param + count; p++) {
+        bool f32 = !strcmp(dtype, "f32") || !p->product, hif8 = !strcmp(dtype, "hif8") && p->block_matrix;
+        writer_add(w, p->name, hif8 ? "U8" : f32 ? "F32" : "BF16", p->rank, p->shape, arena + p->offset);
+    }
 }
 
-// weights: a device arena laid out as m->w (the weights themselves, or their moving average). dtype f32, bf16 or hif8.
+// weights: m->w, or their moving average.
 static void model_save(const char *path, const Model *m, const float *weights, const char *dtype) {
     Writer w;
-    bool hif8 = !strcmp(dtype, "hif8");
+    Config c = m->c;
     writer_open(&w, path);
-    config_write(&w, &m->c);
-    for (int i = 0; i < m->params; i++) {
-        const Param *p = &m->param[i];
-        bool f32 = !strcmp(dtype, "f32") || !p->product;                 // vectors and tables are small and matter
-        writer_declare(&w, p->name, hif8 && p->block_matrix ? "U8" : f32 ? "F32" : "BF16", p->rank, p->shape);
-    }
-    for (int i = 0; i < m->params; i++) {
-        const Param *p = &m->param[i];
-        float *host = (float *)xalloc(p->count, sizeof(float));
-        download(host, weights + p->offset, p->count * sizeof(float));
-        writer_put(&w, host, p->count);
-        free(host);
-    }
+    for (int i = 0; i < CONFIG_ROWS; i++) writer_meta(&w, CONFIG[i].key, "%d", *config_field(&c, i));
+    writer_meta(&w, "eps", "%.9g", c.eps);
+    add_params(&w, m->param, m->params, weights, dtype);
     writer_close(&w);
-}
-
-// The state of a training run, beside its output: weights, moments, average, step, and a text that names the run, so that
-// only the same run continues from it. A resumed run continues bit for bit.
-static void state_save(const char *path, const Optimizer *o, const char *run) {
-    const char *const names[] = {"train.w", "train.m", "train.v", "train.ema"};
-    const float *const arenas[] = {o->w, o->m, o->v, o->ema};
-    float *host = (float *)xalloc(o->n, sizeof(float));
-    Writer w;
-    writer_open(&w, path);
-    writer_meta(&w, "run", "%s", run);
-    writer_meta(&w, "step", "%d", o->step);
-    for (int i = 0; i < 4; i++) writer_declare(&w, names[i], "F32", 1, &o->n);
-    for (int i = 0; i < 4; i++) {
-        download(host, arenas[i], o->n * sizeof(float));
-        writer_put(&w, host, o->n);
-    }
-    writer_close(&w);
-    free(host);
-}
-
-static bool state_load(const char *path, Optimizer *o, const char *run) {
-    const char *const names[] = {"train.w", "train.m", "train.v", "train.ema"};
-    float *const arenas[] = {o->w, o->m, o->v, o->ema}, *host;
-    File f;
-    if (access(path, F_OK)) return false;
-    file_open(&f, path);
-    const char *of = file_meta(&f, "run"), *step = file_meta(&f, "step");
-    if (!of || !step) die("%s: not the state of a training run; remove it to start anew", path);
-    if (strcmp(of, run))
-        die("%s: left by a run with other settings (%.300s); remove it or choose another -o", path, of);
-    o->step = (int)whole_number(step, "step", path, 0, INT_MAX);
-    host = (float *)xalloc(o->n, sizeof(float));
-    for (int i = 0; i < 4; i++) {
-        const FileTensor *t = file_find(&f, names[i]);
-        if (!t || t->count != o->n)
-            die("%s: tensor %s is missing or of another size; remove the file to start anew", path, names[i]);
-        file_read(host, &f, t, o->n);
-        upload(arenas[i], host, o->n * sizeof(float));
-    }
-    file_close(&f);
-    free(host);
-    return true;
 }
 
 // A LoRA on its own: the names peft gives, rank and alpha in the metadata.
@@ -3645,158 +3742,290 @@ static void lora_save(const char *path, const Lora *l, const float *weights) {
     writer_open(&w, path);
     writer_meta(&w, "lora_rank", "%d", l->rank);
     writer_meta(&w, "lora_alpha", "%.9g", (double)l->scale * l->rank);
-    for (int i = 0; i < 2 * l->count; i++) {
-        const Param *p = i % 2 ? &l->B[i / 2] : &l->A[i / 2];
-        writer_declare(&w, p->name, "F32", 2, p->shape);
-    }
-    for (int i = 0; i < 2 * l->count; i++) {
-        const Param *p = i % 2 ? &l->B[i / 2] : &l->A[i / 2];
-        float *host = (float *)xalloc(p->count, sizeof(float));
-        download(host, weights + (p->w - l->w), p->count * sizeof(float));
-        writer_put(&w, host, p->count);
-        free(host);
-    }
+    add_params(&w, l->param, 2 * l->count, weights, "f32");
     writer_close(&w);
 }
 
 static void lora_load(Model *m, const char *path) {
     File f;
     file_open(&f, path);
-    const char *rank = file_meta(&f, "lora_rank"), *alpha = file_meta(&f, "lora_alpha");
-    if (!rank || !alpha) die("%s: no lora_rank and lora_alpha in its metadata; give a file that osp grpo wrote", path);
-    double a = atof(alpha);
-    if (!(a > 0 && a < 1e6)) die("%s: lora_alpha is \"%.40s\", expected a positive number", path, alpha);
-    lora_new(m, (int)whole_number(rank, "lora_rank", path, 1, m->c.dim / 2), a, 0);
+    int rank = (int)meta_number(&f, "lora_rank", 1, m->c.dim / 2, "whole number");
+    lora_new(m, rank, meta_number(&f, "lora_alpha", 1e-6, 1e6, "number"), 0);
     for (int i = 0; i < 2 * m->lora->count; i++) {
-        const Param *p = i % 2 ? &m->lora->B[i / 2] : &m->lora->A[i / 2];
-        float *host = (float *)xalloc(p->count, sizeof(float));
-        file_read(host, &f, param_find(&f, p), p->count);
+        const Param *p = &m->lora->param[i];
+        float *host = file_read(&f, param_find(&f, p), p->count);
         upload(p->w, host, p->count * sizeof(float));
         free(host);
     }
     file_close(&f);
 }
+
+// The state of a training run, beside its output: weights, moments, average, step, and the run's settings, so that only
+// the same run continues from it. A resumed run continues bit for bit.
+static const char *const STATE_NAMES[] = {"train.w", "train.m", "train.v", "train.ema"};
+
+static void state_save(const char *path, const Optimizer *o, const char *run) {
+    const float *const arenas[] = {o->w, o->m, o->v, o->ema};
+    Writer w;
+    writer_open(&w, path);
+    writer_meta(&w, "run", "%s", run);
+    writer_meta(&w, "step", "%d", o->step);
+    for (int i = 0; i < 4; i++) writer_add(&w, STATE_NAMES[i], "F32", 1, &o->n, arenas[i]);
+    writer_close(&w);
+}
+
+static bool state_load(const char *path, Optimizer *o, const char *run) {
+    float *const arenas[] = {o->w, o->m, o->v, o->ema};
+    File f;
+    if (access(path, F_OK)) return false;
+    file_open(&f, path);
+    const char *of = file_meta(&f, "run");
+    if (!of) die("%s: not the state of a training run; remove it to start anew", path);
+    if (strcmp(of, run))
+        die("%s: left by a run with other settings (%.300s); remove it or choose another -o", path, of);
+    o->step = (int)meta_number(&f, "step", 0, INT_MAX, "whole number");
+    for (int i = 0; i < 4; i++) {
+        float *host = file_numbers(&f, STATE_NAMES[i], o->n, "remove the file to start anew");
+        upload(arenas[i], host, o->n * sizeof(float));
+        free(host);
+    }
+    file_close(&f);
+    return true;
+}
 // ============================================================================================================
 // 14. Commands
 // ============================================================================================================
-// ---- options: one table a command, which also prints the help and checks the ranges --------------------------------
-typedef struct {
-    const char *name;
-    char kind;                               // i int, d double, u seed, s text, m text that may repeat, b switch
-    void *value;
-    double least, most;
-    const char *help;
-} Option;
-
+// ---- options: one table says which commands take what, where it is kept, its default, range and help ---------------
 enum { MOST_PROMPTS = 16 };
 typedef struct { const char *text[MOST_PROMPTS]; int count; } Prompts;
 
-static void option_default(char *text, size_t room, const Option *o) {
-    const char *s = o->kind == 's' ? *(const char **)o->value : NULL;
+typedef struct {
+    const char *commands, *name;             // the first letters of the commands that take it
+    char kind;                               // i int, d double, u seed, s text, m text that may repeat, b switch
+    size_t field;                            // in the struct that is filled
+    double standard, least, most;
+    const char *text, *help;                 // text: the default of an s
+} Option;
+#define INT(commands, name, S, field, standard, least, most, help) \
+    {commands, name, 'i', offsetof(S, field), standard, least, most, NULL, help}
+#define REAL(commands, name, S, field, standard, least, most, help) \
+    {commands, name, 'd', offsetof(S, field), standard, least, most, NULL, help}
+#define SWITCH(commands, name, S, field, help) {commands, name, 'b', offsetof(S, field), 0, 0, 1, NULL, help}
+#define STRING(commands, name, S, field, text, help) {commands, name, 's', offsetof(S, field), 0, 0, 0, text, help}
+
+// What all commands are told, in the order of the table.
+typedef struct {
+    const char *weights, *lora, *preset, *text, *noise, *dtype, *out, *device, *sp;
+    Prompts prompts;
+    int steps, clips, soft, frames, height, width, size, full, full_blocks, hif8, hif8_linear, hif8_attn, rank;
+    int merge, scale, fps, json;
+    double guidance, shift, alpha, save;
+    uint64_t seed;
+    TrainOptions train;
+    PolicyOptions policy;
+} Options;
+
+#define O Options
+static const Option OPTIONS[] = {
+    STRING("se", "-w", O, weights, NULL, "checkpoint"),
+    STRING("g", "--init", O, weights, NULL, "checkpoint to improve"),
+    STRING("t", "--init", O, weights, NULL, "start from this checkpoint, not from random weights"),
+    STRING("t", "--preset", O, preset, "tiny", "tiny (4 frames of 16x16) or toy (8 of 32x32)"),
+    STRING("se", "--lora", O, lora, NULL, "adapter from osp grpo, merged while loading"),
+    {"s", "-p", 'm', offsetof(O, prompts), 0, 0, 0, NULL, "caption; may repeat, for clips side by side"},
+    STRING("s", "--text", O, text, NULL, "embeddings from weights_export.py text, for models without a word table"),
+    STRING("s", "--noise", O, noise, NULL, "start from tensor `noise` of this file"),
+    INT("s", "-n", O, steps, 20, 1, 1000, "Euler steps"),
+    INT("e", "-n", O, clips, 96, 1, 100000, "clips"),
+    INT("e", "--steps", O, steps, 20, 1, 1000, "Euler steps"),
+    INT("t", "--steps", O, train.steps, 0, 0, 1e8, "steps; 0: only write the first weights"),
+    INT("t", "--batch", O, train.batch, 0, 1, 65536, "clips a step"),
+    INT("e", "--batch", O, train.batch, 8, 1, 4096, "clips at a time"),
+    INT("g", "--steps", O, policy.updates, 40, 1, 1e6, "updates"),
+    INT("g", "--prompts", O, policy.prompts, 4, 1, 1024, "captions an update"),
+    INT("g", "--group", O, policy.group, 8, 2, 1024, "videos of a caption (paper: 4)"),
+    INT("g", "--epochs", O, policy.epochs, 1, 1, 100, "AdamW steps on each rollout"),
+    INT("g", "-n", O, policy.steps, 12, 3, 1000, "sampling steps (paper: 25)"),
+    INT("g", "--window", O, policy.sde_count, 5, 1, 998, "SDE steps (paper: 10)"),
+    INT("g", "--first", O, policy.sde_first, 0, 0, 998, "first SDE step"),
+    INT("g", "--stride", O, policy.stride, 0, 0, 998, "window slides so many steps an update (OSP-Next: 0)"),
+    REAL("se", "-g", O, guidance, 4, 0, 100, "guidance; 1: none"),
+    REAL("g", "-g", O, policy.guidance, 2, 0, 100, "guidance (paper: 5)"),
+    REAL("se", "--shift", O, shift, 3, 0.01, 100, "shift of the schedule"),
+    REAL("g", "--shift", O, policy.shift, 1, 0.01, 100, "shift of the schedule (paper: 1)"),
+    REAL("g", "--clip", O, policy.clip, 1e-3, 1e-9, 1, "range of the ratio (paper: 1e-4)"),
+    REAL("g", "--beta", O, policy.beta, 0.004, 0, 1e6, "weight of the KL to the base model"),
+    INT("g", "--rank", O, rank, 8, 1, 1024, "LoRA (paper: 32)"),
+    REAL("g", "--alpha", O, alpha, 16, 1e-6, 1e6, "LoRA (paper: 64)"),
+    REAL("t", "--lr", O, train.lr, 0, 0, 10, "learning rate"),
+    REAL("g", "--lr", O, train.lr, 1e-3, 0, 10, "learning rate (paper: 2e-5)"),
+    INT("t", "--warmup", O, train.warmup, 0, 0, 1e8, "steps of rising learning rate"),
+    REAL("t", "--ema", O, train.ema, 0, 0, 1, "decay of the weights' average, which is what is written"),
+    REAL("g", "--ema", O, train.ema, 0.9, 0, 1, "decay of the adapter's average, which is what is written"),
+    REAL("t", "--clip", O, train.clip, 1, 1e-6, 1e9, "largest norm of the gradient"),
+    REAL("t", "--decay", O, train.weight_decay, 0, 0, 10, "weight decay"),
+    REAL("t", "--drop", O, train.drop, 0, 0, 1, "captions dropped"),
+    {"stge", "--seed", 'u', offsetof(O, seed), 1, 0, 9e15, NULL, "of weights, captions, clips, noise"},
+    REAL("g", "--w-color", O, policy.weight[SCORE_COLOR], 1, 0, 1e6, "weight in the reward"),
+    REAL("g", "--w-shape", O, policy.weight[SCORE_SHAPE], 1, 0, 1e6, "same"),
+    REAL("g", "--w-size", O, policy.weight[SCORE_SIZE], 1, 0, 1e6, "same"),
+    REAL("g", "--w-motion", O, policy.weight[SCORE_MOTION], 1, 0, 1e6, "same"),
+    REAL("g", "--w-background", O, policy.weight[SCORE_BACKGROUND], 1, 0, 1e6, "same"),
+    REAL("g", "--w-consistency", O, policy.weight[SCORE_CONSISTENCY], 1, 0, 1e6, "same"),
+    REAL("g", "--w-smoothness", O, policy.weight[SCORE_SMOOTHNESS], 1, 0, 1e6, "same"),
+    REAL("g", "--w-red", O, policy.weight[N_SCORES], 0, 0, 1e6, "how red the clip is: reward hacking in one option"),
+    INT("st", "--frames", O, frames, 0, 1, 4096, "of a clip [as the model was trained]"),
+    INT("s", "--height", O, height, 0, 2, 16384, "in pixels [as trained]"),
+    INT("s", "--width", O, width, 0, 2, 16384, "in pixels [as trained]"),
+    INT("t", "--size", O, size, 0, 8, 512, "height and width [as the model was trained]"),
+    SWITCH("stge", "--full", O, full, "full attention in every block"),
+    INT("stge", "--full-blocks", O, full_blocks, -1, 0, 1024, "so many full blocks at the two ends; -1: as trained"),
+    SWITCH("stge", "--hif8", O, hif8, "8 bits: HiF8 linear layers and attention"),
+    SWITCH("stge", "--hif8-linear", O, hif8_linear, "HiF8 linear layers only"),
+    SWITCH("stge", "--hif8-attn", O, hif8_attn, "HiF8 q, k, v only"),
+    SWITCH("e", "--soft", O, soft, "the continuous scores that GRPO is rewarded with"),
+    // From here on nothing changes what a run learns: it may be resumed with other values.
+    STRING("tg", "-o", O, out, NULL, "file to write: checkpoint, or adapter"),
+    STRING("s", "-o", O, out, "out.png", "NAME.png (and NAME_sheet.png), .y4m, - (y4m to stdout), .safetensors"),
+    SWITCH("g", "--merge", O, merge, "write the whole model with the adapter merged"),
+    STRING("tg", "--dtype", O, dtype, "f32", "of the file: f32, bf16 or hif8"),
+    REAL("tg", "--save", O, save, 15, 0, 1e9, "seconds between saved states, for resuming"),
+    INT("s", "--scale", O, scale, 0, 1, 64, "pixels of the picture per pixel of the clip; 0: to fit"),
+    INT("s", "--fps", O, fps, 8, 1, 60, "frames a second"),
+    STRING("stge", "--device-dtype", O, device, NULL, "arithmetic on a GPU: f32 or its default, bf16 (the CPU: f32)"),
+    STRING("stge", "--sp", O, sp, "ssp", "with ranks, sparse blocks under: ssp or ulysses"),
+    SWITCH("stge", "--json", O, json, "figures as one JSON object on the last line"),
+};
+#undef O
+enum { OPTION_ROWS = sizeof(OPTIONS) / sizeof(OPTIONS[0]) };
+
+static bool takes(const Option *o, char command) { return !command || strchr(o->commands, command); }
+
+static void option_text(char *text, size_t room, const Option *o, const void *values) {
+    const void *value = (const char *)values + o->field;
     text[0] = 0;
-    if (o->kind == 'i') snprintf(text, room, " [%d]", *(int *)o->value);
-    if (o->kind == 'd') snprintf(text, room, " [%g]", *(double *)o->value);
-    if (o->kind == 'u') snprintf(text, room, " [%llu]", (unsigned long long)*(uint64_t *)o->value);
-    if (s && *s) snprintf(text, room, " [%s]", s);
+    if (o->kind == 'i' || o->kind == 'b') snprintf(text, room, "%d", *(const int *)value);
+    if (o->kind == 'd') snprintf(text, room, "%.9g", *(const double *)value);
+    if (o->kind == 'u') snprintf(text, room, "%llu", (unsigned long long)*(const uint64_t *)value);
+    if (o->kind == 's' && *(const char *const *)value) snprintf(text, room, "%s", *(const char *const *)value);
 }
 
-static void print_help(const char *example, const Option *options, int count) {
+static void print_help(const char *example, const Option *options, int count, char command, const void *values) {
     printf("example: %s\n", example);
-    for (int i = 0; i < count; i++) {
+    for (const Option *o = options; o < options + count; o++) {
         char standard[64];
-        option_default(standard, sizeof(standard), &options[i]);
-        printf("  %-14s %s%s\n", options[i].name, options[i].help, standard);
+        option_text(standard, sizeof(standard), o, values);
+        bool shown = takes(o, command) && *standard && o->kind != 'b';
+        if (takes(o, command)) printf(shown ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, standard);
     }
 }
 
-static void option_set(const Option *o, const char *text) {
-    char *end = (char *)text;
+static void option_store(const Option *o, void *values, double v, const char *text) {
+    void *value = (char *)values + o->field;
+    Prompts *p = (Prompts *)value;
+    if (o->kind == 's') *(const char **)value = text;
+    else if (o->kind == 'd') *(double *)value = v;
+    else if (o->kind == 'u') *(uint64_t *)value = (uint64_t)v;
+    else if (o->kind != 'm') *(int *)value = (int)v;
+    else if (!text) p->count = 0;
+    else if (p->count == MOST_PROMPTS) die("%s: at most %d of them", o->name, MOST_PROMPTS);
+    else p->text[p->count++] = text;
+}
+
+static void option_defaults(const Option *options, int count, char command, void *values) {
+    for (const Option *o = options; o < options + count; o++)
+        if (takes(o, command)) option_store(o, values, o->standard, o->text);
+}
+
+static void option_set(const Option *o, void *values, const char *text) {
+    char *end;
     errno = 0;
-    if (o->kind == 's') { *(const char **)o->value = text; return; }
-    if (o->kind == 'm') {
-        Prompts *p = (Prompts *)o->value;
-        if (p->count == MOST_PROMPTS) die("%s: at most %d of them", o->name, MOST_PROMPTS);
-        p->text[p->count++] = text;
-        return;
-    }
-    if (o->kind == 'u') {
-        *(uint64_t *)o->value = strtoull(text, &end, 10);
-        if (end == text || *end || errno || strchr(text, '-'))
-            die("%s: \"%.40s\" is not a whole number from 0 on", o->name, text);
-        return;
-    }
     double v = strtod(text, &end);
-    if (end == text || *end || errno || !(v >= o->least && v <= o->most) || (o->kind == 'i' && v != floor(v)))
-        die("%s: \"%.40s\" is not a %snumber from %g to %g", o->name, text, o->kind == 'i' ? "whole " : "", o->least,
-            o->most);
-    if (o->kind == 'i') *(int *)o->value = (int)v;
-    else *(double *)o->value = v;
+    bool number = end != text && !*end && !errno && v >= o->least && v <= o->most;
+    if (!strchr("sm", o->kind) && (!number || (o->kind != 'd' && v != floor(v))))
+        die("%s: \"%.40s\" is not a %snumber from %.16g to %.16g", o->name, text, o->kind == 'd' ? "" : "whole ",
+            o->least, o->most);
+    option_store(o, values, v, text);
 }
 
 // argv after the command's name. One argument without a dash goes to `plain`, where the command takes one.
-static void parse_options(int argc, char **argv, const char *example, const Option *options, int count,
-                          const char **plain) {
+static void parse_options(int argc, char **argv, const char *example, const Option *options, int count, char command,
+                          void *values, const char **plain) {
     for (int i = 0; i < argc; i++) {
-        const Option *o = NULL;
+        const Option *o = options;
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
-            print_help(example, options, count);
+            print_help(example, options, count, command, values);
             ranks_end();
             exit(0);
         }
-        for (int j = 0; j < count; j++) if (!strcmp(argv[i], options[j].name)) o = &options[j];
-        if (!o && plain && argv[i][0] != '-' && !*plain) { *plain = argv[i]; continue; }
-        if (!o) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
-        if (o->kind == 'b') *(int *)o->value = 1;
+        while (o < options + count && !(takes(o, command) && !strcmp(argv[i], o->name))) o++;
+        if (o == options + count && plain && argv[i][0] != '-' && !*plain) { *plain = argv[i]; continue; }
+        if (o == options + count) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
+        if (o->kind == 'b') option_store(o, values, 1, NULL);
         else if (i + 1 == argc) die("%s needs a value; -h lists the options", o->name);
-        else option_set(o, argv[++i]);
+        else option_set(o, values, argv[++i]);
     }
 }
 
-static const char *one_of(const char *name, const char *value, const char *const *allowed) {
-    for (int i = 0; allowed[i]; i++) if (!strcmp(value, allowed[i])) return value;
+// What a resumed run must have in common with the one that was stopped: the command's options up to -o.
+static void settings_text(char *text, size_t room, const Options *o, char command) {
+    size_t used = 0;
+    for (const Option *row = OPTIONS; used < room && strcmp(row->name, "-o"); row++) {
+        char value[256];
+        if (!takes(row, command)) continue;
+        option_text(value, sizeof(value), row, o);
+        used += (size_t)snprintf(text + used, room - used, "%s %s ", row->name, value);
+    }
+    plain_text(text);
+}
+
+static void one_of(const char *name, const char *value, const char *const *allowed) {
     char list[128] = "";
-    for (int i = 0; allowed[i]; i++)
+    for (int i = 0; allowed[i]; i++) {
+        if (!strcmp(value, allowed[i])) return;
         snprintf(list + strlen(list), sizeof(list) - strlen(list), i ? ", %s" : "%s", allowed[i]);
+    }
     die("%s: \"%.40s\" is none of %s", name, value, list);
 }
-static const char *const DTYPES[] = {"f32", "bf16", "hif8", NULL};
-static const char *const SP[] = {"ssp", "ulysses", NULL};
+static const char *const DTYPES[] = {"f32", "bf16", "hif8", NULL}, *const SP[] = {"ssp", "ulysses", NULL};
 
 // ---- what the commands share ----------------------------------------------------------------------------------------
-typedef struct {
-    const char *weights, *lora, *device, *sp;
-    int full, full_blocks, hif8, hif8_linear, hif8_attn, json;
-} Common;
+typedef struct { Config c; TrainOptions train; } Preset;
+static const char *const PRESET_NAMES[] = {"tiny", "toy", NULL};
+static const Preset PRESETS[] = {
+    {{64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6},
+     {1600, 8, 100, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
+    {{128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6},
+     {5000, 64, 200, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.999, 0.1, 1}},
+};
 
-#define COMMON_OPTIONS(c) \
-    {"--full", 'b', &(c).full, 0, 0, "full attention in every block"}, \
-    {"--full-blocks", 'i', &(c).full_blocks, 0, 1024, "so many full blocks at the two ends; -1: as the file says"}, \
-    {"--hif8", 'b', &(c).hif8, 0, 0, "8 bits: HiF8 linear layers and attention"}, \
-    {"--hif8-linear", 'b', &(c).hif8_linear, 0, 0, "HiF8 linear layers only"}, \
-    {"--hif8-attn", 'b', &(c).hif8_attn, 0, 0, "HiF8 q, k, v only"}, \
-    {"--device-dtype", 's', &(c).device, 0, 0, "arithmetic on a GPU: f32 or bf16, its default (the CPU has f32)"}, \
-    {"--sp", 's', &(c).sp, 0, 0, "with ranks, sparse blocks under: ssp or ulysses"}, \
-    {"--json", 'b', &(c).json, 0, 0, "figures as one JSON object on the last line"}
-
-static Common common_defaults(void) {
-    Common o;
-    memset(&o, 0, sizeof(o));
-    o.sp = "ssp", o.full_blocks = -1;
-    return o;
+// The latent's size: as asked or as trained. A model with words makes pixels; the others make Wan's VAE latents, a
+// quarter of the frames (plus one) and an eighth of height and width.
+static void config_size_asked(Config *c, const Options *o) {
+    int per_frame = c->vocab ? 1 : 4, per_pixel = c->vocab ? 1 : 8, wan = !c->T;
+    int frames = o->frames ? o->frames : wan ? 81 : (c->T - 1) * per_frame + 1;
+    int height = o->size ? o->size : o->height ? o->height : wan ? 720 : c->H_l * per_pixel;
+    int width = o->size ? o->size : o->width ? o->width : wan ? 1280 : c->W_l * per_pixel;
+    if ((frames - 1) % per_frame) die("--frames %d: must be 1 more than a multiple of %d", frames, per_frame);
+    if (height % (2 * per_pixel) || width % (2 * per_pixel))
+        die("a clip %d high and %d wide: both must be multiples of %d", height, width, 2 * per_pixel);
+    c->T = (frames - 1) / per_frame + 1, c->H_l = height / per_pixel, c->W_l = width / per_pixel;
 }
 
-static void config_override(Config *c, const Common *o) {
+static void config_override(Config *c, const Options *o) {
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
-    if (o->hif8 || o->hif8_linear) c->quant = 1;
-    if (o->hif8 || o->hif8_attn) c->quant_attn = 1;
+    c->quant |= o->hif8 || o->hif8_linear;
+    c->quant_attn |= o->hif8 || o->hif8_attn;
+    config_size_asked(c, o);
     config_check(c, "--full-blocks");
 }
 
 // The ranks' groups: all on one sample, or (guidance) two halves.
 static void ranks_arrange(Ranks *k, const Config *c, const char *sp, bool guided) {
     int P2 = c->sparse_ratio * c->sparse_ratio, world = k->size;
-    k->ulysses = !strcmp(one_of("--sp", sp, SP), "ulysses");
+    one_of("--sp", sp, SP);
+    k->ulysses = !strcmp(sp, "ulysses");
     bool halves = P2 % world != 0 && guided && world % 2 == 0 && P2 % (world / 2) == 0;
     if (P2 % world && !halves)
         die("%d ranks: their number must divide P^2 = %d%s", world, P2,
@@ -3804,20 +4033,26 @@ static void ranks_arrange(Ranks *k, const Config *c, const char *sp, bool guided
     ranks_split(k, halves ? 2 : 1);
 }
 
-static Model *model_open(const char *path, const Common *o, Ranks *k, bool training, bool guided) {
+// The model of a command: from its checkpoint or with a preset's random weights; with an adapter to use or to train.
+static Model *model_open(const Options *o, Ranks *k, bool training, bool guided) {
+    Config c;
     File f;
-    if (!path) die("no checkpoint given: -w FILE (make one with osp train)");
-    file_open(&f, path);
+    if (!o->weights && !o->preset) die("no checkpoint given: -w FILE, or grpo --init FILE (make one with osp train)");
+    if (o->weights) file_open(&f, o->weights);
     device_start(o->device, k->rank);
-    ranks_agree(k, f.map, f.size, "checkpoint");
-    Config c = config_read(&f);
+    if (o->weights) ranks_agree(k, f.map, f.size, "checkpoint"), c = config_read(&f);
+    else c = PRESETS[!strcmp(o->preset, "toy")].c;
+    if ((training || o->clips) && (!c.vocab || !c.T))
+        die("%s: clips of captioned shapes need a model with a word table, made by osp train", o->weights);
     config_override(&c, o);
+    if (o->rank > c.dim / 2) die("--rank %d: at most half of dim %d", o->rank, c.dim);
     ranks_arrange(k, &c, o->sp, guided);
     Model *m = model_layout(&c);
     if (o->lora) lora_load(m, o->lora);
+    else if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     model_allocate(m, training);
-    weights_read(m, &f);
-    file_close(&f);
+    if (o->weights) weights_read(m, &f), file_close(&f);
+    else model_random(m, o->seed);
     return m;
 }
 
@@ -3825,717 +4060,284 @@ static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
 static double gib(double bytes) { return bytes / (1024.0 * 1024.0 * 1024.0); }
 
 // Says what memory will be taken before it is.
-static Run *run_planned(Model *m, Ranks *k, int B, int T, int H, int W, bool training) {
+static Run *run_planned(Model *m, Ranks *k, int B, bool training) {
     size_t bytes;
+    int T = m->c.T, H = m->c.H_l / 2, W = m->c.W_l / 2;
     run_new(m, k, B, T, H, W, training, &bytes);
     size_t weights = model_bytes(m, training) + (training ? 3 * m->count * sizeof(float) : 0);
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %d tokens (%dx%dx%d)\n",
                 training ? ", gradients, moments" : "", gib((double)weights), gib((double)bytes), B, T * H * W, T, H,
                 W);
-    return run_new(m, k, B, T, H, W, training, NULL);
+    Run *r = run_new(m, k, B, T, H, W, training, NULL);
+    r->show = !training && speaks(k) && isatty(2);
+    return r;
 }
 
-static Text caption_batch(const Model *m, const char *const *captions, int count) {   // NULL: the empty caption
-    int *ids = (int *)xalloc((size_t)count * (size_t)m->c.text_len, sizeof(int));
-    for (int b = 0; b < count; b++)
-        caption_ids(ids + b * m->c.text_len, m->c.text_len, captions && captions[b] ? captions[b] : "");
-    Text t = {ids, NULL};
-    return t;
+// A run that learns, and may have been killed before: its state is kept beside its output.
+typedef struct { Optimizer opt; char path[PATH_MAX], settings[2048]; double began, saved; int first; } Learning;
+
+static void learning_start(Learning *l, const Options *o, char command, Ranks *k, float *w, float *dw, size_t count) {
+    optimizer_init(&l->opt, w, dw, count);
+    if (snprintf(l->path, sizeof(l->path), "%s.resume", o->out) >= PATH_MAX) die("-o: choose a shorter name");
+    settings_text(l->settings, sizeof(l->settings), o, command);
+    if (state_load(l->path, &l->opt, l->settings) && speaks(k))
+        fprintf(stderr, "resumed from %s at step %d\n", l->path, l->opt.step);
+    l->began = l->saved = seconds(), l->first = l->opt.step;
 }
 
-static void noise_fill(float *x, size_t count, uint64_t seed, uint64_t stream, uint64_t first) {
-    #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; i++) x[i] = rng_normal(seed, stream, first + i);
+static void learning_save(Learning *l, const Options *o, Ranks *k) {         // now and then
+    if (!speaks(k) || seconds() - l->saved <= o->save) return;
+    state_save(l->path, &l->opt, l->settings);
+    l->saved = seconds();
 }
 
 // ---- osp sample ----------------------------------------------------------------------------------------------------
-typedef struct {
-    Common common;
-    Prompts prompts;
-    const char *out, *text, *noise;
-    int steps, frames, height, width, scale, fps;
-    double guidance, shift;
-    uint64_t seed;
-} SampleOptions;
-
-// The latent grid: the trained size, or as asked. A model with words makes pixels; the others make Wan's VAE latents,
-// a quarter of the frames (plus one) and an eighth of height and width.
-static void sample_size(const Config *c, SampleOptions *o, int size[3]) {
-    int per_frame = c->vocab ? 1 : 4, per_pixel = c->vocab ? 1 : 8;
-    if (!o->frames) o->frames = c->T ? (c->T - 1) * per_frame + 1 : 81;
-    if (!o->height) o->height = c->H_l ? c->H_l * per_pixel : 720;
-    if (!o->width) o->width = c->W_l ? c->W_l * per_pixel : 1280;
-    if ((o->frames - 1) % per_frame) die("--frames %d: must be 1 more than a multiple of %d", o->frames, per_frame);
-    if (o->height % (2 * per_pixel) || o->width % (2 * per_pixel))
-        die("--height %d --width %d: must be multiples of %d", o->height, o->width, 2 * per_pixel);
-    size[0] = (o->frames - 1) / per_frame + 1, size[1] = o->height / (2 * per_pixel),
-    size[2] = o->width / (2 * per_pixel);
-}
-
-static const float *file_floats(const char *path, const char *name, size_t count, const char *remedy) {
+static float *numbers_of(const char *path, const char *name, size_t count, const char *remedy) {
     File f;
     file_open(&f, path);
-    const FileTensor *t = file_find(&f, name);
-    if (!t || t->count != count) die("%s: tensor %s is missing or not of %zu numbers; %s", path, name, count, remedy);
-    float *host = (float *)xalloc(count, sizeof(float));
-    file_read(host, &f, t, count);
+    float *x = file_numbers(&f, name, count, remedy);
     file_close(&f);
-    return host;
+    return x;
 }
 
-// Clips side by side: out[C, T, H, K·W].
-static float *side_by_side(const float *const *clips, int K, int C, int T, int H, int W) {
-    float *out = (float *)xalloc((size_t)K * (size_t)C * (size_t)T * (size_t)H * (size_t)W, sizeof(float));
-    for (int k = 0; k < K; k++)
-        for (int row = 0; row < C * T * H; row++)
-            memcpy(out + ((size_t)row * (size_t)K + (size_t)k) * (size_t)W, clips[k] + (size_t)row * (size_t)W,
-                   (size_t)W * sizeof(float));
-    return out;
-}
-
-static void save_latent(const char *path, const float *x, const Config *c, const int size[3], const char *comment) {
+static void save_latent(const char *path, const float *x, const Config *c, const char *comment) {
     Writer w;
-    size_t shape[4] = {(size_t)c->out_dim, (size_t)size[0], 2 * (size_t)size[1], 2 * (size_t)size[2]};
+    size_t shape[4] = {(size_t)c->out_dim, (size_t)c->T, (size_t)c->H_l, (size_t)c->W_l};
+    size_t bytes = shape[0] * shape[1] * shape[2] * shape[3] * sizeof(float);
+    float *device = (float *)device_alloc(bytes);
+    upload(device, x, bytes);
     writer_open(&w, path);
     writer_meta(&w, "comment", "%s", comment);
-    writer_declare(&w, "latent", "F32", 4, shape);
-    writer_put(&w, x, shape[0] * shape[1] * shape[2] * shape[3]);
+    writer_add(&w, "latent", "F32", 4, shape, device);
     writer_close(&w);
+    device_free(device);
 }
 
 // One clip per prompt (or one from --text), each from its own noise, alone in its batch.
-static float **sample_clips(Run *r, const SampleOptions *o, int count) {
+static float **sample_clips(Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
-    size_t size = (size_t)c->out_dim * r->N * 4, rows = (size_t)c->text_len * (size_t)c->text_dim;
-    float **clips = (float **)xalloc((size_t)count, sizeof(float *)), *x = (float *)device_alloc(size * sizeof(float));
+    size_t size = latent_size(r), rows = (size_t)c->text_len * (size_t)c->text_dim;
+    float **clips = (float **)xalloc((size_t)count, sizeof(float *));
     Text cond = {NULL, NULL}, uncond = {NULL, NULL};
     if (c->vocab) uncond = caption_batch(r->m, NULL, 1);
     else {
-        cond.rows = file_floats(o->text, "text_cond", rows, "make it with weights_export.py text");
-        uncond.rows = file_floats(o->text, "text_uncond", rows, "make it with weights_export.py text");
+        cond.rows = numbers_of(o->text, "text_cond", rows, "make it with weights_export.py text");
+        uncond.rows = numbers_of(o->text, "text_uncond", rows, "make it with weights_export.py text");
     }
     for (int k = 0; k < count; k++) {
-        float *host = clips[k] = (float *)xalloc(size, sizeof(float));
-        if (o->noise)
-            memcpy(host, file_floats(o->noise, "noise", size, "it must have the latent's size"), size * sizeof(float));
-        else noise_fill(host, size, o->seed, SAMPLE_STREAM, (uint64_t)k * size);
-        upload(x, host, size * sizeof(float));
+        clips[k] = o->noise ? numbers_of(o->noise, "noise", size, "it must have the latent's size")
+                            : (float *)xalloc(size, sizeof(float));
+        if (!o->noise) noise_fill(clips[k], size, o->seed, SAMPLE_STREAM, (uint64_t)k * size);
         if (c->vocab) cond = caption_batch(r->m, &o->prompts.text[k], 1);
-        sample(r, x, cond, uncond, o->steps, o->shift, o->guidance);
-        download(host, x, size * sizeof(float));
-        for (size_t i = 0; i < size; i++)
-            if (!isfinite(host[i]))
-                die("the model made a number that is not finite; the weights may be broken, or try --device-dtype f32");
+        sample_host(r, clips[k], cond, uncond, o->steps, o->shift, o->guidance);
     }
-    device_free(x);
     return clips;
 }
 
 // ShapesBench of one clip, where the caption is one of the world's.
-static void print_score(FILE *out, const float *x, const char *caption, const int size[3]) {
+static void print_score(FILE *out, const float *x, const char *caption, const Config *c) {
     Scene asked;
     float score[N_SCORES];
     if (!parse_caption(&asked, caption)) return;
-    shapes_score(score, x, asked, size[0], 2 * size[1], 2 * size[2], false);
+    shapes_score(score, x, asked, c->T, c->H_l, c->W_l, false);
     fprintf(out, "%s:", caption);
     for (int s = 0; s < N_SCORES; s++) fprintf(out, " %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
     fputc('\n', out);
 }
 
-static void cmd_sample(int argc, char **argv, Ranks *k) {
-    SampleOptions o;
-    memset(&o, 0, sizeof(o));
-    o.common = common_defaults(), o.out = "out.png";
-    o.steps = 20, o.guidance = 4, o.shift = 3, o.seed = 1, o.fps = 8;
-    const Option options[] = {
-        {"-w", 's', &o.common.weights, 0, 0, "checkpoint"},
-        {"-p", 'm', &o.prompts, 0, 0, "caption; may repeat, for clips side by side"},
-        {"-o", 's', &o.out, 0, 0, "NAME.png (animated, and NAME_sheet.png), .y4m, - (y4m to stdout), or .safetensors"},
-        {"-n", 'i', &o.steps, 1, 1000, "Euler steps"},
-        {"-g", 'd', &o.guidance, 0, 100, "guidance; 1: none"},
-        {"--shift", 'd', &o.shift, 0.01, 100, "shift of the schedule"},
-        {"--seed", 'u', &o.seed, 0, 0, "noise"},
-        {"--text", 's', &o.text, 0, 0, "embeddings from weights_export.py text, for models without a word table"},
-        {"--noise", 's', &o.noise, 0, 0, "start from tensor `noise` of this file"},
-        {"--frames", 'i', &o.frames, 1, 4096, "size of the clip; 0: as trained"},
-        {"--height", 'i', &o.height, 2, 16384, "in pixels"},
-        {"--width", 'i', &o.width, 2, 16384, "in pixels"},
-        {"--lora", 's', &o.common.lora, 0, 0, "adapter from osp grpo, merged while loading"},
-        {"--scale", 'i', &o.scale, 1, 64, "pixels of the picture per pixel of the clip; 0: to fit"},
-        {"--fps", 'i', &o.fps, 1, 60, "frames a second"},
-        COMMON_OPTIONS(o.common),
-    };
-    parse_options(argc, argv,
-                  "osp sample -w toy.safetensors -p \"a large red circle moving left on a black background\" -o "
-                  "out.png",
-                  options, sizeof(options) / sizeof(options[0]), NULL);
-    bool latent = ends_with(o.out, ".safetensors");
-    if (latent) check_writable(o.out); else check_clip_path(o.out);
-    Model *m = model_open(o.common.weights, &o.common, k, false, o.guidance != 1);
-    int size[3], count = m->c.vocab ? o.prompts.count : 1;
-    sample_size(&m->c, &o, size);
-    if (m->c.vocab && !count) die("no caption given: -p \"a small green square moving up on a navy background\"");
-    if (!m->c.vocab && !o.text) die("this model reads embeddings: give --text FILE, made by weights_export.py text");
-    if (!m->c.vocab && !latent)
-        die("-o %s: this model makes latents: give a name ending in .safetensors, then weights_export.py video", o.out);
-    for (int i = 0; i < o.prompts.count; i++)
-        if (!*o.prompts.text[i]) die("-p: the caption is empty; say what to draw");
-    Run *r = run_planned(m, k, 1, size[0], size[1], size[2], false);
-    r->show = speaks(k) && isatty(2);
+static void cmd_sample(const Options *o, Ranks *k) {
+    const Prompts *p = &o->prompts;
+    bool latent = ends_with(o->out, ".safetensors");
+    check_clip_path(o->out);
+    Model *m = model_open(o, k, false, o->guidance != 1);
+    const Config *c = &m->c;
+    int count = c->vocab ? p->count : 1;
+    if (c->vocab && !count) die("no caption given: -p \"a small green square moving up on a navy background\"");
+    if (!c->vocab && !o->text) die("this model reads embeddings: give --text FILE, made by weights_export.py text");
+    if (!c->vocab && !latent)
+        die("-o %s: this model makes latents: give a name in .safetensors, then weights_export.py video", o->out);
+    for (int i = 0; i < p->count; i++) if (!*p->text[i]) die("-p: the caption is empty; say what to draw");
+    Run *r = run_planned(m, k, 1, false);
     double began = seconds();
-    float **clips = sample_clips(r, &o, count);
+    Clips clips = {c->out_dim, c->T, c->H_l, c->W_l, count, sample_clips(r, o, count), p->text};
     double took = seconds() - began;
-    if (speaks(k)) {
-        char comment[1024];
-        snprintf(comment, sizeof(comment), "prompt: %s; seed %llu; steps %d; guidance %g; shift %g; weights %s",
-                 count && o.prompts.count ? o.prompts.text[0] : o.text, (unsigned long long)o.seed, o.steps, o.guidance,
-                 o.shift, o.common.weights);
-        int W = 2 * size[2], H = 2 * size[1], scale = o.scale ? o.scale : W <= 16 ? 8 : W <= 64 ? 4 : 1;
-        if (latent) save_latent(o.out, clips[0], &m->c, size, comment);
-        else {
-            write_clip(o.out, side_by_side((const float *const *)clips, count, m->c.out_dim, size[0], H, W),
-                       m->c.out_dim, size[0], H, count * W, scale, o.fps, comment);
-            char sheet[PATH_MAX];
-            sheet_name(sheet, o.out);
-            if (ends_with(o.out, ".png"))
-                write_sheet(sheet, (const float *const *)clips, o.prompts.text, count, m->c.out_dim, size[0], H, W,
-                            scale, comment);
-        }
-        FILE *say = strcmp(o.out, "-") ? stdout : stderr;
-        for (int i = 0; m->c.vocab && i < count; i++) print_score(say, clips[i], o.prompts.text[i], size);
-        fprintf(say, "wrote %s: seed %llu, %d steps, %.2f s\n", o.out, (unsigned long long)o.seed, o.steps, took);
-        if (o.common.json) fprintf(say, "{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o.steps, count);
-    }
+    if (!speaks(k)) return;
+    char comment[1024];
+    snprintf(comment, sizeof(comment), "prompt: %s; seed %llu; steps %d; guidance %g; shift %g; weights %s",
+             p->count ? p->text[0] : o->text, (unsigned long long)o->seed, o->steps, o->guidance, o->shift, o->weights);
+    int scale = o->scale ? o->scale : c->W_l <= 16 ? 8 : c->W_l <= 64 ? 4 : 1;
+    if (latent) save_latent(o->out, clips.x[0], c, comment);
+    else write_clips(o->out, &clips, scale, o->fps, comment);
+    FILE *say = strcmp(o->out, "-") ? stdout : stderr;
+    for (int i = 0; c->vocab && i < count; i++) print_score(say, clips.x[i], p->text[i], c);
+    fprintf(say, "wrote %s: seed %llu, %d steps, %.2f s\n", o->out, (unsigned long long)o->seed, o->steps, took);
+    if (o->json) fprintf(say, "{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o->steps, count);
 }
 
-// ---- osp eval: ShapesBench on captions that training never saw ----------------------------------------------------------
+// ---- osp eval: ShapesBench on captions that training never saw ------------------------------------------------------
 typedef struct {
-    double mean[N_SCORES + 1], error[N_SCORES + 1];
-    int motion[MOTIONS][MOTIONS], shape[SHAPES][SHAPES];
+    double mean[N_SCORES + 1], error[N_SCORES + 1];                      // percent; the last: all scores' mean
+    int motion[MOTIONS][MOTIONS], shape[SHAPES][SHAPES];                 // [asked][seen]
 } Bench;
 
-// `clips` samples in batches of r->B; captions drawn in turn from those held out (or, trained = true, from the others).
+static void bench_clip(Bench *sums, const float *x, Scene asked, const Run *r, bool soft) {
+    float score[N_SCORES];
+    double total = 0;
+    Seen seen = watch(x, r->T, 2 * r->H, 2 * r->W);
+    Scene is = scene_seen(&seen, r->T, 2 * r->H, 2 * r->W);
+    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, soft);
+    for (int s = 0; s < N_SCORES; s++) total += score[s] / N_SCORES;
+    for (int s = 0; s <= N_SCORES; s++) {
+        double v = s < N_SCORES ? score[s] : total;
+        sums->mean[s] += v, sums->error[s] += v * v;
+    }
+    if (is.motion >= 0) sums->motion[asked.motion][is.motion]++;
+    if (is.shape >= 0) sums->shape[asked.shape][is.shape]++;
+}
+
+// `clips` samples in batches of r->B; captions drawn in turn from those held out.
 static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
-    const Config *c = &r->m->c;
-    size_t size = (size_t)c->out_dim * r->N * 4;
-    float *x = (float *)device_alloc((size_t)r->B * size * sizeof(float)),
-          *host = (float *)xalloc((size_t)r->B * size, sizeof(float));
-    char (*text)[128] = (char (*)[128])xalloc((size_t)r->B, 128);
-    const char **captions = (const char **)xalloc((size_t)r->B, sizeof(char *));
-    Scene *asked = (Scene *)xalloc((size_t)r->B, sizeof(Scene));
-    double sum[N_SCORES + 1] = {0}, squares[N_SCORES + 1] = {0};
+    size_t size = latent_size(r), B = (size_t)r->B;
+    float *host = (float *)xalloc(B * size, sizeof(float));
+    char (*text)[128] = (char (*)[128])xalloc(B, 128);
+    const char **captions = (const char **)xalloc(B, sizeof(char *));
+    Scene *asked = (Scene *)xalloc(B, sizeof(Scene));
     int caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
+    Text uncond = caption_batch(r->m, NULL, r->B);
     Bench result;
     memset(&result, 0, sizeof(result));
     for (int done = 0; done < clips; done += r->B) {
-        for (int b = 0; b < r->B; b++) {
+        for (size_t b = 0; b < B; b++) {
             do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
             asked[b] = scene_of(caption);
             caption_text(text[b], 128, asked[b]);
             captions[b] = text[b];
         }
-        noise_fill(host, (size_t)r->B * size, seed, SAMPLE_STREAM, (uint64_t)done * size);
-        upload(x, host, (size_t)r->B * size * sizeof(float));
-        Text cond = caption_batch(r->m, captions, r->B), uncond = caption_batch(r->m, NULL, r->B);
-        sample(r, x, cond, uncond, steps, shift, guidance);
-        download(host, x, (size_t)r->B * size * sizeof(float));
-        free((void *)cond.ids), free((void *)uncond.ids);
-        for (int b = 0; b < r->B && done + b < clips; b++) {
-            float score[N_SCORES];
-            double total = 0;
-            Seen seen = watch(host + (size_t)b * size, r->T, 2 * r->H, 2 * r->W);
-            Scene is = scene_seen(&seen, r->T, 2 * r->H, 2 * r->W);
-            shapes_score(score, host + (size_t)b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
-            for (int s = 0; s < N_SCORES; s++) {
-                sum[s] += score[s], squares[s] += score[s] * score[s];
-                total += score[s] / N_SCORES;
-            }
-            sum[N_SCORES] += total, squares[N_SCORES] += total * total;
-            if (is.motion >= 0) result.motion[asked[b].motion][is.motion]++;
-            if (is.shape >= 0) result.shape[asked[b].shape][is.shape]++;
-        }
+        noise_fill(host, B * size, seed, SAMPLE_STREAM, (uint64_t)done * size);
+        Text cond = caption_batch(r->m, captions, r->B);
+        sample_host(r, host, cond, uncond, steps, shift, guidance);
+        free((void *)cond.ids);
+        for (int b = 0; b < r->B && done + b < clips; b++)
+            bench_clip(&result, host + (size_t)b * size, asked[b], r, soft);
     }
     for (int s = 0; s <= N_SCORES; s++) {
-        double mean = sum[s] / clips, var = squares[s] / clips - mean * mean;
-        result.mean[s] = 100 * mean;
-        result.error[s] = clips > 1 ? 100 * sqrt((var > 0 ? var : 0) / (clips - 1)) : 0;
+        double mean = result.mean[s] / clips, var = fmax(result.error[s] / clips - mean * mean, 0);
+        result.mean[s] = 100 * mean, result.error[s] = clips > 1 ? 100 * sqrt(var / (clips - 1)) : 0;
     }
-    device_free(x);
-    free(host), free(text), free(captions), free(asked);
+    free(host), free(text), free(captions), free(asked), free((void *)uncond.ids);
     return result;
 }
 
-static void print_bench(const Bench *b, int clips, bool json) {
-    printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", clips);
-    for (int s = 0; s < N_SCORES; s++) printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], b->mean[s], b->error[s]);
-    printf("  %-12s %6.2f ± %.2f\n", "total", b->mean[N_SCORES], b->error[N_SCORES]);
+static const char *score_name(int s) { return s < N_SCORES ? SCORE_NAMES[s] : "total"; }
+
+static void cmd_eval(const Options *o, Ranks *k) {
+    Model *m = model_open(o, k, false, o->guidance != 1);
+    Run *r = run_planned(m, k, o->train.batch < o->clips ? o->train.batch : o->clips, false);
+    Bench b = evaluate(r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
+    if (!speaks(k)) return;
+    printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", o->clips);
+    for (int s = 0; s <= N_SCORES; s++) printf("  %-12s %6.2f ± %.2f\n", score_name(s), b.mean[s], b.error[s]);
     printf("asked \\ seen: motion (left right up down still) and shape (circle square triangle diamond)\n");
     for (int i = 0; i < MOTIONS; i++) {
         printf("  ");
-        for (int j = 0; j < MOTIONS; j++) printf("%4d", b->motion[i][j]);
-        for (int j = 0; j < SHAPES && i < SHAPES; j++) printf("%s%4d", j ? "" : "      ", b->shape[i][j]);
+        for (int j = 0; j < MOTIONS; j++) printf("%4d", b.motion[i][j]);
+        for (int j = 0; j < SHAPES && i < SHAPES; j++) printf("%s%4d", j ? "" : "      ", b.shape[i][j]);
         printf("\n");
     }
-    if (!json) return;
+    if (!o->json) return;
     printf("{");
-    for (int s = 0; s <= N_SCORES; s++) {
-        const char *name = s < N_SCORES ? SCORE_NAMES[s] : "total";
-        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", name, b->mean[s], name, b->error[s]);
-    }
-    printf("\"clips\": %d}\n", clips);
-}
-
-static void cmd_eval(int argc, char **argv, Ranks *k) {
-    Common common = common_defaults();
-    int clips = 96, steps = 20, batch = 8, soft = 0;
-    double guidance = 4, shift = 3;
-    uint64_t seed = 1;
-    const Option options[] = {
-        {"-w", 's', &common.weights, 0, 0, "checkpoint"},
-        {"-n", 'i', &clips, 1, 100000, "clips"},
-        {"--steps", 'i', &steps, 1, 1000, "Euler steps"},
-        {"-g", 'd', &guidance, 0, 100, "guidance; 1: none"},
-        {"--shift", 'd', &shift, 0.01, 100, "shift of the schedule"},
-        {"--seed", 'u', &seed, 0, 0, "noise and choice of captions"},
-        {"--batch", 'i', &batch, 1, 4096, "clips at a time"},
-        {"--lora", 's', &common.lora, 0, 0, "adapter from osp grpo"},
-        {"--soft", 'b', &soft, 0, 0, "the continuous scores that GRPO is rewarded with"},
-        COMMON_OPTIONS(common),
-    };
-    parse_options(argc, argv, "osp eval -w toy.safetensors -n 96", options, sizeof(options) / sizeof(options[0]), NULL);
-    Model *m = model_open(common.weights, &common, k, false, guidance != 1);
-    if (!m->c.vocab || !m->c.T)
-        die("%s: ShapesBench needs a model with a word table, trained by osp train", common.weights);
-    Run *r = run_planned(m, k, batch < clips ? batch : clips, m->c.T, m->c.H_l / 2, m->c.W_l / 2, false);
-    r->show = speaks(k) && isatty(2);
-    Bench b = evaluate(r, clips, steps, shift, guidance, seed, soft);
-    if (speaks(k)) print_bench(&b, clips, common.json);
+    for (int s = 0; s <= N_SCORES; s++)
+        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", score_name(s), b.mean[s], score_name(s), b.error[s]);
+    printf("\"clips\": %d}\n", o->clips);
 }
 
 // ---- osp train -----------------------------------------------------------------------------------------------------
-typedef struct { const char *name; Config c; TrainOptions train; } Preset;
-static const Preset PRESETS[] = {
-    {"tiny",
-     {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6},
-     {1600, 8, 100, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
-    {"toy",
-     {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6},
-     {5000, 64, 200, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.999, 0.1, 1}},
-};
-
-typedef struct {
-    Common common;
-    const char *preset, *init, *out, *dtype, *log;
-    int frames, size;
-    double save_seconds;
-    TrainOptions train;
-} TrainCommand;
-
-// Weights and config at step 0: a preset with random weights, or --init.
-static Model *train_model(const TrainCommand *o, Ranks *k) {
-    if (o->init) {
-        Model *m = model_open(o->init, &o->common, k, true, false);
-        if (!m->c.vocab || !m->c.T)
-            die("%s: osp train draws captioned shapes, so it needs a model with a word table", o->init);
-        return m;
-    }
-    Config c = {0};
-    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++)
-        if (!strcmp(o->preset, PRESETS[i].name)) c = PRESETS[i].c;
-    config_override(&c, &o->common);
-    device_start(o->common.device, k->rank);
-    ranks_arrange(k, &c, o->common.sp, false);
-    Model *m = model_layout(&c);
-    model_allocate(m, true);
-    model_random(m, o->train.seed);
-    return m;
-}
-
 // Lines on stdout (the log that `test_osp show loss` draws), a bar on stderr.
-static void train_report(const TrainCommand *o, int step, double loss, double norm, double lr, double began,
-                         int first) {
-    int S = o->train.steps;
-    double per_step = (seconds() - began) / (step + 1 - first), left = per_step * (S - step - 1);
-    if ((step + 1) % 10 == 0 || step + 1 == S)
-        printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step + 1, S, loss, norm, lr, 1e3 * per_step),
-            fflush(stdout);
+static void train_report(const Learning *l, int step, int S, double loss, double norm, double lr) {
+    double per_step = (seconds() - l->began) / (step - l->first), left = per_step * (S - step);
+    if (step % 10 == 0 || step == S)
+        printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, 1e3 * per_step);
+    fflush(stdout);
     if (!isatty(2)) return;
     fprintf(stderr, "\r\033[K[");
-    for (int i = 0; i < 30; i++) fputc(i * S < 30 * (step + 1) ? '#' : '.', stderr);
-    fprintf(stderr, "] %d/%d loss %.4f %d:%02d left ", step + 1, S, loss, (int)left / 60, (int)left % 60);
+    for (int i = 0; i < 30; i++) fputc(i * S < 30 * step ? '#' : '.', stderr);
+    fprintf(stderr, "] %d/%d loss %.4f %d:%02d left %s", step, S, loss, (int)left / 60, (int)left % 60,
+            step == S ? "\r\033[K" : "");
 }
 
-static void train_loop(Run *r, Optimizer *opt, const TrainCommand *o, const char *state, const char *run, bool speak) {
+static void cmd_train(const Options *o, Ranks *k) {
+    Model *m = model_open(o, k, true, false);
+    Run *r = run_planned(m, k, o->train.batch, true);
+    Learning l;
     Batch batch;
-    size_t count = (size_t)r->B * (size_t)r->m->c.out_dim * r->N * 4;
-    float *x = (float *)device_alloc(count * sizeof(float)), *target = (float *)device_alloc(count * sizeof(float));
-    float *dout = (float *)device_alloc(count * sizeof(float));
-    double began = seconds(), saved = began;
-    int first = opt->step;
+    size_t bytes = (size_t)r->B * latent_size(r) * sizeof(float);
+    float *x = (float *)device_alloc(bytes), *target = (float *)device_alloc(bytes);
+    float *dout = (float *)device_alloc(bytes);
+    int S = o->train.steps;
+    learning_start(&l, o, 't', k, m->w, m->dw, m->count);
     batch_new(&batch, r);
-    if (first < o->train.steps) batch_fill(&batch, r, &o->train, first), batch_upload(r, &batch, x, target);
-    for (int step = first; step < o->train.steps; step++) {
+    if (l.first < S) batch_fill(&batch, r, &o->train, l.first), batch_upload(r, &batch, x, target);
+    for (int step = l.first; step < S; step++) {
         double lr = learning_rate(&o->train, step), loss = train_step(r, &batch, x, target, dout);
-        if (step + 1 < o->train.steps)                                      // while a GPU is still at work
-            batch_fill(&batch, r, &o->train, step + 1), batch_upload(r, &batch, x, target);
-        double norm = optimizer_step(opt, r->ranks, &o->train, lr);
+        if (step + 1 < S) batch_fill(&batch, r, &o->train, step + 1);       // while a GPU is still at work ...
+        if (step + 1 < S) batch_upload(r, &batch, x, target);               // ... it has its next batch
+        double norm = optimizer_step(&l.opt, r->ranks, &o->train, lr);
         if (!isfinite(loss) || !isfinite(norm))
             die("step %d: the loss is %g, the gradient's norm %g; %s holds the last good state: lower --lr", step + 1,
-                loss, norm, state);
-        if (step == first) for (int i = 0; i < r->m->params; i++) r->m->param[i].codes = false;
-        if (speak) train_report(o, step, loss, norm, lr, began, first);
-        if (speak && step + 1 < o->train.steps && seconds() - saved > o->save_seconds) {
-            state_save(state, opt, run);
-            saved = seconds();
-        }
+                loss, norm, l.path);
+        for (int i = 0; step == l.first && i < m->params; i++) m->param[i].codes = false;
+        if (speaks(k)) train_report(&l, step + 1, S, loss, norm, lr);
+        if (step + 1 < S) learning_save(&l, o, k);
     }
-    if (isatty(2) && speak) fprintf(stderr, "\r\033[K");
-    device_free(x), device_free(target), device_free(dout);
-}
-
-static void cmd_train(int argc, char **argv, Ranks *k) {
-    TrainCommand o;
-    memset(&o, 0, sizeof(o));
-    o.preset = "tiny", o.dtype = "f32", o.common = common_defaults(), o.save_seconds = 15;
-    for (int i = 0; i + 1 < argc; i++) if (!strcmp(argv[i], "--preset")) o.preset = argv[i + 1];
-    const Preset *p = NULL;
-    for (size_t i = 0; i < sizeof(PRESETS) / sizeof(PRESETS[0]); i++)
-        if (!strcmp(o.preset, PRESETS[i].name)) p = &PRESETS[i];
-    if (!p) die("--preset: \"%.40s\" is none of tiny, toy", o.preset);
-    o.train = p->train;
-    const Option options[] = {
-        {"--preset", 's', &o.preset, 0, 0, "tiny (4 frames of 16x16) or toy (8 of 32x32)"},
-        {"--init", 's', &o.init, 0, 0, "start from this checkpoint instead"},
-        {"-o", 's', &o.out, 0, 0, "checkpoint to write"},
-        {"--steps", 'i', &o.train.steps, 0, 1e8, "steps; 0: only write the first weights"},
-        {"--batch", 'i', &o.train.batch, 1, 65536, "clips a step"},
-        {"--lr", 'd', &o.train.lr, 0, 10, "learning rate"},
-        {"--warmup", 'i', &o.train.warmup, 0, 1e8, "steps of rising learning rate"},
-        {"--ema", 'd', &o.train.ema, 0, 1, "decay of the weights' average, which is what is written"},
-        {"--clip", 'd', &o.train.clip, 1e-6, 1e9, "largest norm of the gradient"},
-        {"--decay", 'd', &o.train.weight_decay, 0, 10, "weight decay"},
-        {"--drop", 'd', &o.train.drop, 0, 1, "captions dropped"},
-        {"--seed", 'u', &o.train.seed, 0, 0, "weights, clips, noise"},
-        {"--dtype", 's', &o.dtype, 0, 0, "of the file: f32, bf16 or hif8"},
-        {"--frames", 'i', &o.frames, 1, 256, "frames of a clip; 0: the model's"},
-        {"--size", 'i', &o.size, 8, 512, "height and width; 0: the model's"},
-        {"--save", 'd', &o.save_seconds, 0, 1e9, "seconds between saved states, for resuming"},
-        COMMON_OPTIONS(o.common),
-    };
-    parse_options(argc, argv, "osp train --preset tiny -o tiny.safetensors", options,
-                  sizeof(options) / sizeof(options[0]), NULL);
-    if (!o.out) die("no output given: -o FILE.safetensors");
-    if (o.size % 2) die("--size %d: must be even", o.size);
-    one_of("--dtype", o.dtype, DTYPES);
-    check_writable(o.out);
-    Model *m = train_model(&o, k);
-    if (o.frames) m->c.T = o.frames;
-    if (o.size) m->c.H_l = m->c.W_l = o.size;
-    Run *r = run_planned(m, k, o.train.batch, m->c.T, m->c.H_l / 2, m->c.W_l / 2, true);
-    Optimizer opt;
-    optimizer_init(&opt, m->w, m->dw, m->count);
-    char state[PATH_MAX], run[512];
-    snprintf(state, sizeof(state), "%s.resume", o.out);
-    snprintf(run, sizeof(run),
-             "%s %s steps %d batch %d lr %g warmup %d ema %g clip %g decay %g drop %g seed %llu %dx%dx%d full %d hif8 "
-             "%d%d",
-             o.init ? "init" : "preset", o.init ? o.init : o.preset, o.train.steps, o.train.batch, o.train.lr,
-             o.train.warmup, o.train.ema, o.train.clip, o.train.weight_decay, o.train.drop,
-             (unsigned long long)o.train.seed, m->c.T, m->c.H_l, m->c.W_l, m->c.num_full_blocks, m->c.quant,
-             m->c.quant_attn);
-    if (state_load(state, &opt, run) && speaks(k)) fprintf(stderr, "resumed from %s at step %d\n", state, opt.step);
-    double began = seconds();
-    train_loop(r, &opt, &o, state, run, speaks(k));
     if (!speaks(k)) return;
-    model_save(o.out, m, opt.ema, o.dtype);
-    unlink(state);
-    printf("wrote %s: %d steps, %.1f s\n", o.out, o.train.steps, seconds() - began);
-    if (o.common.json) printf("{\"steps\": %d, \"seconds\": %.3f}\n", o.train.steps, seconds() - began);
+    model_save(o->out, m, l.opt.ema, o->dtype);
+    unlink(l.path);
+    printf("wrote %s: %d steps, %.1f s\n", o->out, S, seconds() - l.began);
+    if (o->json) printf("{\"steps\": %d, \"seconds\": %.3f}\n", S, seconds() - l.began);
 }
 
 // ---- osp grpo -------------------------------------------------------------------------------------------------------
-typedef struct {
-    Common common;
-    const char *init, *out, *dtype;
-    int updates, prompts, epochs, stride, merge, rank;
-    double shift, alpha, weight[N_SCORES + 1];           // of ShapesBench's soft scores, and of plain redness
-    PolicyOptions policy;
-    TrainOptions train;
-} GrpoCommand;
-
-// One group's trajectory: x[count + 1] before and after each SDE step, the reference's means, what was likely then.
-typedef struct { float *x, *mean_ref; double *logp, *reward, *advantage; Text cond; } Rollout;
-
-static double reward_of(const float *x, Scene asked, const Run *r, const double *weight) {
-    float score[N_SCORES];
-    size_t plane = r->N * 4;
-    double reward = 0, total = 0, red = 0;
-    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, true);
-    for (int s = 0; s < N_SCORES; s++) reward += weight[s] * score[s], total += weight[s];
-    for (size_t i = 0; i < plane; i++) red += (x[i] - 0.5 * (x[plane + i] + x[2 * plane + i])) / (2 * (double)plane);
-    return (reward + weight[N_SCORES] * red) / (total + weight[N_SCORES]);
-}
-
-// G videos of one caption with the weights as they are: SDE steps inside the window, whose states are kept, ODE outside.
-static void rollout(Run *r, Rollout *a, float *x, float *v, Text uncond, Scene asked, const GrpoCommand *o, int first,
-                    uint64_t id) {
+static void cmd_grpo(const Options *o, Ranks *k) {
     const PolicyOptions *p = &o->policy;
-    size_t one = (size_t)r->m->c.out_dim * r->N * 4, count = one * (size_t)r->B;
-    double *sigma = (double *)xalloc((size_t)p->steps + 1, sizeof(double));
-    float *host = (float *)xalloc(count, sizeof(float));
-    schedule(sigma, p->steps, o->shift);
-    noise_fill(host, count, o->train.seed, POLICY_STREAM, id << 40);
-    upload(x, host, count * sizeof(float));
-    for (int i = 0; i < p->steps; i++) {
-        int kept = i - first;
-        if (kept < 0 || kept >= p->sde_count) {
-            guided_velocity(r, v, x, sigma[i], a->cond, uncond, p->guidance);
-            lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i]), v, count);
-            continue;
-        }
-        double std = sde_step(sigma[i], sigma[i + 1]).std;
-        copy(a->x + (size_t)kept * count, x, count * sizeof(float));
-        policy_mean(r, v, x, sigma[i], sigma[i + 1], a->cond, uncond, p->guidance);
-        noise_fill(host, count, o->train.seed, POLICY_STREAM, id << 40 | (uint64_t)(i + 1) << 32);
-        upload(x, host, count * sizeof(float));
-        lincomb(x, 1, v, (float)std, x, count);
-        copy(a->x + (size_t)(kept + 1) * count, x, count * sizeof(float));
-        for (int b = 0; b < r->B; b++)
-            a->logp[kept * r->B + b] = log_probability(x + (size_t)b * one, v + (size_t)b * one, std, one);
-    }
-    download(host, x, count * sizeof(float));
-    for (int b = 0; b < r->B; b++) {
-        a->reward[b] = reward_of(host + (size_t)b * one, asked, r, o->weight);
-        if (!isfinite(a->reward[b])) die("a reward is not finite; %s holds the last good adapter: lower --lr", o->out);
-    }
-    advantages(a->advantage, a->reward, r->B);
-    free(sigma), free(host);
-}
-
-// The reference: the same states, the model without its adapter.
-static void rollout_reference(Run *r, Rollout *a, Text uncond, const GrpoCommand *o, int first) {
-    size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B;
-    double *sigma = (double *)xalloc((size_t)o->policy.steps + 1, sizeof(double));
-    schedule(sigma, o->policy.steps, o->shift);
-    for (int i = 0; i < o->policy.sde_count; i++)
-        policy_mean(r, a->mean_ref + (size_t)i * count, a->x + (size_t)i * count, sigma[first + i],
-                    sigma[first + i + 1], a->cond, uncond, o->policy.guidance);
-    free(sigma);
-}
-
-typedef struct { double loss, kl, ratio_min, ratio_max, ratio_mean, clipped, norm; int count; } PolicyFigures;
-
-// One AdamW step on all rollouts' window steps.
-static void policy_update(Run *r, Optimizer *opt, PolicyFigures *f, Rollout *all, float *mean, float *dmean,
-                          Text uncond, const GrpoCommand *o, int first) {
-    const PolicyOptions *p = &o->policy;
-    size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B;
-    double *sigma = (double *)xalloc((size_t)p->steps + 1, sizeof(double));
-    Surrogate *out = (Surrogate *)xalloc((size_t)r->B, sizeof(Surrogate));
-    schedule(sigma, p->steps, o->shift);
-    for (int k = 0; k < o->prompts; k++)
-        for (int i = 0; i < p->sde_count; i++) {
-            const float *x = all[k].x + (size_t)i * count;
-            f->loss +=
-                policy_step(r, out, mean, dmean, x, x + count, all[k].mean_ref + (size_t)i * count, sigma[first + i],
-                            sigma[first + i + 1], all[k].cond, uncond, all[k].advantage, all[k].logp + i * r->B, p);
-            for (int b = 0; b < r->B; b++, f->count++) {
-                f->ratio_min = fmin(f->ratio_min, out[b].ratio), f->ratio_max = fmax(f->ratio_max, out[b].ratio);
-                f->ratio_mean += out[b].ratio, f->kl += out[b].kl, f->clipped += out[b].clipped;
-            }
-        }
-    if (opt->step == 0 && !(f->ratio_min > 1 - 1e-5 && f->ratio_max < 1 + 1e-5))
-        die("before the first update the ratio must be 1 within 1e-5, but lies in %.7f .. %.7f: rollout and training "
-            "do not "
-            "compute the same log-probability",
-            f->ratio_min, f->ratio_max);
-    lora_backward(r->m);
-    f->norm = optimizer_step(opt, r->ranks, &o->train, o->train.lr);
-    if (!isfinite(f->norm) || !isfinite(f->loss))
-        die("update %d: loss or gradient is not finite; %s holds the last good adapter: "
-            "lower --lr",
-            opt->step + 1, o->out);
-    weights_prepare(r->m);
-    free(sigma), free(out);
-}
-
-// The base model with fresh adapters; masters stay, because the reference and every update need them.
-static Model *grpo_model(const GrpoCommand *o, Ranks *k) {
-    File f;
-    file_open(&f, o->init);
-    device_start(o->common.device, k->rank);
-    ranks_agree(k, f.map, f.size, "checkpoint");
-    Config c = config_read(&f);
-    config_override(&c, &o->common);
-    if (!c.vocab || !c.T)
-        die("%s: osp grpo rewards captioned shapes, so it needs a model trained by osp train", o->init);
-    if (o->rank > c.dim / 2) die("--rank %d: at most half of dim %d", o->rank, c.dim);
-    ranks_arrange(k, &c, o->common.sp, false);
-    Model *m = model_layout(&c);
-    lora_new(m, o->rank, o->alpha, o->train.seed);
-    model_allocate(m, true);
-    weights_read(m, &f);
-    file_close(&f);
-    return m;
-}
-
-// W + scale·B·A for good, with the averaged adapter.
-static void grpo_merge(Model *m, const float *ema, const char *path, const char *dtype) {
-    copy(m->lora->w, ema, m->lora->n * sizeof(float));
-    Config c = m->c;
-    m->c.quant = 0;                                                     // merge first, round when written
-    weights_prepare(m);
-    m->c = c;
-    for (int i = 0; i < m->lora->count; i++)
-        to_float(m->lora->target[i]->w, m->lora->target[i]->c, m->lora->target[i]->count);
-    model_save(path, m, m->w, dtype);
-}
-
-static void grpo_loop(Run *r, Optimizer *opt, const GrpoCommand *o, const char *state, const char *run, bool speak) {
-    const PolicyOptions *p = &o->policy;
-    size_t count = (size_t)r->m->c.out_dim * r->N * 4 * (size_t)r->B, window = (size_t)p->sde_count;
-    float *x = (float *)device_alloc(count * sizeof(float)), *v = (float *)device_alloc(count * sizeof(float));
-    Rollout *all = (Rollout *)xalloc((size_t)o->prompts, sizeof(Rollout));
-    Text uncond = caption_batch(r->m, NULL, r->B);
-    for (int k = 0; k < o->prompts; k++) {
-        all[k].x = (float *)device_alloc((window + 1) * count * sizeof(float));
-        all[k].mean_ref = (float *)device_alloc(window * count * sizeof(float));
-        all[k].logp = (double *)xalloc(window * (size_t)r->B, sizeof(double));
-        all[k].reward = (double *)xalloc(2 * (size_t)r->B, sizeof(double)), all[k].advantage = all[k].reward + r->B;
-    }
-    weights_prepare(r->m);
-    for (int update = opt->step / o->epochs; update < o->updates; update++) {
-        int first = p->sde_first + update * o->stride % (p->steps - p->sde_count);
-        double began = seconds(), sum = 0, squares = 0, spread = 0, videos = (double)o->prompts * r->B;
-        if (first + p->sde_count > p->steps - 1) first = p->steps - 1 - p->sde_count;
-        for (int k = 0; k < o->prompts; k++) {
-            uint64_t id = (uint64_t)update * (uint64_t)o->prompts + (uint64_t)k, draw = id << 8;
-            char text[128];
-            const char **captions = (const char **)xalloc((size_t)r->B, sizeof(char *));
-            int caption;
-            do caption = (int)(rng_bits(o->train.seed, CAPTION_STREAM, draw++) % CAPTIONS); while (held_out(caption));
-            caption_text(text, sizeof(text), scene_of(caption));
-            for (int b = 0; b < r->B; b++) captions[b] = text;
-            free((void *)all[k].cond.ids);
-            all[k].cond = caption_batch(r->m, captions, r->B);
-            free(captions);
-            rollout(r, &all[k], x, v, uncond, scene_of(caption), o, first, id);
-            for (int b = 0; b < r->B; b++) {
-                sum += all[k].reward[b], squares += all[k].reward[b] * all[k].reward[b];
-                spread += all[k].advantage[b] * all[k].advantage[b];
-            }
-        }
-        float scale = r->m->lora->scale;
-        r->m->lora->scale = 0, weights_prepare(r->m);
-        for (int k = 0; k < o->prompts; k++) rollout_reference(r, &all[k], uncond, o, first);
-        r->m->lora->scale = scale, weights_prepare(r->m);
-        double rolled = seconds();
-        PolicyFigures f = {0, 0, 1e30, -1e30, 0, 0, 0, 0};
-        for (int e = 0; e < o->epochs; e++) policy_update(r, opt, &f, all, x, v, uncond, o, first);
-        double mean = sum / videos, var = squares / videos - mean * mean;
-        if (!speak) continue;
-        printf("update %d/%d reward %.4f spread %.4f adv %.3f ratio %.6f %.6f %.6f clipped %.3f kl %.3e grad %.3e "
-               "rollout %.2f s update %.2f s\n",
-               update + 1, o->updates, mean, sqrt(var > 0 ? var : 0), sqrt(spread / videos), f.ratio_min,
-               f.ratio_mean / f.count, f.ratio_max, f.clipped / f.count, f.kl / f.count, f.norm, rolled - began,
-               seconds() - rolled);
-        fflush(stdout);
-        if (update + 1 < o->updates && (update + 1) % 10 == 0) state_save(state, opt, run);
-    }
-}
-
-static void cmd_grpo(int argc, char **argv, Ranks *k) {
-    GrpoCommand o;
-    memset(&o, 0, sizeof(o));
-    o.common = common_defaults(), o.dtype = "f32";
-    o.updates = 40, o.prompts = 4, o.epochs = 1, o.rank = 8, o.alpha = 16, o.shift = 1;
-    o.policy.steps = 12, o.policy.sde_count = 5, o.policy.group = 8, o.policy.guidance = 2, o.policy.clip = 1e-3,
-    o.policy.beta = 0.004;
-    o.train.lr = 1e-3, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1,
-    o.train.ema = 0.9, o.train.seed = 1;
-    for (int i = 0; i < N_SCORES; i++) o.weight[i] = 1;
-    const Option options[] = {
-        {"--init", 's', &o.init, 0, 0, "checkpoint to improve"},
-        {"-o", 's', &o.out, 0, 0, "adapter to write (or, with --merge, the whole model)"},
-        {"--merge", 'b', &o.merge, 0, 0, "write the model with the adapter merged"},
-        {"--dtype", 's', &o.dtype, 0, 0, "of a merged model: f32, bf16 or hif8"},
-        {"--steps", 'i', &o.updates, 1, 1e6, "updates"},
-        {"--prompts", 'i', &o.prompts, 1, 1024, "captions an update"},
-        {"--group", 'i', &o.policy.group, 2, 1024, "videos of a caption (paper: 4)"},
-        {"--epochs", 'i', &o.epochs, 1, 100, "AdamW steps on each rollout"},
-        {"-n", 'i', &o.policy.steps, 3, 1000, "sampling steps (paper: 25)"},
-        {"--window", 'i', &o.policy.sde_count, 1, 998, "SDE steps (paper: 10)"},
-        {"--first", 'i', &o.policy.sde_first, 0, 998, "first SDE step"},
-        {"--stride", 'i', &o.stride, 0, 998, "window slides so many steps an update (OSP-Next: 0)"},
-        {"-g", 'd', &o.policy.guidance, 0, 100, "guidance (paper: 5)"},
-        {"--shift", 'd', &o.shift, 0.01, 100, "shift of the schedule (paper: 1)"},
-        {"--clip", 'd', &o.policy.clip, 1e-9, 1, "range of the ratio (paper: 1e-4)"},
-        {"--beta", 'd', &o.policy.beta, 0, 1e6, "weight of the KL to the base model"},
-        {"--rank", 'i', &o.rank, 1, 1024, "LoRA (paper: 32)"},
-        {"--alpha", 'd', &o.alpha, 1e-6, 1e6, "LoRA (paper: 64)"},
-        {"--lr", 'd', &o.train.lr, 0, 10, "learning rate (paper: 2e-5)"},
-        {"--ema", 'd', &o.train.ema, 0, 1, "decay of the adapter's average, which is written"},
-        {"--seed", 'u', &o.train.seed, 0, 0, "captions and noise"},
-        {"--w-color", 'd', &o.weight[SCORE_COLOR], 0, 1e6, "weight in the reward"},
-        {"--w-shape", 'd', &o.weight[SCORE_SHAPE], 0, 1e6, "same"},
-        {"--w-size", 'd', &o.weight[SCORE_SIZE], 0, 1e6, "same"},
-        {"--w-motion", 'd', &o.weight[SCORE_MOTION], 0, 1e6, "same"},
-        {"--w-background", 'd', &o.weight[SCORE_BACKGROUND], 0, 1e6, "same"},
-        {"--w-consistency", 'd', &o.weight[SCORE_CONSISTENCY], 0, 1e6, "same"},
-        {"--w-smoothness", 'd', &o.weight[SCORE_SMOOTHNESS], 0, 1e6, "same"},
-        {"--w-red", 'd', &o.weight[N_SCORES], 0, 1e6, "how red the clip is: reward hacking in one option"},
-        COMMON_OPTIONS(o.common),
-    };
-    parse_options(argc, argv, "osp grpo --init tiny.safetensors -o tiny_lora.safetensors --steps 40", options,
-                  sizeof(options) / sizeof(options[0]), NULL);
-    if (!o.out) die("no output given: -o FILE.safetensors");
-    one_of("--dtype", o.dtype, DTYPES);
-    if (o.policy.sde_first + o.policy.sde_count > o.policy.steps - 1)
-        die("--first %d --window %d: the last of %d steps adds no noise, so the window must end before it",
-            o.policy.sde_first, o.policy.sde_count, o.policy.steps);
+    Learning l;
     double total = 0;
-    for (int i = 0; i <= N_SCORES; i++) total += o.weight[i];
+    for (int i = 0; i <= N_SCORES; i++) total += p->weight[i];
     if (!(total > 0)) die("all reward weights are zero; give at least one --w-... above zero");
-    check_writable(o.out);
-    if (!o.init) die("no checkpoint given: --init FILE (make one with osp train)");
-    o.train.steps = o.updates;
-    Model *m = grpo_model(&o, k);
-    Run *r = run_planned(m, k, o.policy.group, m->c.T, m->c.H_l / 2, m->c.W_l / 2, true);
-    Optimizer opt;
-    optimizer_init(&opt, m->lora->w, m->lora->dw, m->lora->n);
-    char state[PATH_MAX], run[512];
-    snprintf(state, sizeof(state), "%s.resume", o.out);
-    snprintf(run, sizeof(run),
-             "grpo init %s updates %d prompts %d group %d epochs %d steps %d window %d+%d stride %d g %g shift %g clip "
-             "%g beta %g "
-             "rank %d alpha %g lr %g ema %g seed %llu hif8 %d%d weights %g %g %g %g %g %g %g %g",
-             o.init, o.updates, o.prompts, o.policy.group, o.epochs, o.policy.steps, o.policy.sde_first,
-             o.policy.sde_count, o.stride, o.policy.guidance, o.shift, o.policy.clip, o.policy.beta, o.rank, o.alpha,
-             o.train.lr, o.train.ema, (unsigned long long)o.train.seed, m->c.quant, m->c.quant_attn, o.weight[0],
-             o.weight[1], o.weight[2], o.weight[3], o.weight[4], o.weight[5], o.weight[6], o.weight[7]);
-    if (state_load(state, &opt, run) && speaks(k))
-        fprintf(stderr, "resumed from %s at update %d\n", state, opt.step / o.epochs);
-    grpo_loop(r, &opt, &o, state, run, speaks(k));
+    if (p->sde_first + p->sde_count > p->steps - 1)
+        die("--first %d --window %d: the last of %d steps adds no noise, so the window must end before it",
+            p->sde_first, p->sde_count, p->steps);
+    Model *m = model_open(o, k, true, false);
+    Run *r = run_planned(m, k, p->group, true);
+    learning_start(&l, o, 'g', k, m->lora->w, m->lora->dw, m->lora->n);
+    Policy policy = policy_new(r, p, &o->train, o->out);
+    weights_prepare(m);
+    for (int update = l.first / p->epochs; update < p->updates; update++) {
+        double began = seconds();
+        PolicyFigures f = policy_update(r, &policy, &l.opt, update);
+        if (!speaks(k)) continue;
+        printf("update %d/%d reward %.4f spread %.4f adv %.3f ratio %.6f %.6f %.6f clipped %.3f kl %.3e grad %.3e "
+               "rollout %.2f s update %.2f s\n", update + 1, p->updates, f.reward, f.spread, f.advantage, f.ratio_min,
+               f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.rollout_time, seconds() - began - f.rollout_time);
+        fflush(stdout);
+        if (update + 1 < p->updates) learning_save(&l, o, k);
+    }
     if (!speaks(k)) return;
-    if (o.merge) grpo_merge(m, opt.ema, o.out, o.dtype);
-    else lora_save(o.out, m->lora, opt.ema);
-    unlink(state);
-    printf("wrote %s\n", o.out);
+    if (o->merge) lora_into_weights(m, l.opt.ema), model_save(o->out, m, m->w, o->dtype);
+    else lora_save(o->out, m->lora, l.opt.ema);
+    unlink(l.path);
+    printf("wrote %s\n", o->out);
 }
 
-// ---- osp info ---------------------------------------------------------------------------------------------------------
-static void cmd_info(int argc, char **argv, Ranks *k) {
-    const char *path = NULL;
+// ---- osp info -----------------------------------------------------------------------------------------------------
+static void cmd_info(const Options *o, Ranks *k) {
     File f;
-    parse_options(argc, argv, "osp info toy.safetensors", NULL, 0, &path);
-    if (!path) die("no file given: osp info FILE");
     (void)k;
-    file_open(&f, path);
-    size_t codes = 0, all = 0;
-    for (int i = 0; i < f.count; i++) {
+    if (!o->weights) die("no file given: osp info FILE");
+    file_open(&f, o->weights);
+    size_t codes = 0, all = 0, parameters = 0;
+    for (const FileTensor *t = f.tensors; t < f.tensors + f.count; t++) {
         char shape[256];
-        const FileTensor *t = &f.tensors[i];
         shape_text(shape, sizeof(shape), t->rank, t->shape);
         if (!strncmp(t->name, "_pad.", 5)) continue;
         printf("  %-44s %-5s %s\n", t->name, t->dtype, shape);
@@ -4545,9 +4347,8 @@ static void cmd_info(int argc, char **argv, Ranks *k) {
     if (file_meta(&f, "dim")) {
         Config c = config_read(&f);
         Model *m = model_layout(&c);
-        size_t count = 0;
-        for (int i = 0; i < m->params; i++) count += m->param[i].count;
-        printf("%zu parameters; blocks ", count);
+        for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
+        printf("%zu parameters; blocks ", parameters);
         for (int i = 0; i < c.num_layers; i++)
             putchar(PATTERN_LETTER[block_pattern(i, c.num_layers, c.num_full_blocks)]);
         printf(" (F full, t token-wise, g group-wise)\n");
@@ -4557,23 +4358,45 @@ static void cmd_info(int argc, char **argv, Ranks *k) {
     file_close(&f);
 }
 
-// ---- main --------------------------------------------------------------------------------------------------------------
-typedef struct { const char *name; void (*run)(int, char **, Ranks *); const char *help; } Command;
+// ---- main ---------------------------------------------------------------------------------------------------------
+typedef struct { const char *name; void (*run)(const Options *, Ranks *); const char *help, *example; } Command;
 static const Command COMMANDS[] = {
-    {"sample", cmd_sample, "draw a clip from a caption"},
-    {"train", cmd_train, "train on captioned shapes"},
-    {"grpo", cmd_grpo, "reinforcement learning: Mix-GRPO with LoRA"},
-    {"eval", cmd_eval, "ShapesBench on captions never trained on"},
-    {"info", cmd_info, "what a checkpoint holds"},
+    {"sample", cmd_sample, "draw a clip from a caption",
+     "-w toy.safetensors -p \"a large red circle moving left on a black background\" -o out.png"},
+    {"train", cmd_train, "train on captioned shapes", "--preset tiny -o tiny.safetensors"},
+    {"grpo", cmd_grpo, "reinforcement learning: Mix-GRPO with LoRA",
+     "--init tiny.safetensors -o tiny_lora.safetensors --steps 40"},
+    {"eval", cmd_eval, "ShapesBench on captions never trained on", "-w toy.safetensors -n 96"},
+    {"info", cmd_info, "what a checkpoint holds", "toy.safetensors"},
 };
+enum { COMMAND_ROWS = sizeof(COMMANDS) / sizeof(COMMANDS[0]) };
+
+// Defaults, the preset's where osp train starts from one, then what argv says.
+static Options options_read(int argc, char **argv, const Command *command) {
+    Options o;
+    char example[160], letter = command->name[0];
+    bool writes = letter == 't' || letter == 'g';
+    memset(&o, 0, sizeof(o));
+    option_defaults(OPTIONS, OPTION_ROWS, letter, &o);
+    for (int i = 0; letter == 't' && i + 1 < argc; i++) if (!strcmp(argv[i], "--preset")) o.preset = argv[i + 1];
+    if (o.preset) one_of("--preset", o.preset, PRESET_NAMES), o.train = PRESETS[!strcmp(o.preset, "toy")].train;
+    if (letter == 'g') o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1;
+    snprintf(example, sizeof(example), "osp %s %s", command->name, command->example);
+    parse_options(argc, argv, example, OPTIONS, OPTION_ROWS, letter, &o, letter == 'i' ? &o.weights : NULL);
+    o.train.seed = o.seed;
+    if (writes && !o.out) die("no output given: -o FILE.safetensors");
+    if (writes) one_of("--dtype", o.dtype, DTYPES), check_writable(o.out);
+    return o;
+}
 
 static int osp_main(int argc, char **argv) {
     Ranks ranks;
     memset(&ranks, 0, sizeof(ranks));
     ranks_start(&ranks, &argc, &argv);
-    for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++)
-        if (argc > 1 && !strcmp(argv[1], COMMANDS[i].name)) {
-            COMMANDS[i].run(argc - 2, argv + 2, &ranks);
+    for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++)
+        if (argc > 1 && !strcmp(argv[1], c->name)) {
+            Options o = options_read(argc - 2, argv + 2, c);
+            c->run(&o, &ranks);
             if (speaks(&ranks)) ranks_report(&ranks);
             ranks_end();
             return 0;
@@ -4582,8 +4405,7 @@ static int osp_main(int argc, char **argv) {
         die("\"%.40s\" is no command; the commands are sample, train, grpo, eval, info", argv[1]);
     printf("OSP-Next: a sparse video diffusion transformer in one file of C.\nexample: osp train --preset tiny -o "
            "tiny.safetensors\n");
-    for (size_t i = 0; i < sizeof(COMMANDS) / sizeof(COMMANDS[0]); i++)
-        printf("  osp %-7s %s\n", COMMANDS[i].name, COMMANDS[i].help);
+    for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) printf("  osp %-7s %s\n", c->name, c->help);
     printf("osp COMMAND -h lists a command's options\n");
     ranks_end();
     return argc > 1 ? 0 : 2;

@@ -1083,7 +1083,7 @@ static void check_policy_case(Run *r, const File *f, const char *name, int which
         worse(&figures, 0.5 * fabs(out[i].kl / kl[i] - 1), "kl_loss");                  // 1e-5, relative
     }
     for (int i = 0; i < 2 * l->count; i++) {
-        const Param *p = i % 2 ? &l->B[i / 2] : &l->A[i / 2];
+        const Param *p = &l->param[i];
         const char *layer = l->target[i / 2]->name;
         float *want = golden(f, &n, "%sgrad.lora.%.*s.%c", prefix, (int)(strlen(layer) - 7), layer, i % 2 ? 'B' : 'A');
         worse(&grad, off(p->dw, want, n), p->name);
@@ -1101,7 +1101,7 @@ static void check_grpo(const File *f, const char *name, Ranks *k) {
     Lora *l = r->m->lora;
     size_t n, text = (size_t)(c.text_len * c.text_dim);
     for (int i = 0; i < 2 * l->count; i++) {
-        const Param *p = i % 2 ? &l->B[i / 2] : &l->A[i / 2];
+        const Param *p = &l->param[i];
         const char *layer = l->target[i / 2]->name;
         float *w = golden(f, &n, "lora.%.*s.%c", (int)(strlen(layer) - 7), layer, i % 2 ? 'B' : 'A');
         upload(p->w, w, n * sizeof(float));
@@ -1485,11 +1485,10 @@ static void check_checkpoints(Ranks *alone, const char *folder) {
     lora_save(path, base->lora, base->lora->w);
     lora_load(other, path);
     int wrong = other->lora->scale != base->lora->scale;
-    for (int i = 0; i < base->lora->count; i++)
-        wrong += !same_bits(down(base->lora->A[i].w, base->lora->A[i].count),
-                            down(other->lora->A[i].w, base->lora->A[i].count), base->lora->A[i].count) +
-                 !same_bits(down(base->lora->B[i].w, base->lora->B[i].count),
-                            down(other->lora->B[i].w, base->lora->B[i].count), base->lora->B[i].count);
+    for (int i = 0; i < 2 * base->lora->count; i++) {
+        const Param *p = &base->lora->param[i], *q = &other->lora->param[i];
+        wrong += !same_bits(down(p->w, p->count), down(q->w, p->count), p->count);
+    }
     row(wrong, 0, "an adapter's file read back, bit for bit");
     unlink(path);
 }
@@ -1632,7 +1631,7 @@ static const Shape SHAPES_OF_WAN[] = {
 };
 
 static Config shape_config(const char *name) {
-    for (int i = 0; i < 2; i++) if (!strcmp(PRESETS[i].name, name)) return PRESETS[i].c;
+    for (int i = 0; i < 2; i++) if (!strcmp(PRESET_NAMES[i], name)) return PRESETS[i].c;
     for (int i = 0; i < 3; i++) if (!strcmp(SHAPES_OF_WAN[i].name, name)) return SHAPES_OF_WAN[i].c;
     die("shape \"%.40s\" is none of tiny, toy, 1.3b-480p, 14b-720p, 14b-768p", name);
 }
@@ -1874,11 +1873,10 @@ static void verify_quality(Claims *c, const char *weights, Ranks *one) {
     double total[2], error[2];
     claims_title(c, "HiF8: quality (paper: VBench; here: ShapesBench total, 48 clips, 20 steps)");
     for (int i = 0; i < 2; i++) {
-        Common o;
+        Options o;
         memset(&o, 0, sizeof o);
-        o.hif8 = i, o.sp = "ssp";
-        Model *m = model_open(weights, &o, one, false, false);
-        if (!m->c.vocab || !m->c.T) die("%s: ShapesBench needs a model trained by osp train", weights);
+        o.weights = weights, o.clips = 48, o.hif8 = i, o.sp = "ssp", o.full_blocks = -1;
+        Model *m = model_open(&o, one, false, false);
         Run *r = run_new(m, one, 8, m->c.T, m->c.H_l / 2, m->c.W_l / 2, false, NULL);
         Bench b = evaluate(r, 48, 20, 3, 4, 1, false);
         total[i] = b.mean[N_SCORES], error[i] = b.error[N_SCORES];
@@ -2467,20 +2465,20 @@ static void bench_comm(const BenchOptions *o, Ranks *k) {
 }
 
 static int bench(int argc, char **argv, Ranks *ranks) {
-    BenchOptions o = {"toy", "bf16", -1, 0, 0, 0};
+    BenchOptions o;
     Ranks one = one_rank();
     const char *what = NULL;
-    const Option options[] = {
-        {"--shape", 's', &o.shape, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
-        {"--layers", 'i', &o.layers, -1, 64,
-         "run so many token-wise, as many group-wise, twice as many full blocks; 0: all; -1: 1 (toys: all)"},
-        {"--train", 'b', &o.train, 0, 0, "backward and the training step, too"},
-        {"--device-dtype", 's', &o.device, 0, 0, "arithmetic on a GPU: f32 or bf16"},
-        {"--hif8", 'b', &o.hif8, 0, 0, "8 bits"},
-        {"--force", 'b', &o.force, 0, 0, "run Wan's shapes on a CPU, for as long as it takes"},
+    static const Option options[] = {
+        STRING("", "--shape", BenchOptions, shape, "toy", "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"),
+        INT("", "--layers", BenchOptions, layers, -1, -1, 64,
+            "run so many token-wise, as many group-wise, twice as many full blocks; 0: all; -1: 1 (toys: all)"),
+        SWITCH("", "--train", BenchOptions, train, "backward and the training step, too"),
+        STRING("", "--device-dtype", BenchOptions, device, "bf16", "arithmetic on a GPU: f32 or bf16"),
+        SWITCH("", "--hif8", BenchOptions, hif8, "8 bits"),
+        SWITCH("", "--force", BenchOptions, force, "run Wan's shapes on a CPU, for as long as it takes"),
     };
-    parse_options(argc, argv, "test_osp bench [linear|hif8|comm] --shape toy --train", options,
-                  sizeof(options) / sizeof(options[0]), &what);
+    option_defaults(options, 6, 0, &o);
+    parse_options(argc, argv, "test_osp bench [linear|hif8|comm] --shape toy --train", options, 6, 0, &o, &what);
     if (what && !strcmp(what, "comm")) bench_comm(&o, ranks);
     else if (ranks->rank) return 0;
     else if (!what) bench_shape(&o, &one);
@@ -2958,8 +2956,7 @@ static void show_hif8(const char *weights, const char *out) {
         for (int i = 0; i < file.count; i++) {
             const FileTensor *t = &file.tensors[i];
             if (t->rank != 2 || strncmp(t->name, "blocks.", 7) || !ends_with(t->name, ".weight")) continue;
-            float *x = floats(t->count), amax = 0;
-            file_read(x, &file, t, t->count);
+            float *x = file_read(&file, t, t->count), amax = 0;
             for (size_t j = 0; j < t->count; j++) amax = fmaxf(amax, fabsf(x[j]));
             for (size_t j = 0; j < t->count; j++, all++) {
                 double u = (log2(fabs((double)x[j] * hif8_scale(15, amax))) - low) / (high - low) * BINS;
@@ -3066,27 +3063,33 @@ static void read_grid(const char *text, int *T, int *H, int *W) {
     *T = n == 3 ? v[0] : 1, *H = v[n - 2], *W = v[n - 1];
 }
 
+typedef struct { const char *out, *grid, *weights, *preset; int P, R; } ShowOptions;
+
 static int show(int argc, char **argv) {
     static const char *const KINDS[] = {"skiparse", "model", "loss", "reward", "hif8", "ranks", NULL};
-    const char *out = NULL, *grid = NULL, *weights = NULL, *preset = "14b-720p", *paths[MOST_LOGS];
-    int P = 2, R = 4, T, H, W, logs = 0;
-    const Option options[] = {
-        {"-o", 's', &out, 0, 0, "picture to write, .png"},
-        {"-P", 'i', &P, 1, 8, "sparse ratio"},
-        {"--grid", 's', &grid, 0, 0, "tokens HxW or TxHxW (skiparse, ranks)"},
-        {"-R", 'i', &R, 1, 64, "ranks"},
-        {"-w", 's', &weights, 0, 0, "checkpoint (model, hif8)"},
-        {"--preset", 's', &preset, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p (model)"},
+    const char *paths[MOST_LOGS];
+    int T, H, W, logs = 0;
+    ShowOptions o;
+    static const Option options[] = {
+        STRING("", "-o", ShowOptions, out, NULL, "picture to write, .png"),
+        INT("", "-P", ShowOptions, P, 2, 1, 8, "sparse ratio"),
+        STRING("", "--grid", ShowOptions, grid, NULL, "tokens HxW or TxHxW (skiparse, ranks)"),
+        INT("", "-R", ShowOptions, R, 4, 1, 64, "ranks"),
+        STRING("", "-w", ShowOptions, weights, NULL, "checkpoint (model, hif8)"),
+        STRING("", "--preset", ShowOptions, preset, "14b-720p", "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p (model)"),
     };
     const char *example = "test_osp show skiparse|model|loss LOG..|reward LOG..|hif8|ranks -o picture.png",
                *kind = argc > 0 ? argv[0] : "-h";
+    option_defaults(options, 6, 0, &o);
     if (*kind != '-') one_of("show", kind, KINDS);
-    else { print_help(example, options, 6); return 0; }
+    else { print_help(example, options, 6, 0, &o); return 0; }
     for (; argc > 1 && argv[1][0] != '-'; argc--, argv++) {
         if (logs == MOST_LOGS) die("at most %d logs in one picture", MOST_LOGS);
         paths[logs++] = argv[1];
     }
-    parse_options(argc - 1, argv + 1, example, options, 6, NULL);
+    parse_options(argc - 1, argv + 1, example, options, 6, 0, &o, NULL);
+    const char *out = o.out, *grid = o.grid, *weights = o.weights, *preset = o.preset;
+    int P = o.P, R = o.R;
     if (!out || !ends_with(out, ".png")) die("no picture to write: -o NAME.png");
     check_writable(out);
     bool skiparse = !strcmp(kind, "skiparse"), reward = !strcmp(kind, "reward");
@@ -3168,12 +3171,12 @@ static const Mutant MUTANTS[] = {
      "linear(s->v, context, &w->v, kv_rows);\n    rmsnorm_rope_forward(s->v, s->k_rstd, s->v, w->norm_k->w, NULL, B, "
      "kv_n, D, heads, (float)c->eps);",
      0, 0},
-    {"eps 1e-5", "atof(eps) : 1e-6", "10 * atof(eps) : 1e-6", 0, 0},
+    {"eps 1e-5", "\"number\") : 1e-6", "\"number\") * 10 : 1e-5", 0, 0},
     {"modulation: shift and scale exchanged", "PerSample shift1 = of_row(e, 0, 6, D), scale1 = of_row(e, 1, 6, D)",
      "PerSample shift1 = of_row(e, 1, 6, D), scale1 = of_row(e, 0, 6, D)", 0, 0},
     {"modulation: no gate after self-attention", "s->x0, s->self.y, gate1,", "s->x0, s->self.y, NOTHING,", 0, 0},
-    {"modulation: the ffn takes attention's gate", "residual_gather_forward(next->x0, s->x2, s->y, gate2, NULL",
-     "residual_gather_forward(next->x0, s->x2, s->y, gate1, NULL", 0, 0},
+    {"modulation: the ffn takes attention's gate", "x_out, s->x2, s->y, gate2, pack",
+     "x_out, s->x2, s->y, gate1, pack", 0, 0},
     {"modulation: head's shift and scale exchanged", "NULL, NOTHING, of_row(r->head_e, 0, 2, D)",
      "NULL, NOTHING, of_row(r->head_e, 1, 2, D)", 0, 0},
     {"norm backward: shift's and scale's gradients exchanged", "of_row(de, 3, 6, D), of_row(de, 4, 6, D), r->d1",
@@ -3211,8 +3214,8 @@ static const Mutant MUTANTS[] = {
     {"schedule: shift's denominator", "s * sigma / (1 + (s - 1) * sigma)", "s * sigma / (1 + s * sigma)", 0, 0},
     {"training: the target's sign", "target[i] = noise - x0", "target[i] = x0 - noise", 0, 0},
     {"training: shift of another resolution", "(tokens - 256) / (4096 - 256)", "tokens / 4096", 0, 0},
-    {"training: sees the captions that eval asks", "draw++) % CAPTIONS); while (held_out(caption));\n        float",
-     "draw++) % CAPTIONS); while (0);\n        float", 0, 0},
+    {"training: sees the captions that eval asks", "k++) % CAPTIONS); while (held_out(caption));",
+     "k++) % CAPTIONS); while (0);", 0, 0},
     {"AdamW: no bias correction of m", "lr / (1.0 - pow(beta1, t))", "lr", 0, 0},
     {"AdamW: no bias correction of v", "1.0 / sqrt(1.0 - pow(beta2, t))", "1.0", 0, 0},
     {"AdamW: no decay", "keep * w[i] - rate", "w[i] - rate", 0, 0},
@@ -3237,8 +3240,8 @@ static const Mutant MUTANTS[] = {
     {"LoRA: gradient without alpha/rank", "lincomb(p->dw, l->scale, p->dw", "lincomb(p->dw, 1, p->dw", 0, 0},
     // Files, the world
     {"files: bfloat16 cut, not rounded", "(u + 0x7FFF + (u >> 16 & 1)) >> 16", "u >> 16", 0, 0},
-    {"files: moments exchanged on resuming", "{o->w, o->m, o->v, o->ema}, *host", "{o->w, o->v, o->m, o->ema}, *host",
-     0, 0},
+    {"files: moments exchanged on resuming", "float *const arenas[] = {o->w, o->m, o->v, o->ema};\n    File f",
+     "float *const arenas[] = {o->w, o->v, o->m, o->ema};\n    File f", 0, 0},
     {"files: a HiF8 weight is off by its scale", "hif8_decode((uint8_t)code) / k", "hif8_decode((uint8_t)code) * k", 0,
      0},
     {"ShapesBench: left and right exchanged", "fabsf(vy) ? vx > 0", "fabsf(vy) ? vx < 0", 0, 0},
@@ -3263,6 +3266,13 @@ static bool mutate_text(char **text, const char *find, const char *replace) {   
     sprintf(out, "%.*s%s%s", (int)(at - *text), *text, replace, at + strlen(find));
     *text = out;
     return true;
+}
+
+static void write_file(const char *path, const void *data, size_t size) {
+    Output o;
+    output_open(&o, path);
+    output_bytes(&o, data, size);
+    output_close(&o);
 }
 
 // Writes, compiles and tests one copy (m NULL: unchanged) in its folder; the exit status says what became of it.
@@ -3422,13 +3432,12 @@ static void put_patched(const char *name, const char *from, const char *tensor, 
 static void put_state(const char *name, const char *run, const char *step, size_t n) {
     static const char *const NAMES[] = {"train.w", "train.m", "train.v", "train.ema"};
     Writer w;
-    float *zeros = floats(n);
+    float *zeros = (float *)device_alloc(n * sizeof(float));
     writer_open(&w, name);
     writer_meta(&w, "run", "%s", run), writer_meta(&w, "step", "%s", step);
-    for (int i = 0; i < 4; i++) writer_declare(&w, NAMES[i], "F32", 1, &n);
-    for (int i = 0; i < 4; i++) writer_put(&w, zeros, n);
+    for (int i = 0; i < 4; i++) writer_add(&w, NAMES[i], "F32", 1, &n, zeros);
     writer_close(&w);
-    free(zeros);
+    device_free(zeros);
 }
 
 // All the hostile files, in the present folder.
@@ -3906,7 +3915,7 @@ static void fuzz_base(FuzzCase *c) {
         "\"w\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"BF16\",\"shape\":[4],\"data_offsets\":[24,32]},"
         "\"h\":{\"dtype\":\"F16\",\"shape\":[1,3],\"data_offsets\":[32,38]},"
-        "\"e\":{\"dtype\":\"I64\",\"shape\":[0,9],\"data_offsets\":[38,38]},"
+        "\"e\":{\"dtype\":\"I32\",\"shape\":[0,9],\"data_offsets\":[38,38]},"
         "\"q\":{\"dtype\":\"U8\",\"shape\":[5],\"data_offsets\":[38,43]},"
         "\"q.scale\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[43,47]}} ";
     memset(c, 0, sizeof *c);
@@ -3947,7 +3956,7 @@ static void fuzz_mutate(FuzzCase *c, FuzzRandom *r) {
         "4294967296", "4611686018427387904", "9223372036854775807", "9223372036854775808", "18446744073709551615",
         "18446744073709551616", "99999999999999999999999999", "", "null", "[1]", "3,", "1,1", "\"2\""};
     static const char *strings[] = {
-        "\"F32\"", "\"BF16\"", "\"F16\"", "\"U8\"", "\"I64\"", "\"F8_E4M3\"", "\"F99\"", "\"\"", "\"w\"", "\"b\"",
+        "\"F32\"", "\"BF16\"", "\"F16\"", "\"U8\"", "\"I32\"", "\"F8_E4M3\"", "\"F99\"", "\"\"", "\"w\"", "\"b\"",
         "\"q\"", "\"q.scale\"", "\"w.scale\"", "\"__metadata__\"", "\"dtype\"", "\"shape\"", "\"data_offsets\"",
         "\"\\u0000\"", "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\\u12g4\"", "\"\\x\"", "\"\\",
         "\"a\\u0077\"", "\"\x01\"", "\"\xFF\xFE\"", "{}", "[]", "7"};
@@ -4061,7 +4070,7 @@ static int fuzz_refusals(void) {
         {"[2,3]", "[1,1,1,1,1,1,1,2,3]"}, {"[2,3]", "[[2,3]]"}, {"[2,3]", "6"}, {"[2,3]", "null"},
         {"\"BF16\"", "\"BF17\""}, {"\"BF16\"", "\"U8\""}, {"\"BF16\"", "16"}, {"\"b\"", "\"w\""},
         {"\"b\"", "\"\\u0077\""}, {"\"b\"", "\"\\u0000\""}, {"\"b\"", "\"\n\""}, {"\"b\"", "\"\\n\""},
-        {"\"b\"", "\"__metadata__\""}, {"\"dim\"", "\"note\""}, {"\"64\"", "64"}, {"\"64\"", "{}"}, {"ud83d", "u0"},
+        {"\"b\"", "\"__metadata__\""}, {"\"dim\"", "\"note\""}, {"\"64\"", "64"}, {"\"64\"", "{}"},
         {"\"shape\"", "\"dtype\""}, {"\"shape\":[2,3],", ""}, {"\"w\":", "\"w\""},
         {"\"w\":", ",\"w\":"}, {"}} ", "}}x"}, {"}} ", "} "}, {"}} ", "}}} "},
         {"\"dim\"", EMPTY12 EMPTY12 EMPTY12 EMPTY12 EMPTY12 EMPTY12 EMPTY12 EMPTY12 "\"dim\""}};
