@@ -20,7 +20,7 @@ HAS_OMP := $(if $(filter 1,$(OMP)),$(call probe,$(CC) -fopenmp,int main(void) { 
 HAS_STB := $(shell printf '\043if __has_include(<stb/stb_image_write.h>)\n\043include <stb/stb_image_write.h>\n\043else\n\043include <stb_image_write.h>\n\043endif\nint main(void) { return 0; }\n' | $(CC) -x c - -o /dev/null 2>/dev/null && echo yes)
 HAS_MPI := $(call probe,mpicc,int main(void) { return 0; })
 HAS_NVCC := $(shell nvcc --version >/dev/null 2>&1 && echo yes)
-FLAGS    = -std=gnu11 $(CFLAGS) -fno-math-errno $(if $(filter 1,$(NATIVE)),-march=native) $(if $(HAS_OMP),-fopenmp) $(WARN)
+FLAGS    = -std=gnu11 $(CFLAGS) -fno-math-errno $(if $(filter 1,$(NATIVE)),-march=native) $(if $(HAS_OMP),-fopenmp,-Wno-unknown-pragmas) $(WARN)
 LIBS     = -lm -ldl
 
 .PHONY: all report demo train-tiny test verify bench mutate sanitize sanitize_mpi fuzz test_mpi test_cuda test-weights clean
