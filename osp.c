@@ -3270,8 +3270,8 @@ static void policy_mean(Run *r, float *mean, const float *x, double sigma, doubl
 }
 
 // Loss and gradient of one SDE step for a group: loss = mean over the G videos of policy_loss + β·kl. The guided
-// velocity is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, whose activations
-// are the ones kept, and d v_cond = g·d v. mean, dmean: room for one latent batch each; out[G] gets the figures.
+// velocity is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, whose
+// activations are the ones kept, and d v_cond = g·d v. mean, dmean: room for one latent batch each; out[G]: figures.
 static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, const float *x, const float *x_next,
                           const float *mean_ref, double sigma, double sigma_next, Text cond, Text uncond,
                           const double *advantage, const double *logp_old, const PolicyOptions *o) {
@@ -3660,7 +3660,7 @@ static void write_clips(const char *path, const Clips *k, int scale, int fps, co
 static double meta_number(const File *f, const char *key, double least, double most, const char *kind) {
     const char *text = file_meta(f, key);
     char *end;
-    if (!text) die("%s: no \"%s\" in its metadata; give a file that osp or weights_export.py wrote for this", f->path, key);
+    if (!text) die("%s: no \"%s\" in its metadata; give a file written by osp or weights_export.py", f->path, key);
     double value = strtod(text, &end);
     if (end == text || *end || !(value >= least && value <= most) || (*kind == 'w' && value != floor(value)))
         die("%s: %s is \"%.40s\", expected a %s from %g to %g", f->path, key, text, kind, least, most);
