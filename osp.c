@@ -103,13 +103,16 @@ static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     return z;
 }
 
+// Streams with many members begin here: one for each tensor.
+enum { WEIGHT_STREAM = 1000, LORA_STREAM = 5000 };
+
 static double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {   // in (0, 1)
     return ((double)(rng_bits(seed, stream, index) >> 11) + 0.5) * 0x1p-53;
 }
 
 static float rng_normal(uint64_t seed, uint64_t stream, uint64_t index) {     // Box-Muller
     double u = rng_uniform(seed, stream, 2 * index), v = rng_uniform(seed, stream, 2 * index + 1);
-    return (float)(sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
+    return (float)(sqrt(-2.0 * log(u)) * cos(2 * M_PI * v));
 }
 // ============================================================================================================
 // 2. HiF8: an 8-bit float whose precision tapers (arXiv 2409.16626; spec §6)
@@ -1798,7 +1801,7 @@ static void model_random(Model *m, uint64_t seed) {
                            : p->rank < 2 || head             ? 0
                                                              : 1 / sqrt((double)in);
         for (size_t j = 0; j < p->count; j++)
-            host[j] = norm ? 1.0f : (float)deviation * rng_normal(seed, 1000 + (uint64_t)i, j);
+            host[j] = norm ? 1.0f : (float)deviation * rng_normal(seed, WEIGHT_STREAM + (uint64_t)i, j);
         param_set(m, p, host);
         free(host);
     }
@@ -2775,7 +2778,7 @@ static void look_at_ring(Look *look, float (*rgb)[3], int H, int W) {
 // The shape that fits best, of the area and at the place found: cover, the object's share of every pixel, against the
 // share that the shape would have.
 static float look_at_shape(Look *look, const float *cover, int H, int W) {
-    float r = sqrtf(look->area / 3.14159265f), best = 0;
+    float r = sqrtf(look->area / (float)M_PI), best = 0;
     for (int shape = 0; shape < SHAPES; shape++) {
         float both = 0, template_area = 0;
         for (int i = 0; i < H * W; i++) {
@@ -2895,7 +2898,7 @@ static Scene scene_seen(const Seen *seen, int T, int H, int W) {
     if (mean->ring > 0.5f) s.background = nearest_color(&margin, GROUND, BACKGROUNDS, mean->back, 0);
     if (mean->found < 0.5f) return s;
     s.color = nearest_color(&margin, PAINT, COLORS, mean->color, 0);
-    s.size = mean->area > 3.14159265f * shape_radius(0, H, W) * shape_radius(1, H, W);    // the geometric mean
+    s.size = mean->area > (float)M_PI * shape_radius(0, H, W) * shape_radius(1, H, W);    // the geometric mean
     s.shape = 0;
     for (int k = 1; k < SHAPES; k++) if (mean->fit[k] > mean->fit[s.shape]) s.shape = k;
     s.motion = fabsf(vx) > fabsf(vy) ? vx > 0 : 2 + (vy > 0);     // the main axis, then the sign ...
@@ -2911,7 +2914,7 @@ static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int
     const Look *mean = &seen.mean;
     float color, back, other = 0, fit = mean->fit[asked.shape], speed = scene_speed(asked, T, H, W);
     float nominal = shape_radius(asked.size, H, W), gap = 2 * logf(shape_radius(1, H, W) / shape_radius(0, H, W));
-    float off = fabsf(logf(fmaxf(mean->area, 1e-3f) / (3.14159265f * nominal * nominal)));    // in log area, of the gap
+    float off = fabsf(logf(fmaxf(mean->area, 1e-3f) / ((float)M_PI * nominal * nominal)));    // in log area, of the gap
     float dx = seen.velocity[0] - speed * STEP[asked.motion][0], dy = seen.velocity[1] - speed * STEP[asked.motion][1];
     float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;                      // 1: the opposite way
     nearest_color(&color, PAINT, COLORS, mean->color, asked.color);
@@ -3050,7 +3053,7 @@ static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
 // Cosine from lr to a twentieth of it, after a linear warm-up. step counts from 0.
 static double learning_rate(const TrainOptions *o, int step) {
     double warm = o->warmup > 0 && step < o->warmup ? (double)(step + 1) / o->warmup : 1;
-    return o->lr * warm * (0.05 + 0.95 * 0.5 * (1 + cos(3.141592653589793 * step / o->steps)));
+    return o->lr * warm * (0.05 + 0.95 * 0.5 * (1 + cos(M_PI * step / o->steps)));
 }
 
 // One step on the gradients in dw (summed over ranks first); returns their norm, before clipping, and zeroes them.
@@ -3167,7 +3170,7 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
             ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
         }
         for (size_t j = 0; j < size; j++)        // A gaussian, B zero: training starts at the base model
-            host[j] = rng_normal(seed, 5000 + (uint64_t)l->count, j) / sqrtf((float)rank);
+            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / sqrtf((float)rank);
         upload(l->param[2 * l->count].w, host, size * sizeof(float));
         l->target[l->count++] = p;
     }
@@ -3229,7 +3232,7 @@ static SdeStep sde_step(double sigma, double sigma_next) {
 
 // log N(x_next; mean, std²), averaged over the elements.
 static double log_probability(const float *x_next, const float *mean, double std, size_t n) {
-    return -sum_squares(x_next, mean, n) / ((double)n * 2 * std * std) - log(std) - log(sqrt(2 * 3.141592653589793));
+    return -sum_squares(x_next, mean, n) / ((double)n * 2 * std * std) - log(std) - log(sqrt(2 * M_PI));
 }
 
 // (r − mean)/(std + 1e-4) within a group, population std, clipped to ±5. All equal: zeros, exactly.
@@ -3270,8 +3273,8 @@ static void policy_mean(Run *r, float *mean, const float *x, double sigma, doubl
 }
 
 // Loss and gradient of one SDE step for a group: loss = mean over the G videos of policy_loss + β·kl. The guided
-// velocity is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, whose
-// activations are the ones kept, and d v_cond = g·d v. mean, dmean: room for one latent batch each; out[G]: figures.
+// velocity is used, its unconditional half without gradient: guided_velocity ends on the conditional forward, so the
+// activations kept are that one's, and d v_cond = g·d v. mean, dmean: room for one batch each; out[G] gets the figures.
 static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, const float *x, const float *x_next,
                           const float *mean_ref, double sigma, double sigma_next, Text cond, Text uncond,
                           const double *advantage, const double *logp_old, const PolicyOptions *o) {
@@ -3346,7 +3349,7 @@ static double reward_of(const float *x, Scene asked, const Run *r, const double 
 static void rollout(Run *r, const Policy *p, Rollout *a, Scene asked, uint64_t id) {
     size_t one = latent_size(r), count = one * (size_t)r->B, bytes = count * sizeof(float);
     float *host = (float *)xalloc(count, sizeof(float)), *x = p->x, *mean = p->mean;
-    noise_fill(host, count, p->train->seed, POLICY_STREAM, id << 40);
+    noise_fill(host, count, p->train->seed, POLICY_STREAM, id << 40);       // 2^32 numbers a step, 2^8 steps
     upload(x, host, bytes);
     for (int i = 0; i < p->o->steps; i++) {
         double sigma = p->sigma[i], next = p->sigma[i + 1], std = sde_step(sigma, next).std;
@@ -3368,7 +3371,8 @@ static void rollout(Run *r, const Policy *p, Rollout *a, Scene asked, uint64_t i
     download(host, x, bytes);
     for (int b = 0; b < r->B; b++) {
         a->reward[b] = reward_of(host + (size_t)b * one, asked, r, p->o->weight);
-        if (!isfinite(a->reward[b])) die("a reward is not finite; %s holds the last good adapter: lower --lr", p->out);
+        if (!isfinite(a->reward[b]))
+            die("a reward is not finite: lower --lr; %s.resume, if there, holds the last good adapter", p->out);
     }
     advantages(a->advantage, a->reward, r->B);
     free(host);
@@ -3428,8 +3432,8 @@ static void policy_learn(Run *r, const Policy *p, Optimizer *opt, PolicyFigures 
     lora_backward(r->m);
     f->norm = optimizer_step(opt, r->ranks, p->train, p->train->lr);
     if (!isfinite(f->norm) || !isfinite(f->loss))
-        die("update %d: loss or gradient is not finite; %s holds the last good adapter: lower --lr", opt->step + 1,
-            p->out);
+        die("update %d: loss or gradient is not finite: lower --lr; %s.resume, if there, holds the last good adapter",
+            opt->step + 1, p->out);
     weights_prepare(r->m);
     free(out);
 }
@@ -3442,8 +3446,7 @@ static PolicyFigures policy_update(Run *r, Policy *p, Optimizer *opt, int update
     int last = o->steps - 1 - o->sde_count;                          // the last step adds no noise: not in the window
     memset(&f, 0, sizeof(f));
     f.ratio_min = INFINITY, f.ratio_max = -INFINITY;
-    p->first = o->sde_first + update * o->stride % (last + 1);
-    if (p->first > last) p->first = last;
+    p->first = (o->sde_first + update * o->stride) % (last + 1);
     roll_out_groups(r, p, &f, update);
     f.rollout_time = seconds() - began;
     for (int e = 0; e < o->epochs; e++) policy_learn(r, p, opt, &f);
@@ -3675,6 +3678,12 @@ static Config config_read(const File *f) {
             *config_field(&c, i) = (int)meta_number(f, CONFIG[i].key, CONFIG[i].least, CONFIG[i].most, "whole number");
     c.eps = file_meta(f, "eps") ? meta_number(f, "eps", 1e-12, 0.1, "number") : 1e-6;
     config_check(&c, f->path);
+    if (c.vocab && (c.vocab < VOCAB || c.in_dim != 3))
+        die("%s: a model with a word table needs %d words and 3 channels; it has %d and %d", f->path, VOCAB,
+            c.vocab, c.in_dim);
+    if (c.in_dim != c.out_dim)
+        die("%s: in_dim %d and out_dim %d differ: a velocity has as many channels as its latent", f->path, c.in_dim,
+            c.out_dim);
     return c;
 }
 
@@ -3845,12 +3854,12 @@ static const Option OPTIONS[] = {
     INT("g", "--prompts", O, policy.prompts, 4, 1, 1024, "captions an update"),
     INT("g", "--group", O, policy.group, 8, 2, 1024, "videos of a caption (paper: 4)"),
     INT("g", "--epochs", O, policy.epochs, 1, 1, 100, "AdamW steps on each rollout"),
-    INT("g", "-n", O, policy.steps, 12, 3, 1000, "sampling steps (paper: 25)"),
-    INT("g", "--window", O, policy.sde_count, 5, 1, 998, "SDE steps (paper: 10)"),
-    INT("g", "--first", O, policy.sde_first, 0, 0, 998, "first SDE step"),
-    INT("g", "--stride", O, policy.stride, 0, 0, 998, "window slides so many steps an update (OSP-Next: 0)"),
+    INT("g", "-n", O, policy.steps, 8, 3, 255, "sampling steps (paper: 25)"),
+    INT("g", "--window", O, policy.sde_count, 4, 1, 253, "SDE steps (paper: 10)"),
+    INT("g", "--first", O, policy.sde_first, 0, 0, 253, "first SDE step"),
+    INT("g", "--stride", O, policy.stride, 0, 0, 253, "window slides so many steps an update (OSP-Next: 0)"),
     REAL("se", "-g", O, guidance, 4, 0, 100, "guidance; 1: none"),
-    REAL("g", "-g", O, policy.guidance, 2, 0, 100, "guidance (paper: 5)"),
+    REAL("g", "-g", O, policy.guidance, 3, 0, 100, "guidance (paper: 5)"),
     REAL("se", "--shift", O, shift, 3, 0.01, 100, "shift of the schedule"),
     REAL("g", "--shift", O, policy.shift, 1, 0.01, 100, "shift of the schedule (paper: 1)"),
     REAL("g", "--clip", O, policy.clip, 1e-3, 1e-9, 1, "range of the ratio (paper: 1e-4)"),
@@ -3858,7 +3867,7 @@ static const Option OPTIONS[] = {
     INT("g", "--rank", O, rank, 8, 1, 1024, "LoRA (paper: 32)"),
     REAL("g", "--alpha", O, alpha, 16, 1e-6, 1e6, "LoRA (paper: 64)"),
     REAL("t", "--lr", O, train.lr, 0, 0, 10, "learning rate"),
-    REAL("g", "--lr", O, train.lr, 1e-3, 0, 10, "learning rate (paper: 2e-5)"),
+    REAL("g", "--lr", O, train.lr, 5e-4, 0, 10, "learning rate (paper: 2e-5)"),
     INT("t", "--warmup", O, train.warmup, 0, 0, 1e8, "steps of rising learning rate"),
     REAL("t", "--ema", O, train.ema, 0, 0, 1, "decay of the weights' average, which is what is written"),
     REAL("g", "--ema", O, train.ema, 0.9, 0, 1, "decay of the adapter's average, which is what is written"),
@@ -3971,7 +3980,7 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
 static void settings_text(char *text, size_t room, const Options *o, char command) {
     size_t used = 0;
     for (const Option *row = OPTIONS; used < room && strcmp(row->name, "-o"); row++) {
-        char value[256];
+        char value[PATH_MAX];
         if (!takes(row, command)) continue;
         option_text(value, sizeof(value), row, o);
         used += (size_t)snprintf(text + used, room - used, "%s %s ", row->name, value);
@@ -3992,9 +4001,11 @@ static const char *const DTYPES[] = {"f32", "bf16", "hif8", NULL}, *const SP[] =
 // ---- what the commands share ----------------------------------------------------------------------------------------
 typedef struct { Config c; TrainOptions train; } Preset;
 static const char *const PRESET_NAMES[] = {"tiny", "toy", NULL};
+// dim ffn heads layers full_blocks ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l eps;
+// steps batch warmup lr beta1 beta2 eps weight_decay clip ema drop seed
 static const Preset PRESETS[] = {
     {{64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6},
-     {1600, 8, 100, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
+     {1300, 8, 100, 3e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1}},
     {{128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6},
      {5000, 64, 200, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.999, 0.1, 1}},
 };
@@ -4059,23 +4070,28 @@ static Model *model_open(const Options *o, Ranks *k, bool training, bool guided)
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
 static double gib(double bytes) { return bytes / (1024.0 * 1024.0 * 1024.0); }
 
-// Says what memory will be taken before it is.
+// Says what memory the weights take and the activations will.
 static Run *run_planned(Model *m, Ranks *k, int B, bool training) {
     size_t bytes;
     int T = m->c.T, H = m->c.H_l / 2, W = m->c.W_l / 2;
     run_new(m, k, B, T, H, W, training, &bytes);
-    size_t weights = model_bytes(m, training) + (training ? 3 * m->count * sizeof(float) : 0);
+    size_t moments = !training ? 0 : 3 * sizeof(float) * (m->lora ? m->lora->n : m->count);
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %d tokens (%dx%dx%d)\n",
-                training ? ", gradients, moments" : "", gib((double)weights), gib((double)bytes), B, T * H * W, T, H,
-                W);
+                training ? ", gradients, moments" : "", gib((double)(model_bytes(m, training) + moments)),
+                gib((double)bytes), B, T * H * W, T, H, W);
     Run *r = run_new(m, k, B, T, H, W, training, NULL);
     r->show = !training && speaks(k) && isatty(2);
     return r;
 }
 
 // A run that learns, and may have been killed before: its state is kept beside its output.
-typedef struct { Optimizer opt; char path[PATH_MAX], settings[2048]; double began, saved; int first; } Learning;
+typedef struct {
+    Optimizer opt;
+    char path[PATH_MAX], settings[PATH_MAX + 2048];
+    double began, saved;
+    int first;
+} Learning;
 
 static void learning_start(Learning *l, const Options *o, char command, Ranks *k, float *w, float *dw, size_t count) {
     optimizer_init(&l->opt, w, dw, count);
@@ -4083,6 +4099,7 @@ static void learning_start(Learning *l, const Options *o, char command, Ranks *k
     settings_text(l->settings, sizeof(l->settings), o, command);
     if (state_load(l->path, &l->opt, l->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", l->path, l->opt.step);
+    ranks_agree(k, &l->opt.step, sizeof(l->opt.step), "step to resume from");
     l->began = l->saved = seconds(), l->first = l->opt.step;
 }
 
@@ -4279,14 +4296,14 @@ static void cmd_train(const Options *o, Ranks *k) {
     batch_new(&batch, r);
     if (l.first < S) batch_fill(&batch, r, &o->train, l.first), batch_upload(r, &batch, x, target);
     for (int step = l.first; step < S; step++) {
+        for (int i = 0; step > 0 && i < m->params; i++) m->param[i].codes = false;      // the weights have moved
         double lr = learning_rate(&o->train, step), loss = train_step(r, &batch, x, target, dout);
         if (step + 1 < S) batch_fill(&batch, r, &o->train, step + 1);       // while a GPU is still at work ...
         if (step + 1 < S) batch_upload(r, &batch, x, target);               // ... it has its next batch
         double norm = optimizer_step(&l.opt, r->ranks, &o->train, lr);
         if (!isfinite(loss) || !isfinite(norm))
-            die("step %d: the loss is %g, the gradient's norm %g; %s holds the last good state: lower --lr", step + 1,
-                loss, norm, l.path);
-        for (int i = 0; step == l.first && i < m->params; i++) m->param[i].codes = false;
+            die("step %d: the loss is %g, the gradient's norm %g: lower --lr; %s, if there, holds the last good state",
+                step + 1, loss, norm, l.path);
         if (speaks(k)) train_report(&l, step + 1, S, loss, norm, lr);
         if (step + 1 < S) learning_save(&l, o, k);
     }
