@@ -80,7 +80,7 @@ train-toy:
 	$(EVAL) -w $(TOY)/toy_hybrid.safetensors
 	$(OSP) train --preset toy --init $(TOY)/toy_hybrid.safetensors --hif8 --dtype hif8 --steps 800 --lr 2e-4 -o $(TOY)/toy.safetensors >$(TOY)/toy.log
 	$(EVAL) -w $(TOY)/toy.safetensors
-	$(OSP) grpo --init $(TOY)/toy_hybrid.safetensors --lr 3e-4 --steps 40 -g 4 -o $(TOY)/toy_lora.safetensors >$(TOY)/toy_grpo.log
+	$(OSP) grpo --init $(TOY)/toy_hybrid.safetensors --lr 3e-4 --steps 40 -n 12 --window 5 -g 4 -o $(TOY)/toy_lora.safetensors >$(TOY)/toy_grpo.log
 	$(EVAL) -w $(TOY)/toy_hybrid.safetensors --lora $(TOY)/toy_lora.safetensors
 
 # ---- proof
