@@ -112,7 +112,7 @@ test-weights: osp
 SAN = -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer $(if $(HAS_OMP),-fopenmp) $(WARN)
 sanitize_mpi:
 	OMPI_CC=$(CC) mpicc -DOSP_MPI $(SAN) test_osp.c -o test_osp_mpi_san $(LIBS)
-	for R in 2 4 8; do OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 $(RANKS) $$R ./test_osp_mpi_san ranks || exit 1; done
+	for R in 2 4 8; do OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 $(RANKS) $$R ./test_osp_mpi_san ranks small || exit 1; done
 sanitize:
 	$(CC) $(SAN) osp.c -o osp_san $(LIBS)
 	$(CC) $(SAN) test_osp.c -o test_osp_san $(LIBS)
