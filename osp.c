@@ -326,8 +326,9 @@ static const char *json_string(File *f, bool value) {
     json_take(f, '"');
     char *start = f->at;
     for (; !*f->error && *f->at != '"'; f->at++) {
+        bool plain = (unsigned char)*f->at >= 0x20 && *f->at != '\\';
         if (*f->at == '\\' && value && f->at[1] > 0) f->at++;
-        else if ((unsigned char)*f->at < 0x20 || *f->at == '\\') expected(f, "a plain character");
+        else if (!plain) { expected(f, "a plain character"); break; }       // and stay: this may be the final 0
     }
     if (*f->error) return "";
     *f->at++ = 0;
