@@ -1054,7 +1054,7 @@ static void check_advantages(const File *f, const char *name, const char *prefix
 // One case of clip and β: the figures of each video and the gradient of every adapter.
 static void check_policy_case(Run *r, const File *f, const char *name, int which, const float *x, const float *x_next,
                               double sigma, double sigma_next, Text cond, Text uncond) {
-    char prefix[16], key[32];
+    char prefix[24], key[32];
     size_t G = (size_t)r->B, n;
     Lora *l = r->m->lora;
     snprintf(prefix, sizeof prefix, "case%d.", which);
