@@ -63,7 +63,7 @@ demo: report osp
 tiny.safetensors: | osp
 	./osp train --preset tiny -o $@
 train-tiny: report osp tiny.safetensors
-	./osp sample -w tiny.safetensors $(PROMPTS) -o out.png
+	./osp sample -w tiny.safetensors $(PROMPTS) -g 2 --seed 2 -o out.png
 	@echo "open out.png in a browser (it moves), out_sheet.png anywhere"
 
 # ---- the shipped toy, as the paper makes its model: full attention, small frames first; hybrid; HiF8; GRPO (8 minutes on
