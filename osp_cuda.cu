@@ -163,7 +163,7 @@ static void download(void *dst, const void *src, size_t bytes) {
     wait_device();
 }
 
-// Between ranks (section 7 of osp.c). With a card for every rank: NCCL's grouped sends and receives on the compute stream.
+// Between ranks (section 7 of osp.c). With a card for every rank: NCCL's grouped sends and receives on one stream.
 // Where NCCL is missing, or ranks share a card: down, through MPI between hosts' memories, up.
 #ifdef OSP_NCCL
 static void nccl_check(ncclResult_t r) {
@@ -184,8 +184,8 @@ static ncclComm_t nccl_group(int purpose, int rank, int R) {
     return *group;
 }
 
-static bool nccl_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same, size_t row_bytes,
-                            int rank, int R, int purpose) {
+static bool nccl_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
+                            size_t row_bytes, int rank, int R, int purpose) {
     if (sample_ranks == MPI_COMM_NULL || gpu.shared) return false;
     ncclComm_t group = nccl_group(purpose, rank, R);
     size_t at_send = 0, at_receive = 0;
@@ -200,7 +200,9 @@ static bool nccl_all_to_all(void *to, const void *from, const int *receive, cons
     return true;
 }
 #else
-static bool nccl_all_to_all(void *, const void *, const int *, const int *, bool, size_t, int, int, int) { return false; }
+static bool nccl_all_to_all(void *, const void *, const int *, const int *, bool, size_t, int, int, int) {
+    return false;
+}
 #endif
 
 static char *pinned(size_t bytes) {
@@ -1097,7 +1099,9 @@ static double mse(float *dout, const float *out, const float *target, size_t n) 
 }
 
 // Reads w, m, v, g, ema, writes all but g: 36 bytes per parameter in one pass.
-typedef struct { float gscale, lr, beta1, new1, beta2, new2, eps, decay, ema_decay, fresh, correct1, correct2; } AdamStep;
+typedef struct {
+    float gscale, lr, beta1, new1, beta2, new2, eps, decay, ema_decay, fresh, correct1, correct2;
+} AdamStep;
 static __global__ void adamw_kernel(float *w, float *m, float *v, float *ema, const float *g, AdamStep s, size_t n) {
     size_t i = 8 * thread_index();
     float w8[8], m8[8], v8[8], g8[8], e8[8] = {};
@@ -2053,7 +2057,8 @@ static void attention_backward_any(T *dq, T *dk, T *dv, const T *dout, const T *
     if (q_rows) {
         int lanes = head_dim / 8;                                            // 16 bytes of bf16 each, where that fits
         if (head_dim % 8 == 0 && (lanes & (lanes - 1)) == 0 && lanes <= 32 && aligned(8, 8, dout, o))
-            LAUNCH((attention_delta<T, 8>), (unsigned)((n * lanes + 255) / 256), 256, delta, dout, o, n, head_dim, lanes);
+            LAUNCH((attention_delta<T, 8>), (unsigned)((n * lanes + 255) / 256), 256, delta, dout, o, n, head_dim,
+                   lanes);
         else
             LAUNCH((attention_delta<T, 1>), (unsigned)((n + 7) / 8), 256, delta, dout, o, n, head_dim, 32);
         Backward<T> b = { dq, NULL, NULL, q, dout, k, v, lse, delta, s->q_device, s->k_device, heads, head_dim, 1,
