@@ -6,10 +6,10 @@
 // method, forward and backward by hand. test_osp.c proves it, osp_cuda.cu runs it on a GPU. Not here: the
 // real model's text encoder and VAE (weights_export.py runs them), downloads, and speed at any price.
 //
-//   caption ── words or UMT5 ─► text [text_len, text_dim] ─► Linear, GELU, Linear ─► context [text_len, dim] ┐
-//   timestep t = 1000σ ─► sin, cos ─► Linear, SiLU, Linear ─► e [dim] ─► SiLU, Linear ─► e0 [6, dim] ─┐      │
-//                                                                                                     ▼      ▼
-//   latent [C, T, 2H, 2W] ─► 2x2 patches ─► x [N, dim] ─► block ─► block ─► block ─► ... ─► head ─► v, like it
+//   caption ─ words or UMT5 ─► text [text_len, text_dim] ─► Linear, GELU, Linear ─► context [text_len, dim] ┐
+//   timestep t = 1000σ ─► sin, cos ─► Linear, SiLU, Linear ─► e [dim] ─► SiLU, Linear ─► e0 [6, dim] ┐      │
+//                                                                                                    ▼      ▼
+//   latent [C, T, 2H, 2W] ─► 2x2 patches ─► x [N, dim] ─► block ─► block ─► block ─► .. ─► head ─► v, like it
 //                                                         full     token    group
 //   block:  x += gate1 · SelfAttention(LN(x)(1 + scale1) + shift1)      full, token-wise or group-wise
 //           x += CrossAttention(LN(x), context)
@@ -140,7 +140,8 @@ static float hif8_decode(uint8_t code) {
     return sign * ldexpf(mantissa, negative ? -size : size);
 }
 
-// The code of the nearest value. A HiF8 value has at most 3 mantissa bits, so the upper 12 bits of the float tell it.
+// The code of the nearest value. A HiF8 value has at most 3 mantissa bits, so the upper 12 bits of the float
+// tell it.
 static uint8_t hif8_encode(float x) {
     static uint8_t code_of[4096];
     if (!code_of[float_bits(INFINITY) >> 20])                          // the first time
@@ -178,7 +179,7 @@ static const char PATTERN_LETTER[] = "Ftg";
 // The dual-end hybrid (spec §3): full attention in the first and last F/2 of L blocks; between them
 // token-wise at even indices and group-wise at odd ones.
 static int block_pattern(int i, int L, int F) {
-    if (i < F / 2 || i >= L - (F + 1) / 2) return FULL;          // F is odd only where it is L
+    if (i < F / 2 || i >= L - (F + 1) / 2) return FULL;  // F is odd only where it is L
     return i % 2 == 0 ? TOKEN_WISE : GROUP_WISE;
 }
 
@@ -195,8 +196,8 @@ static int subsequence(int pattern, int h, int w, int P) {
 // the pattern is sparse (SSP), an even cut of the plain sequence where it is full.
 typedef struct {
     int count, *start;                  // subsequence s has positions [start[s], start[s + 1]); count of them
-    int *first;                              // rank r holds positions [first[r], first[r + 1])
-    int *order;                              // [N]: the original token at each position
+    int *first;                         // rank r holds positions [first[r], first[r + 1])
+    int *order;                         // [N]: the original token at each position
 } Pattern;
 
 // The lengths of the subsequences: rows times columns of each part. Grids that P² does not divide only make
@@ -243,8 +244,7 @@ enum { HEADS = PATTERNS, WHOLE = 2 * PATTERNS, LAYOUTS };
 static bool deals_heads(int layout) { return layout >= HEADS && layout < WHOLE; }
 
 // What moves is cut into units: a token's row, or one of the R shares of it where heads are dealt out.
-// unit[..] = the units that rank r holds, in its order, each as (b·N + token)·shares + share; returns how
-// many.
+// unit[..] = the units that rank r holds, in its order: (b·N + token)·shares + share; returns how many.
 static size_t layout_units(size_t *unit, const Pattern *pattern, int layout, int r, int B, int shares) {
     const Pattern *p = &pattern[layout % PATTERNS];
     bool all = layout >= HEADS;
@@ -275,13 +275,13 @@ static void exchange_init(Exchange *e, const Pattern *pattern, int have, int wan
     int *holder = (int *)xalloc(2 * all, sizeof(int)), *position = holder + all;
     int *arrival = (int *)xalloc(R, sizeof(int));
     e->send = (int *)xalloc(2 * R, sizeof(int)), e->receive = e->send + R, e->shares = shares;
-    for (int s = 0; s < R; s++) {                            // who holds each unit now, and where
+    for (int s = 0; s < R; s++) {  // who holds each unit now, and where
         n = layout_units(unit, pattern, have, s, B, shares);
         for (size_t i = 0; i < n; i++) holder[unit[i]] = s, position[unit[i]] = (int)i;
     }
     n = layout_units(unit, pattern, have, rank, B, shares);
     int *pack = (int *)xalloc(want == WHOLE ? n * R : n, sizeof(int));
-    for (int s = 0; s < R; s++) {                            // what rank s wants of this one, in its order
+    for (int s = 0; s < R; s++) {  // what rank s wants of this one, in its order
         n = layout_units(unit, pattern, want, s, B, shares);
         for (size_t i = 0; i < n; i++)
             if (holder[unit[i]] == rank) pack[e->sent++] = position[unit[i]], e->send[s]++;
@@ -305,10 +305,9 @@ static void exchange_init(Exchange *e, const Pattern *pattern, int have, int wan
 // gradients of weights; `act` for what enters a matrix product or attention (float on the CPU; float or
 // bfloat16 on a GPU). Rows: a batch of B samples with n tokens each is B·n rows; row r belongs to sample r /
 // n. Backward: gradients of activations are written, gradients of weights and of the residual stream are
-// added to, unless it says otherwise. Every sum has a fixed order: results do not depend on the number of
-// threads.
+// added to, unless it says otherwise. Every sum has a fixed order, whatever the number of threads.
 #ifdef OSP_CUDA
-typedef struct act act;                  // opaque: float or __nv_bfloat16, chosen by --device-dtype
+typedef struct act act;  // opaque: float or __nv_bfloat16, chosen by --device-dtype
 #else
 typedef float act;
 #endif
@@ -316,8 +315,8 @@ typedef float act;
 // A vector of dim numbers for each sample: sample b reads p + b·stride. stride 0: all samples share it.
 typedef struct { float *p; size_t stride; } PerSample;
 
-typedef struct { int B; size_t n; int dim; } Rows;           // B samples of n tokens: B·n rows of dim numbers
-typedef struct { int B, C, T, H, W; } Grid;                  // latents x[B, C, T, 2H, 2W] on a grid T x H x W
+typedef struct { int B; size_t n; int dim; } Rows;  // B samples of n tokens: B·n rows of dim numbers
+typedef struct { int B, C, T, H, W; } Grid;         // latents x[B, C, T, 2H, 2W] on a grid T x H x W
 
 // What follows a norm: h = x̂·(one + scale) + shift. one = 1: modulated by the timestep, each sample on its
 // own; one = 0: LayerNorm's own weight `scale` and bias `shift` (norm3). For gradients: where those of shift
@@ -328,22 +327,22 @@ typedef struct { PerSample shift, scale; float one; } Affine;
 // [k[s], k[s+1]).
 typedef struct {
     int count;
-    int *q, *k;                          // host, [count + 1], rising from 0; a sequence may be empty
+    int *q, *k;                         // host, [count + 1], rising from 0; a sequence may be empty
     int *q_device, *k_device;           // the same where the backend computes (on the CPU: the same pointers)
 } Sequences;
 
 // ---- memory ----------------------------------------------------------------------------------------------
 static void   device_start(const char *dtype, int rank);  // first; f32, bf16, or NULL: the backend's choice
-static void   wait_device(void);                        // until all that was asked for is done
+static void   wait_device(void);                          // until all that was asked for is done
 static void  *device_alloc(size_t bytes);      // zeroed; dies with the number of bytes where there is no room
 static void   device_free(void *p);
-static size_t act_size(void);                           // bytes of one act
+static size_t act_size(void);  // bytes of one act
 static void   zero(void *p, size_t bytes);
-static void   copy(void *dst, const void *src, size_t bytes);                   // device to device
-static void   upload(void *dst, const void *src, size_t bytes);                 // host to device
-static void   download(void *dst, const void *src, size_t bytes);               // device to host, waits
-static void   to_act(act *y, const float *x, size_t n);                         // y = x, rounded to act
-static void   to_float(float *y, const act *x, size_t n);                       // y = x
+static void   copy(void *dst, const void *src, size_t bytes);      // device to device
+static void   upload(void *dst, const void *src, size_t bytes);    // host to device
+static void   download(void *dst, const void *src, size_t bytes);  // device to host, waits
+static void   to_act(act *y, const float *x, size_t n);            // y = x, rounded to act
+static void   to_float(float *y, const act *x, size_t n);          // y = x
 
 // ---- matrix products: y[rows, out] = x[rows, in] · w[out, in]^T + b[out] ---------------------------------
 // b may be NULL.
@@ -352,13 +351,12 @@ static void linear_forward(act *y, const act *x, const act *w, const float *b, s
 // dy. Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
 static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w,
                             size_t rows, int out, int in, bool accumulate);
-// y = gelu(pre), pre = x·w^T + b; gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))). pre may be NULL (no
-// backward).
+// y = gelu(pre), pre = x·w^T + b (NULL: not kept); gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))).
 static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows,
                                 int out, int in);
-static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);    // dx may be dy
-static void silu_forward(act *y, const act *x, size_t n);                       // y = x·sigmoid(x)
-static void silu_backward(act *dx, const act *dy, const act *x, size_t n);      // dx may be dy
+static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);  // dx may be dy
+static void silu_forward(act *y, const act *x, size_t n);                     // y = x·sigmoid(x)
+static void silu_backward(act *dx, const act *dy, const act *x, size_t n);    // dx may be dy
 
 // ---- norms, modulation, residual -------------------------------------------------------------------------
 // out[B, J, dim] = mod[J, dim] + e[B, Je, dim], Je = J or 1: the learned table plus what the timestep says.
@@ -424,8 +422,7 @@ static void embed_forward(act *y, const float *table, const float *pos, const in
 static void embed_backward(float *dtable, const act *dy, const int *ids, size_t rows, int vocab, int dim);
 
 // ---- elementwise on float, reductions to the host, optimizer ---------------------------------------------
-// y = a·x + b·z (z NULL: a·x);  Σ (x − z)² (z NULL: Σ x²);  mean (out − target)², with dout = 2(out −
-// target)/n.
+// y = a·x + b·z (z NULL: a·x);  Σ (x − z)² (z NULL: Σ x²);  mean (out − target)², dout = 2(out − target)/n.
 static void lincomb(float *y, float a, const float *x, float b, const float *z, size_t n);
 static double sum_squares(const float *x, const float *z, size_t n);
 static double mse(float *dout, const float *out, const float *target, size_t n);
@@ -445,8 +442,8 @@ typedef struct {
     int dim, ffn_dim, num_heads, num_layers, num_full_blocks, sparse_ratio, in_dim, out_dim, text_dim,
         text_len, freq_dim;
     int vocab;                      // > 0: captions are words of a learned table instead of UMT5's embeddings
-    int quant, quant_attn;                   // HiF8 on linear layers; on q, k, v
-    int T, H_l, W_l;                         // the latent's size: frames, height, width
+    int quant, quant_attn;          // HiF8 on linear layers; on q, k, v
+    int T, H_l, W_l;                // the latent's size: frames, height, width
     double eps;
 } Config;
 
@@ -458,24 +455,24 @@ typedef struct {
     size_t shape[5], count, offset;          // offset: floats into the arenas
     float *w, *dw;                           // w NULL: only `compute` is kept (sampling with copies)
     act *compute;
-    bool product;                            // a matrix that products read, not a vector or a table
-    bool block_matrix;                       // one of those that HiF8 covers
+    bool product;                    // a matrix that products read, not a vector or a table
+    bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
 } Param;
 
-typedef struct { Param *w, *b; } Linear;     // [out, in], [out]
+typedef struct { Param *w, *b; } Linear;  // [out, in], [out]
 typedef struct { Linear q, k, v, o; Param *norm_q, *norm_k; } Attention;
 typedef struct { Param *modulation; Attention self, cross; Linear norm3, ffn0, ffn2; } Block;
 
-typedef struct Lora Lora;                    // in Mix-GRPO
+typedef struct Lora Lora;  // in Mix-GRPO
 typedef struct {
     Config c;
     Linear patch, text0, text2, time0, time2, time_proj, head;
     Param *head_modulation, *words;
     Block *block;
-    Param *param;                            // all tensors in file order ...
+    Param *param;  // all tensors in file order ...
     int params;
-    float *w, *dw;                           // ... and, in training, their two arenas of `count` floats
+    float *w, *dw;  // ... and, in training, their two arenas of `count` floats
     size_t count;
     bool training;
     float *amax;                             // room for one maximum
@@ -518,8 +515,7 @@ static size_t config_size(const Config *c, int size) {
     return (size_t)(size < 0 ? named[-size] : size);
 }
 
-// Appends one row of a table to m->param and points its struct field at it. block: index, or −1 outside the
-// blocks.
+// Appends a row of a table to m->param and points its struct field at it. block: index, or −1 outside.
 static void param_add(Model *m, const ParamRow *row, void *owner, int block) {
     Param *p = &m->param[m->params++];
     if (block < 0) snprintf(p->name, sizeof(p->name), "%s", row->name);
@@ -531,7 +527,7 @@ static void param_add(Model *m, const ParamRow *row, void *owner, int block) {
     p->block_matrix = block >= 0 && p->product;
     *(Param **)(void *)((char *)owner + row->field) = p;
     p->offset = m->count;
-    m->count += (p->count + 15) & ~(size_t)15;               // every tensor starts at a multiple of 64 bytes
+    m->count += (p->count + 15) & ~(size_t)15;  // every tensor starts at a multiple of 64 bytes
 }
 
 // The list of parameters; no memory for their numbers yet.
@@ -550,7 +546,7 @@ static Model *model_layout(const Config *c) {
 // Products read a copy of a weight only where it differs from the master: bfloat16, HiF8 or a LoRA.
 static bool needs_work(const Model *m) { return act_size() != sizeof(float) || m->c.quant || m->lora; }
 
-static void lora_merge(Model *m, Param *p);              // in Mix-GRPO
+static void lora_merge(Model *m, Param *p);  // in Mix-GRPO
 
 // Master weight w[count] -> p->compute: cast, LoRA merged, rounded to HiF8.
 static void param_prepare(Model *m, Param *p, const float *w) {
@@ -581,10 +577,10 @@ static void weights_prepare(Model *m) {
 enum { EXCHANGE, ULYSSES, CONVERT, GRADIENTS, MAXIMA, OUTPUT, GUIDANCE, PURPOSES };
 
 typedef struct {
-    int rank, size;                          // of the R ranks that share one sample
-    int half, halves;                        // 0 conditional, 1 unconditional, where halves = 2
-    bool ulysses;                            // sparse blocks under Ulysses too, to compare
-    size_t calls[PURPOSES], bytes[PURPOSES]; // sent to OTHER ranks
+    int rank, size;                           // of the R ranks that share one sample
+    int half, halves;                         // 0 conditional, 1 unconditional, where halves = 2
+    bool ulysses;                             // sparse blocks under Ulysses too, to compare
+    size_t calls[PURPOSES], bytes[PURPOSES];  // sent to OTHER ranks
     double time[PURPOSES];
 } Ranks;
 
@@ -602,46 +598,47 @@ static void max_over_ranks(Ranks *k, float *m);
 // The DiT, forward and backward (spec §2, §3, §5)
 // ==========================================================================================================
 // What one attention layer keeps for its backward pass. q, k, v and o are as attention sees them: where heads
-// are dealt out over ranks, all tokens of the rank's share of heads; else, as all other rows here, the rank's
-// own tokens.
+// are dealt out over ranks, all tokens and the rank's heads; else the rank's own tokens, as everywhere below.
 typedef struct {
     act *q_raw, *k_raw, *q, *k, *v, *o;
-    act *oq, *y;                                // what the o matrix reads: o, moved back, rounded; its output
+    act *oq, *y;                                 // what the o matrix reads: o moved back, rounded; its output
     float *q_rstd, *k_rstd, *lse;
 } SavedAttention;
 
 // What one block keeps. x0, x1, x2: the residual stream before self-attention, cross-attention, ffn.
 typedef struct {
-    int pattern, layout;                            // who attends with whom; the layout of the block's tokens
-    float *x0, *x1, *x2, *stat1, *stat2, *stat3, *e;  // e[B, 6, dim]: shift, scale, gate; shift, scale, gate
-    act *h1, *h2, *h3, *f_pre, *f, *y;    // inputs of attention, cross-attention, ffn; inside ffn; its output
+    int pattern, layout;                          // who attends with whom; the layout of the block's tokens
+    float *x0, *x1, *x2, *stat1, *stat2, *stat3;
+    float *e;                                     // [B, 6, dim]: shift, scale, gate; shift, scale, gate
+    act *h1, *h2, *h3;                            // the inputs of self-attention, cross-attention, ffn
+    act *f_pre, *f, *y;                           // inside ffn, before and after GELU; its output
     SavedAttention self, cross;
 } Saved;
 
-// A batch on its way through the model: sizes, token orders, and every buffer. Built once, used for many
-// steps.
+// A batch on its way through the model: sizes, token orders, every buffer. Built once, used for many steps.
 typedef struct {
     Model *m;
     Ranks *ranks;
-    int B, T, H, W;                                   // samples; the token grid
-    bool training, show;                              // show: draw the blocks on stderr as they run
-    size_t N, n[PATTERNS];                      // tokens of a sample; how many this rank holds in each layout
+    int B, T, H, W;                               // samples; the token grid
+    bool training, show;                          // show: draw the blocks on stderr as they run
+    size_t N, n[PATTERNS];                        // tokens of a sample; this rank's, in each layout
     Pattern pattern[PATTERNS];
-    Exchange move[LAYOUTS][LAYOUTS];                  // from one layout to another, built when first needed
-    float *rope[PATTERNS];                            // [n, head_dim/2, 2] in each layout
+    Exchange move[LAYOUTS][LAYOUTS];              // from one layout to another, built when first needed
+    float *rope[PATTERNS];                        // [n, head_dim/2, 2] in each layout
     Sequences self[PATTERNS], cross[PATTERNS];
-    Saved *saved;                           // [layers + 1]; the last: x0 alone, the head's input, layout FULL
-    act *sin, *t1, *t1s, *e_act, *es, *e0_act;        // the timestep's embedding, step by step (time_forward)
-    float *e, *e0, *head_e;                           // [B, dim], [B, 6, dim], [B, 2, dim]
-    act *text, *text_pre, *text_h, *context, *context_q;   // [B·text_len, ...]
-    int *ids;                                         // [B·text_len] words, −1 padding
-    float *word_pos;                                  // [text_len, text_dim]
-    act *patches, *tokens, *h, *y, *y_all;          // h: the head's input after its norm; y_all: of all ranks
-    float *head_stat, *out;                           // out[B, out_dim, T, 2H, 2W]
-    float *dx, *dx2;                             // gradient of the residual stream; the other one to exchange
-    float *de, *de0, *de_e, *dhead_e, *small;         // gradients of the modulations
+    Saved *saved;                                 // [layers + 1]; the last: the head's input x0 alone, FULL
+    act *sin, *t1, *t1s, *e_act, *es, *e0_act;    // the timestep's embedding, step by step (time_forward)
+    float *e, *e0, *head_e;                       // [B, dim], [B, 6, dim], [B, 2, dim]
+    act *text, *text_pre, *text_h, *context;      // [B·text_len, ...]
+    act *context_q;                               // what cross-attention reads: context, rounded
+    int *ids;                                     // [B·text_len] words, −1 padding
+    float *word_pos;                              // [text_len, text_dim]
+    act *patches, *tokens, *h, *y, *y_all;        // h: the head's input; y: its output; y_all: of all ranks
+    float *head_stat, *out;                       // out[B, out_dim, T, 2H, 2W]
+    float *dx, *dx2;                              // gradient of the residual stream; the other to exchange
+    float *de, *de0, *de_e, *dhead_e, *small;     // gradients of the modulations
     act *d1, *dout, *dq, *dk, *dv, *dff, *dcontext, *dtext;
-    void *packed;                                     // what is sent to other ranks, and what arrives
+    void *packed;                                 // what is sent to other ranks, and what arrives
 } Run;
 
 static Rows rows_of(const Run *r, int layout) { Rows v = {r->B, r->n[layout], r->m->c.dim}; return v; }
@@ -750,8 +747,7 @@ static void block_backward(Run *r, int i) {
 }
 
 // ---- linear layers in 8 bits -----------------------------------------------------------------------------
-// Joint training (spec §6) rounds all three operands of a layer's products and keeps the weights themselves
-// exact:
+// Joint training (spec §6) rounds all operands of a layer's products and keeps the weights themselves exact:
 //
 //     forward    y  = Q(x; 15) · Q(W; 15)ᵀ + b
 //     backward   g  = Q(dy; 224),   dx = g · Q(W; 15),   dW = gᵀ · Q(x; 15),   db = Σ g
@@ -773,8 +769,7 @@ static void linear(act *y, const act *x, const Linear *l, size_t rows) {
     linear_forward(y, x, l->w->compute, l->b->w, rows, (int)out, (int)(l->w->count / out));
 }
 
-// dx[rows, in], dW and db from dy[rows, out], which is overwritten with Q(dy; 224) where the layer is
-// quantized.
+// dx[rows, in], dW and db from dy[rows, out]; a quantized layer overwrites dy with Q(dy; 224).
 static void linear_back(Run *r, act *dx, act *dy, const act *x, const Linear *l, size_t rows, bool add) {
     size_t out = l->w->shape[0];
     if (r->m->c.quant && l->w->block_matrix) quantize(r, dy, dy, rows * out, 224);
@@ -815,17 +810,16 @@ static void exchange(Run *r, void *dst, const void *src, int have, int want, siz
 }
 
 // ---- attention layers ------------------------------------------------------------------------------------
-// Self-attention of block i (queries, keys and values from h1, with rotary positions, inside the pattern's
-// subsequences) or its cross-attention (queries from h2, keys and values from the text, one sequence a
-// sample).
+// Block i's self-attention (q, k and v from h1, with rotary positions, inside the pattern's subsequences) or
+// its cross-attention (q from h2, k and v from the text, one sequence a sample).
 typedef struct {
     const Attention *w;
     SavedAttention *s;
-    const act *h, *context;                           // h[q rows, dim], context[kv rows, dim]
+    const act *h, *context;  // h[q rows, dim], context[kv rows, dim]
     Rows q, kv;
-    const float *rope;                                // NULL: none
+    const float *rope;  // NULL: none
     const Sequences *sequences;
-    int have, want, heads;                            // layouts outside and inside attention; heads inside
+    int have, want, heads;  // layouts outside and inside attention; heads inside
 } AttentionLayer;
 
 // Is the block's self-attention under Ulysses?
@@ -928,15 +922,14 @@ static void time_backward(Run *r) {
     linear_back(r, r->dout, r->d1, r->es, &m->time_proj, B, false);
     silu_backward(r->dout, r->dout, r->e_act, B * D);
     to_float(r->small, r->dout, B * D);
-    lincomb(r->small, 1, r->small, 1, r->de_e, B * D);              // e also reaches the head's modulation
+    lincomb(r->small, 1, r->small, 1, r->de_e, B * D);  // e also reaches the head's modulation
     to_act(r->dout, r->small, B * D);
     linear_back(r, r->d1, r->dout, r->t1s, &m->time2, B, false);
     silu_backward(r->d1, r->d1, r->t1, B * D);
     linear_back(r, NULL, r->d1, r->sin, &m->time0, B, false);
 }
 
-// r->text[B·text_len, text_dim] -> context[B·text_len, dim]. Padding rows are zeros, go through, and are
-// attended.
+// r->text[B·text_len, text_dim] -> context[B·text_len, dim]. Padding rows are zeros, and are attended.
 static void text_forward(Run *r) {
     const Model *m = r->m;
     size_t rows = (size_t)r->B * m->c.text_len;
@@ -1017,19 +1010,18 @@ static void backward(Run *r, const float *dout) {
 // v = ε − x0, which points from data to noise; sampling walks σ from 1 down to 0, so its steps are negative.
 static double shift_sigma(double sigma, double s) { return s * sigma / (1 + (s - 1) * sigma); }
 
-static void schedule(double *sigma, int steps, double shift) {          // sigma[steps + 1], from 1 to 0
+static void schedule(double *sigma, int steps, double shift) {  // sigma[steps + 1], from 1 to 0
     for (int i = 0; i <= steps; i++) sigma[i] = shift_sigma(1 - (double)i / steps, shift);
 }
 
-// The training shift e^μ grows with the tokens of a frame: more pixels need more noise to be hidden equally
-// well.
+// The training shift e^μ grows with the tokens of a frame: more pixels need more noise to hide as well.
 static double train_shift(int tokens) { return exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)); }
 
 // Numbers of one sample's latent or clip, x[C, T, 2H, 2W].
 static size_t latent_size(const Run *r) { return (size_t)r->m->c.out_dim * r->N * 4; }
 
 // A batch's text on the host: words of captions, or rows of UMT5 embeddings.
-typedef struct { const int *ids; const float *rows; } Text;          // [B·text_len] or [B·text_len, text_dim]
+typedef struct { const int *ids; const float *rows; } Text;  // [B·text_len] or [B·text_len, text_dim]
 
 static void text_set(Run *r, Text text) {
     size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
@@ -1094,10 +1086,11 @@ typedef struct {
     int steps, batch, warmup;
     double lr, beta1, beta2, eps, weight_decay;
     double clip, ema, drop;                  // clip: of the gradient's norm; drop: share of captions left out
+    int ema_warmup;                          // 1: a short run's average does not hold its beginning
     uint64_t seed;
 } TrainOptions;
 
-typedef struct { float *x, *target; int *ids; double *t; } Batch;       // host: x_σ, ε − x0, words, 1000σ
+typedef struct { float *x, *target; int *ids; double *t; } Batch;  // host: x_σ, ε − x0, words, 1000σ
 
 // The samples of one step: a caption, its clip x0, σ = sigmoid(normal), shifted, noise ε. A tenth of the
 // captions is left out, so that the model also learns the unconditional velocity that guidance needs.
@@ -1114,7 +1107,12 @@ static double train_step(Run *r, const Batch *a, const float *x, const float *ta
 }
 
 // AdamW on an arena of n weights: moments and the moving average of the weights lie beside it.
-typedef struct { float *w, *dw, *m, *v, *ema; size_t n; int step; } Optimizer;
+typedef struct {
+    float *w, *dw, *m, *v, *ema;
+    size_t n;
+    int step, update;                        // AdamW steps; GRPO takes several an update
+    double best;                             // GRPO: the best held-out score so far
+} Optimizer;
 
 // Cosine from lr to a twentieth of it, after a linear warm-up. step counts from 0.
 static double learning_rate(const TrainOptions *o, int step) {
@@ -1122,14 +1120,13 @@ static double learning_rate(const TrainOptions *o, int step) {
     return o->lr * warm * (0.05 + 0.95 * 0.5 * (1 + cos(M_PI * step / o->steps)));
 }
 
-// One step on the gradients in dw (summed over ranks first); returns their norm, before clipping, and zeroes
-// them.
+// One step on the gradients in dw (summed over ranks first); returns their norm before clipping; zeroes them.
 static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *t, double lr) {
     sum_over_ranks(ranks, o->dw, o->n, false);
     double norm = sqrt(sum_squares(o->dw, NULL, o->n));
     if (!isfinite(norm)) return norm;
     o->step++;
-    double young = (1.0 + o->step) / (10.0 + o->step);        // a short run must not average in its beginning
+    double young = t->ema_warmup ? (1.0 + o->step) / (10.0 + o->step) : 1;
     AdamW a = {(float)(norm > t->clip ? t->clip / norm : 1), (float)lr, (float)t->eps, (float)t->weight_decay,
                t->beta1, t->beta2, young < t->ema ? young : t->ema, o->step};
     adamw(o->w, o->m, o->v, o->ema, o->dw, o->n, a);
@@ -1148,17 +1145,16 @@ static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *t, 
 // ---- LoRA: W + (alpha/rank)·B·A on q, k, v, o of both attentions -----------------------------------------
 struct Lora {
     int rank, count;
-    float scale;                              // alpha / rank; 0: the model without its adapter, the reference
+    float scale;                           // alpha / rank; 0: the model without its adapter, the reference
     Param **target, *param;                // target[count]; param[2·count]: A[rank, in], B[out, rank] of each
-    float *w, *dw;                               // arenas of all A and B
+    float *w, *dw;                         // arenas of all A and B, n floats
     size_t n;
-    act *a, *b, *d, *dw_act;                     // room for one adapter's products
+    act *a, *b, *d, *dw_act;  // room for one adapter's products
 };
 
 static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
-    size_t most = 8 * (size_t)m->c.num_layers, D = (size_t)m->c.dim, size = (size_t)rank * D;
-    size_t step = (size + 15) & ~(size_t)15;
+    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, most = 8 * m->c.num_layers;
     float *host = (float *)xalloc(size, sizeof(float));
     l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
     l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
@@ -1170,27 +1166,27 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
         for (int k = 0; k < 2; k++) {
             Param *ab = &l->param[2 * l->count + k];
-            snprintf(ab->name, sizeof(ab->name), "%.*s.lora_%c.weight",
-                     (int)(strlen(p->name) - strlen(".weight")), p->name, "AB"[k]);
-            ab->rank = 2, ab->count = size, ab->offset = (2 * (size_t)l->count + (size_t)k) * step;
+            snprintf(ab->name, sizeof ab->name, "%.*s.lora_%c.weight", (int)strlen(p->name) - 7, p->name,
+                     "AB"[k]);
+            ab->rank = 2, ab->count = size, ab->offset = (2 * (size_t)l->count + k) * step;
             ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
             ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
         }
-        for (size_t j = 0; j < size; j++)        // A gaussian, B zero: training starts at the base model
-            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / sqrtf((float)rank);
+        for (size_t j = 0; j < size; j++)   // A normal, deviation 1/rank, B zero: training starts at the base
+            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / (float)rank;
         upload(l->param[2 * l->count].w, host, size * sizeof(float));
         l->target[l->count++] = p;
     }
     free(host);
 }
 
-// p->c += scale·B·A, on the working copy that weights_prepare has just made.
+// p->compute += scale·B·A, after weights_prepare has cast W into it.
 static void lora_merge(Model *m, Param *p) {
     Lora *l = m->lora;
     for (int i = 0; i < l->count; i++) {
         const Param *A = &l->param[2 * i], *B = A + 1;
         if (l->target[i] != p || l->scale == 0) continue;
-        float *scaled = (float *)l->dw_act;                        // room for rank·dim floats (rank <= dim/2)
+        float *scaled = (float *)l->dw_act;  // room for rank·dim floats (rank <= dim/2)
         lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
         to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
         linear_backward(p->compute, NULL, NULL, l->b, NULL, l->a, p->shape[0], l->rank, (int)p->shape[1],
@@ -1198,7 +1194,7 @@ static void lora_merge(Model *m, Param *p) {
     }
 }
 
-// d W -> dB = scale·dW·A^T, dA = scale·B^T·dW: the chain rule through W + scale·B·A.
+// dW -> dB = scale·dW·Aᵀ, dA = scale·Bᵀ·dW: the chain rule through W + scale·B·A. dW is used up.
 static void lora_backward(Model *m) {
     Lora *l = m->lora;
     for (int i = 0; i < l->count; i++) {
@@ -1215,29 +1211,16 @@ static void lora_backward(Model *m) {
     zero(m->dw, m->count * sizeof(float));
 }
 
-// W becomes W + scale·B·A for good, with the adapter's average.
-static void lora_into_weights(Model *m, const float *ema) {
-    int quant = m->c.quant;
-    copy(m->lora->w, ema, m->lora->n * sizeof(float));
-    m->c.quant = 0;                                                  // merge first, round when written
-    weights_prepare(m);
-    m->c.quant = quant;
-    for (int i = 0; i < m->lora->count; i++) {
-        const Param *p = m->lora->target[i];
-        to_float(p->w, p->compute, p->count);
-    }
-}
-
 // ---- the policy ------------------------------------------------------------------------------------------
 // Why the marginals stay: the density of x follows the Fokker-Planck equation. For the straight lines the
 // score is ∇log p(x) = −(x + (1−σ)v)/σ. Subtracting ½η²·score·dt from the ODE's step pulls x together just as
 // much as the noise η·√(−dt)·z spreads it: the two terms cancel in the equation, for any η. Put in and
 // collected,
-//     mean = x + v·dt + ½η²·(x + (1−σ)v)/σ·dt = a·x + b·v;  σ = 0.8 -> 0.7: a = 0.96, b = −0.108, std = 0.253.
-typedef struct { double a, b, std; } SdeStep;                          // x_next = a·x + b·v + std·z
+//     mean = x + v·dt + ½η²·(x + (1−σ)v)/σ·dt = a·x + b·v; σ = 0.8 -> 0.7: a = 0.96, b = −0.108, std = 0.253.
+typedef struct { double a, b, std; } SdeStep;  // x_next = a·x + b·v + std·z
 
 static SdeStep sde_step(double sigma, double sigma_next) {
-    double dt = sigma_next - sigma, eta = sigma;                 // η = σ_min + (σ_max − σ_min)·σ with 0 and 1
+    double dt = sigma_next - sigma, eta = sigma;  // η = σ_min + (σ_max − σ_min)·σ with 0 and 1
     SdeStep s = {1 + eta * eta / (2 * sigma) * dt, (1 + eta * eta * (1 - sigma) / (2 * sigma)) * dt,
                  eta * sqrt(-dt)};
     return s;
@@ -1262,7 +1245,9 @@ static void advantages(double *advantage, const double *reward, int G) {
 
 typedef struct { double ratio, policy_loss, kl, slope; bool clipped; } Surrogate;  // slope: d loss / d logp
 
-// max(−A·ρ, −A·clip(ρ, 1 ± c)), ρ = exp(logp − logp_old): no gradient where the clipped term is the larger.
+// max(−A·ρ, −A·clip(ρ, 1 ± c)), ρ = exp(logp − logp_old): how much likelier the video is than when it was
+// made. Once ρ has moved by c to the good side the clipped term is the larger and has no gradient: one
+// rollout can move the policy only so far. On the bad side the way back stays open.
 static Surrogate surrogate(double A, double logp, double logp_old, double c) {
     double ratio = exp(logp - logp_old), inside = ratio < 1 - c ? 1 - c : ratio > 1 + c ? 1 + c : ratio;
     bool clipped = -A * inside > -A * ratio;
@@ -1271,44 +1256,48 @@ static Surrogate surrogate(double A, double logp, double logp_old, double c) {
 }
 
 typedef struct {
-    int updates, prompts, group, epochs;      // captions an update; G videos of each; optimizer steps on them
-    int steps, window;                               // S; the first of them are SDE steps
+    int updates, prompts, group, micro;      // captions an update; G videos of each; videos an AdamW step
+    int steps, window;                       // S; the first of them are SDE steps
     double guidance, shift, clip, beta;
-    const char *reward;                              // which score
+    const char *reward;  // which score
 } PolicyOptions;
 
-// The policy's mean at (x, σ) with the weights as prepared: mean = a·x + b·guided v. mean[G, ...] is written.
-static void policy_mean(Run *r, float *mean, const float *x, double sigma, double sigma_next, Text cond,
-                        Text uncond, double g) {
-    size_t count = (size_t)r->B * latent_size(r);
-    SdeStep s = sde_step(sigma, sigma_next);
-    guided_velocity(r, mean, x, sigma, cond, uncond, g);
-    lincomb(mean, (float)s.a, x, (float)s.b, mean, count);
+// One SDE step of a batch of B videos.
+typedef struct {
+    double sigma, sigma_next;
+    Text cond, uncond;
+    const float *x, *x_next, *mean_ref;      // [B, ...] on the device; mean_ref: without the adapter
+    const double *advantage, *logp_old;      // [B]
+} PolicyBatch;
+
+// The policy's mean with the weights as prepared: mean[B, ...] = a·x + b·guided v.
+static void policy_mean(Run *r, float *mean, const PolicyBatch *p, double guidance) {
+    SdeStep s = sde_step(p->sigma, p->sigma_next);
+    guided_velocity(r, mean, p->x, p->sigma, p->cond, p->uncond, guidance);
+    lincomb(mean, (float)s.a, p->x, (float)s.b, mean, (size_t)r->B * latent_size(r));
 }
 
-// Loss and gradient of one SDE step for a group: loss = mean over the G videos of policy_loss + β·kl. The
-// guided velocity is used, its unconditional half without gradient: guided_velocity ends on the conditional
-// forward, so the activations kept are that one's, and d v_cond = g·d v. mean, dmean: room for one batch
-// each; out[G] gets the figures.
-static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, const float *x,
-                          const float *x_next, const float *mean_ref, double sigma, double sigma_next,
-                          Text cond, Text uncond, const double *advantage, const double *logp_old,
-                          const PolicyOptions *o) {
+// Loss = mean over the B videos of policy_loss + β·kl, and share times its gradient, added to that of the
+// weights. The unconditional half of the guided velocity has no gradient: guided_velocity ends on the
+// conditional forward, so the activations kept are that one's, and d v_cond = g·d v. mean, dmean: room for a
+// batch; out[B] gets the figures.
+static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, const PolicyBatch *p,
+                          const PolicyOptions *o, double share) {
     size_t one = latent_size(r);
-    SdeStep s = sde_step(sigma, sigma_next);
-    double loss = 0;
-    policy_mean(r, mean, x, sigma, sigma_next, cond, uncond, o->guidance);
+    SdeStep s = sde_step(p->sigma, p->sigma_next);
+    double loss = 0, variance = s.std * s.std, n = (double)one;
+    policy_mean(r, mean, p, o->guidance);
     for (int i = 0; i < r->B; i++) {
-        float *mean_i = mean + (size_t)i * one, *d = dmean + (size_t)i * one;
-        const float *next = x_next + (size_t)i * one, *ref = mean_ref + (size_t)i * one;
-        double logp = log_probability(next, mean_i, s.std, one), variance = s.std * s.std, n = (double)one;
-        out[i] = surrogate(advantage[i], logp, logp_old[i], o->clip);
+        float *mean_i = mean + i * one, *d = dmean + i * one;
+        const float *next = p->x_next + i * one, *ref = p->mean_ref + i * one;
+        out[i] =
+            surrogate(p->advantage[i], log_probability(next, mean_i, s.std, one), p->logp_old[i], o->clip);
         out[i].kl = sum_squares(mean_i, ref, one) / n / (2 * variance);
         loss += (out[i].policy_loss + o->beta * out[i].kl) / r->B;
         // d logp/d mean = (x_next − mean)/(n·std²);  d kl/d mean = (mean − ref)/(n·std²);  d mean/d v_cond =
         // b·g
-        double chain = s.b * o->guidance / (n * variance * r->B), w = out[i].slope * chain,
-               k = o->beta * chain;
+        double chain = share * s.b * o->guidance / (n * variance * r->B);
+        double w = out[i].slope * chain, k = o->beta * chain;
         lincomb(d, (float)w, next, (float)(k - w), mean_i, one);
         lincomb(d, 1, d, (float)-k, ref, one);
     }
@@ -1316,159 +1305,187 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
     return loss;
 }
 
-// ---- rollouts and updates --------------------------------------------------------------------------------
-// One group's trajectory: x[count + 1] before and after each SDE step, the reference's means, what was likely
-// then.
-typedef struct { float *x, *mean_ref; double *logp, *reward, *advantage; Text cond; } Rollout;
-
-typedef struct {                                 // all that GRPO needs beside the model, built once
+// ---- rollouts --------------------------------------------------------------------------------------------
+// All that GRPO needs beside the model, built once. One run makes videos, many together; the other learns
+// from them, a micro-batch of B together. V = prompts·G videos a rollout, W steps in the window.
+typedef struct {
     const PolicyOptions *o;
     const TrainOptions *train;
-    const char *out;                             // for messages
-    Rollout *group;                              // [prompts]
-    Text uncond;
-    float *x, *mean;                             // room for one batch each
-    double *sigma;                               // [S + 1]
+    Run *make, *learn;
+    int V;
+    char (*caption)[128];                       // [V]
+    int *ids, *batch_ids, *no_ids;              // words of all videos, of a batch, of empty captions
+    double *reward, *advantage, *logp, *sigma;  // [V], [V], [W, V], [S + 1]
+    double *batch_advantage, *batch_logp;       // [B] each
+    float *x, *mean_ref;                        // device: [W + 1, V, ...], [W, V, ...]
+    float *batch[5];                            // device: [B, ...] each
+    Surrogate *out;                             // [B]
 } Policy;
 
-// What an update prints: sums over `count` (video, SDE step) pairs, and over videos.
+// What an update prints: of its videos; of the `count` (video, SDE step) pairs that it learned from.
 typedef struct {
-    int count;
-    double reward, spread, advantage, ratio_min, ratio_mean, ratio_max, clipped, kl, norm, loss, rollout_time;
+    int count, steps;
+    double reward, spread, ratio_min, ratio_mean, ratio_max, clipped, kl, norm, loss, rollout_time;
 } PolicyFigures;
 
-static Text caption_batch(const Model *m, const char *const *captions, int count);  // NULL: the empty caption
-
-static Policy policy_new(Run *r, const PolicyOptions *o, const TrainOptions *train, const char *out) {
-    size_t bytes = (size_t)r->B * latent_size(r) * sizeof(float), window = (size_t)o->window,
-           B = (size_t)r->B;
-    Policy p;
-    p.o = o, p.train = train, p.out = out, p.uncond = caption_batch(r->m, NULL, r->B);
-    p.group = (Rollout *)xalloc(o->prompts, sizeof(Rollout));
-    p.x = (float *)device_alloc(bytes), p.mean = (float *)device_alloc(bytes);
-    p.sigma = (double *)xalloc((size_t)o->steps + 1, sizeof(double));
-    schedule(p.sigma, o->steps, o->shift);
-    for (Rollout *a = p.group; a < p.group + o->prompts; a++) {
-        a->x = (float *)device_alloc((window + 1) * bytes),
-        a->mean_ref = (float *)device_alloc(window * bytes);
-        a->logp = (double *)xalloc(window * B, sizeof(double));
-        a->reward = (double *)xalloc(2 * B, sizeof(double)), a->advantage = a->reward + B;
-    }
-    return p;
-}
-
-// The small world's: a caption that training may see, the k-th drawn, and how well a clip shows a caption,
-// 0..1.
+// The small world's: the k-th caption for training; its words; how well a clip shows it, 0..1.
 static void training_caption(char text[128], uint64_t seed, uint64_t k);
+static void caption_ids(int *ids, int text_len, const char *text);
 static double reward_of(const float *x, const char *caption, const Run *r, const char *reward);
 
-// G videos of one caption with the weights as they are: SDE steps in the window, whose states are kept, ODE
-// outside.
-static void rollout(Run *r, const Policy *p, Rollout *a, const char *caption, uint64_t id) {
-    size_t one = latent_size(r), count = one * (size_t)r->B, bytes = count * sizeof(float);
-    float *host = (float *)xalloc(count, sizeof(float)), *x = p->x, *mean = p->mean;
-    noise_fill(host, count, p->train->seed, POLICY_STREAM, id << 40);       // 2^32 numbers a step, 2^8 steps
-    upload(x, host, bytes);
-    for (int i = 0; i < p->o->steps; i++) {
-        double sigma = p->sigma[i], next = p->sigma[i + 1], std = sde_step(sigma, next).std;
-        if (i >= p->o->window) {
-            guided_velocity(r, mean, x, sigma, a->cond, p->uncond, p->o->guidance);
-            lincomb(x, 1, x, (float)(next - sigma), mean, count);
-            continue;
+// Of the states x or the reference's means: that of SDE step i of a video.
+static float *kept(const Policy *p, float *all, int i, int video) {
+    return all + ((size_t)i * p->V + video) * latent_size(p->make);
+}
+
+// Makes one batch of videos, from `first` on: SDE steps in the window, whose states are kept, then ODE steps.
+// A group begins at one noise: its videos differ by what chance did in the window.
+static void rollout(Policy *p, int first, uint64_t update) {
+    Run *r = p->make;
+    size_t one = latent_size(r), count = r->B * one, bytes = count * sizeof(float);
+    float *host = (float *)xalloc(count, sizeof(float)), *x = p->batch[0], *v = p->batch[3];
+    Text cond = {p->ids + (size_t)first * r->m->c.text_len, NULL}, uncond = {p->no_ids, NULL};
+    for (int i = -1; i < p->o->steps; i++) {
+        for (int b = 0; b < r->B && i < p->o->window; b++) { // the group's first noise, then each video's own
+            uint64_t n = update * p->V + first + b, name = i < 0 ? n / p->o->group : n;
+            name = (uint64_t)(i + 1) << 56 | name << 28;
+            noise_fill(host + b * one, one, p->train->seed, POLICY_STREAM, name);
         }
-        copy(a->x + (size_t)i * count, x, bytes);
-        policy_mean(r, mean, x, sigma, next, a->cond, p->uncond, p->o->guidance);
-        noise_fill(host, count, p->train->seed, POLICY_STREAM, id << 40 | (uint64_t)(i + 1) << 32);
+        if (i < 0) { upload(x, host, bytes); continue; }
+        double sigma = p->sigma[i], next = p->sigma[i + 1];
+        SdeStep s = sde_step(sigma, next);
+        guided_velocity(r, v, x, sigma, cond, uncond, p->o->guidance);
+        if (i >= p->o->window) { lincomb(x, 1, x, (float)(next - sigma), v, count); continue; }
+        copy(kept(p, p->x, i, first), x, bytes);
+        lincomb(v, (float)s.a, x, (float)s.b, v, count);  // the mean
         upload(x, host, bytes);
-        lincomb(x, 1, mean, (float)std, x, count);
-        copy(a->x + (size_t)(i + 1) * count, x, bytes);
+        lincomb(x, 1, v, (float)s.std, x, count);
+        copy(kept(p, p->x, i + 1, first), x, bytes);
         for (int b = 0; b < r->B; b++)
-            a->logp[i * r->B + b] = log_probability(x + (size_t)b * one, mean + (size_t)b * one, std, one);
+            p->logp[i * p->V + first + b] = log_probability(x + b * one, v + b * one, s.std, one);
     }
     download(host, x, bytes);
-    for (int b = 0; b < r->B; b++) {
-        a->reward[b] = reward_of(host + (size_t)b * one, caption, r, p->o->reward);
-        if (!isfinite(a->reward[b]))
-            die("a reward is not finite: lower --lr; %s.resume, if there, is the last good state", p->out);
-    }
-    advantages(a->advantage, a->reward, r->B);
+    for (int b = 0; b < r->B; b++)
+        p->reward[first + b] = reward_of(host + b * one, p->caption[first + b], r, p->o->reward);
     free(host);
 }
 
-// Groups of new captions, then the reference's means at the same states: those of the model without its
-// adapter.
-static void roll_out_groups(Run *r, Policy *p, PolicyFigures *f, int update) {
-    const PolicyOptions *o = p->o;
-    size_t count = (size_t)r->B * latent_size(r);
-    const char **captions = (const char **)xalloc(r->B, sizeof(char *));
-    double videos = (double)o->prompts * r->B, scale = r->m->lora->scale;
-    for (int k = 0; k < o->prompts; k++) {
-        Rollout *a = &p->group[k];
-        uint64_t id = (uint64_t)update * (uint64_t)o->prompts + (uint64_t)k;
-        char text[128];
-        training_caption(text, p->train->seed, id);
-        for (int b = 0; b < r->B; b++) captions[b] = text;
-        free((void *)a->cond.ids);
-        a->cond = caption_batch(r->m, captions, r->B);
-        rollout(r, p, a, text, id);
+// The means of the reference, the model without its adapter, at the states that were kept.
+static void reference(Policy *p) {
+    Run *r = p->make;
+    float scale = r->m->lora->scale;
+    r->m->lora->scale = 0, weights_prepare(r->m);
+    for (int first = 0; first < p->V; first += r->B)
+        for (int i = 0; i < p->o->window; i++) {
+            PolicyBatch a = {p->sigma[i], p->sigma[i + 1], {p->ids + (size_t)first * r->m->c.text_len, NULL},
+                             {p->no_ids, NULL}, kept(p, p->x, i, first), NULL, NULL, NULL, NULL};
+            policy_mean(r, kept(p, p->mean_ref, i, first), &a, p->o->guidance);
+        }
+    r->m->lora->scale = scale, weights_prepare(r->m);
+}
+
+// ---- updates ---------------------------------------------------------------------------------------------
+// The videos video[B], over all steps of the window: adds up the gradient of the steps' mean loss, or, before
+// the first AdamW step, only keeps their log-probabilities as the old ones.
+static void micro_batch(Policy *p, const int *video, bool learn, PolicyFigures *f) {
+    Run *r = p->learn;
+    int W = p->o->window, L = r->m->c.text_len;
+    size_t one = latent_size(r), bytes = one * sizeof(float);
+    PolicyBatch a = {0, 0, {p->batch_ids, NULL}, {p->no_ids, NULL}, p->batch[0], p->batch[1], p->batch[2],
+                     p->batch_advantage, p->batch_logp};
+    for (int b = 0; b < r->B; b++)
+        memcpy(p->batch_ids + b * L, p->ids + (size_t)video[b] * L, L * sizeof(int));
+    for (int i = 0; i < W; i++) {
+        a.sigma = p->sigma[i], a.sigma_next = p->sigma[i + 1];
+        double std = sde_step(a.sigma, a.sigma_next).std;
+        for (int b = 0; b < r->B; b++) {  // brought together
+            copy(p->batch[0] + b * one, kept(p, p->x, i, video[b]), bytes);
+            copy(p->batch[1] + b * one, kept(p, p->x, i + 1, video[b]), bytes);
+            copy(p->batch[2] + b * one, kept(p, p->mean_ref, i, video[b]), bytes);
+            p->batch_advantage[b] = p->advantage[video[b]], p->batch_logp[b] = p->logp[i * p->V + video[b]];
+        }
+        if (learn) f->loss += policy_step(r, p->out, p->batch[3], p->batch[4], &a, p->o, 1.0 / W) / W;
+        else policy_mean(r, p->batch[3], &a, p->o->guidance);
         for (int b = 0; b < r->B; b++) {
-            f->reward += a->reward[b] / videos, f->spread += a->reward[b] * a->reward[b] / videos;
-            f->advantage += a->advantage[b] * a->advantage[b] / videos;
+            const Surrogate *s = &p->out[b];
+            double *old = &p->logp[i * p->V + video[b]];
+            if (!learn) *old = log_probability(p->batch[1] + b * one, p->batch[3] + b * one, std, one);
+            if (!learn) continue;
+            f->ratio_min = fmin(f->ratio_min, s->ratio), f->ratio_max = fmax(f->ratio_max, s->ratio);
+            f->ratio_mean += s->ratio, f->kl += s->kl, f->clipped += s->clipped, f->count++;
         }
     }
-    f->spread = sqrt(fmax(f->spread - f->reward * f->reward, 0)), f->advantage = sqrt(f->advantage);
-    r->m->lora->scale = 0, weights_prepare(r->m);
-    for (int k = 0; k < o->prompts; k++)
-        for (int i = 0; i < o->window; i++) {
-            const Rollout *a = &p->group[k];
-            policy_mean(r, a->mean_ref + (size_t)i * count, a->x + (size_t)i * count, p->sigma[i],
-                        p->sigma[i + 1], a->cond, p->uncond, o->guidance);
-        }
-    r->m->lora->scale = (float)scale, weights_prepare(r->m);
-    free(captions);
 }
 
-// One AdamW step on all SDE steps of all groups.
-static void policy_learn(Run *r, const Policy *p, Optimizer *opt, PolicyFigures *f) {
-    size_t count = (size_t)r->B * latent_size(r);
-    Surrogate *out = (Surrogate *)xalloc(r->B, sizeof(Surrogate));
-    for (Rollout *a = p->group; a < p->group + p->o->prompts; a++)
-        for (int i = 0; i < p->o->window; i++) {
-            const float *x = a->x + (size_t)i * count, *ref = a->mean_ref + (size_t)i * count;
-            const double *sigma = p->sigma + i;
-            f->loss += policy_step(r, out, p->x, p->mean, x, x + count, ref, sigma[0], sigma[1], a->cond,
-                                   p->uncond, a->advantage, a->logp + i * r->B, p->o);
-            for (int b = 0; b < r->B; b++, f->count++) {
-                f->ratio_min = fmin(f->ratio_min, out[b].ratio),
-                f->ratio_max = fmax(f->ratio_max, out[b].ratio);
-                f->ratio_mean += out[b].ratio, f->kl += out[b].kl, f->clipped += out[b].clipped;
-            }
-        }
-    if (opt->step == 0 && !(f->ratio_min > 1 - 1e-5 && f->ratio_max < 1 + 1e-5))
-        die("before the first update the ratio must be 1 within 1e-5, but lies in %.7f .. %.7f: rollout and "
-            "training do not compute the same log-probability; report this", f->ratio_min, f->ratio_max);
-    lora_backward(r->m);
-    f->norm = optimizer_step(opt, r->ranks, p->train, p->train->lr);
-    if (!isfinite(f->norm) || !isfinite(f->loss))
-        die("update %d: loss or gradient is not finite: lower --lr; %s.resume, if there, is the last good state",
-            opt->step + 1, p->out);
-    weights_prepare(r->m);
-    free(out);
+// The videos to learn from, shuffled: those with an advantage, whatever their caption. Returns how many.
+static int shuffled_videos(int *video, const Policy *p, uint64_t update) {
+    int count = 0;
+    for (int v = 0; v < p->V; v++)
+        if (p->advantage[v] != 0) video[count++] = v;
+    for (int i = count - 1; i > 0; i--) {
+        uint64_t draw = rng_bits(p->train->seed, SHUFFLE_STREAM, update << 32 | (uint64_t)i);
+        int j = (int)(draw % (uint64_t)(i + 1)), other = video[j];
+        video[j] = video[i], video[i] = other;
+    }
+    return count;
 }
 
-// Update number `update`: roll out, then learn from it `epochs` times.
-static PolicyFigures policy_update(Run *r, Policy *p, Optimizer *opt, int update) {
-    const PolicyOptions *o = p->o;
+// One AdamW step for each full micro-batch. Before the first the policy is still the one that made the
+// videos, so every ratio must be 1: that proves that rollout and training compute the same log-probability.
+// Where a number depends on what shares its batch (HiF8's maxima, 16-bit products) the micro-batches compute
+// the old ones anew.
+static void policy_learn(Policy *p, Optimizer *opt, PolicyFigures *f) {
+    Model *m = p->learn->m;
+    int *video = (int *)xalloc(p->V, sizeof(int)), B = p->learn->B;
+    int count = shuffled_videos(video, p, (uint64_t)opt->update) / B;
+    bool anew = m->c.quant || m->c.quant_attn || act_size() < sizeof(float);
+    for (int k = 0; k < count && anew; k++) micro_batch(p, video + k * B, false, f);
+    for (int k = 0; k < count; k++) {
+        micro_batch(p, video + k * B, true, f);
+        if (k == 0 && !(f->ratio_min > 1 - 1e-5 && f->ratio_max < 1 + 1e-5))
+            die("update %d: before its first step the ratio must be 1 within 1e-5, but is %.7f .. %.7f: "
+                "rollout and training do not compute the same log-probability; report this",
+                opt->update + 1, f->ratio_min, f->ratio_max);
+        lora_backward(m);
+        double lr = learning_rate(p->train, opt->update);
+        f->norm += optimizer_step(opt, p->learn->ranks, p->train, lr) / count;
+        if (!isfinite(f->norm) || !isfinite(f->loss))
+            die("update %d: loss or gradient is not finite: lower --lr; a saved state is good",
+                opt->update + 1);
+        f->steps++;
+        weights_prepare(m);
+    }
+    free(video);
+}
+
+// The next update: G videos of each of some new captions, and what there is to learn from them.
+static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
     PolicyFigures f;
     double began = seconds();
-    memset(&f, 0, sizeof(f));
+    int G = p->o->group, L = p->make->m->c.text_len;
+    uint64_t update = (uint64_t)opt->update;
+    memset(&f, 0, sizeof f);
     f.ratio_min = INFINITY, f.ratio_max = -INFINITY;
-    roll_out_groups(r, p, &f, update);
+    for (int v = 0; v < p->V; v++) {
+        training_caption(p->caption[v], p->train->seed, update * p->o->prompts + v / G);
+        caption_ids(p->ids + (size_t)v * L, L, p->caption[v]);
+    }
+    for (int v = 0; v < p->V; v += p->make->B) rollout(p, v, update);
+    reference(p);
+    for (int v = 0; v < p->V; v += G) advantages(p->advantage + v, p->reward + v, G);
+    for (int v = 0; v < p->V; v++) {
+        f.reward += p->reward[v] / p->V;
+        f.spread += p->reward[v] * p->reward[v] / p->V;
+    }
+    f.spread = sqrt(fmax(f.spread - f.reward * f.reward, 0));
+    if (!isfinite(f.reward)) die("a reward is not finite: lower --lr; a saved state is good");
     f.rollout_time = seconds() - began;
-    for (int e = 0; e < o->epochs; e++) policy_learn(r, p, opt, &f);
-    f.ratio_mean /= f.count, f.clipped /= f.count, f.kl /= f.count;
+    policy_learn(p, opt, &f);
+    opt->update++;
+    if (f.count) f.ratio_mean /= f.count, f.clipped /= f.count, f.kl /= f.count, f.loss /= f.steps;
     return f;
 }
+
 // End of Part I: the method. What follows is what it stands on.
 #ifndef OSP_CUDA
 // ==========================================================================================================
@@ -2500,7 +2517,7 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
 
 // ---- what learning and sampling need beside a run --------------------------------------------------------
 static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
-    o->w = w, o->dw = dw, o->n = n, o->step = 0;
+    o->w = w, o->dw = dw, o->n = n, o->step = o->update = 0, o->best = 0;
     o->m = (float *)device_alloc(n * sizeof(float));
     o->v = (float *)device_alloc(n * sizeof(float));
     o->ema = (float *)device_alloc(n * sizeof(float));
@@ -2536,6 +2553,24 @@ static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, 
     for (size_t i = 0; i < count; i++)
         if (!isfinite(host[i]))
             die("the model made a number that is not finite; broken weights? or try --device-dtype f32");
+}
+
+static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const TrainOptions *train) {
+    Policy *p = (Policy *)xalloc(1, sizeof(Policy));
+    size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window, V = (size_t)o->prompts * o->group;
+    size_t one = latent_size(make) * sizeof(float);
+    p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
+    p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
+    p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int));
+    p->batch_ids = p->ids + V * L, p->no_ids = p->batch_ids + B * L;
+    for (size_t i = 0; i < B * L; i++) p->no_ids[i] = -1;
+    p->reward = (double *)xalloc((2 + W) * V + 2 * B + o->steps + 1, sizeof(double));
+    p->advantage = p->reward + V, p->logp = p->advantage + V, p->batch_advantage = p->logp + W * V;
+    p->batch_logp = p->batch_advantage + B, p->sigma = p->batch_logp + B;
+    schedule(p->sigma, o->steps, o->shift);
+    p->x = (float *)device_alloc((W + 1) * V * one), p->mean_ref = (float *)device_alloc(W * V * one);
+    for (int i = 0; i < 5; i++) p->batch[i] = (float *)device_alloc(B * one);
+    return p;
 }
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
@@ -3519,9 +3554,9 @@ static void state_params(Param p[4], const Optimizer *o) {
 
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
     Param p[4];
-    char *metadata = (char *)xalloc(strlen(run) + 64, 1);
+    char *metadata = (char *)xalloc(strlen(run) + 128, 1);
     state_params(p, o);
-    sprintf(metadata, "\"run\":\"%s\",\"step\":\"%d\"", run, o->step);
+    sprintf(metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\",\"best\":\"%.17g\"", run, o->step, o->update, o->best);
     const char *why = file_write(path, metadata, p, 4, NULL, "f32");
     free(metadata);
     return why;
@@ -3537,6 +3572,8 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
         die("%s: of a run with other settings (%.300s); remove it or choose another -o", path, of ? of : "");
     state_params(p, o);
     o->step = (int)meta_number(&f, "step", 0, INT_MAX);
+    o->update = (int)meta_number(&f, "update", 0, INT_MAX);
+    o->best = atof(file_meta(&f, "best") ? file_meta(&f, "best") : "0");
     weights_read(NULL, p, 4, &f);
     file_close(&f);
     return true;
@@ -3687,7 +3724,7 @@ typedef struct {                             // what a command is told
     const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device;
     char state[PATH_MAX + 16];               // the file that a stopped run resumes from
     Captions captions;
-    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, merge, scale, fps, json;
+    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, scale, fps, json;
     double guidance, shift, alpha, save;
     uint64_t seed;
     TrainOptions train;
@@ -3713,16 +3750,16 @@ static const Option OPTIONS[] = {
     {"g", "--steps", 'i', AT(policy.updates), "40", 1, 1e6, "updates"},
     {"te", "--batch", 'i', AT(train.batch), "8", 1, 65536, "clips at a time"},
     {"T", "--batch", 'i', AT(train.batch), "64", 1, 65536, "clips at a time"},
-    {"g", "--prompts", 'i', AT(policy.prompts), "4", 1, 1024, "captions an update"},
+    {"g", "--prompts", 'i', AT(policy.prompts), "8", 1, 1024, "captions an update (released recipe: 2)"},
     {"g", "--group", 'i', AT(policy.group), "8", 2, 1024, "videos of a caption (paper: 4)"},
-    {"g", "--epochs", 'i', AT(policy.epochs), "1", 1, 100, "AdamW steps on each rollout"},
+    {"g", "--micro", 'i', AT(policy.micro), "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
     {"g", "-n", 'i', AT(policy.steps), "8", 3, 255, "sampling steps (paper: 25)"},
-    {"g", "--window", 'i', AT(policy.window), "4", 1, 253, "so many SDE steps at the start (paper: 10)"},
+    {"g", "--window", 'i', AT(policy.window), "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
     {"se", "-g", 'd', AT(guidance), "4", 0, 100, "guidance (paper: 5); 1: none"},
     {"g", "-g", 'd', AT(policy.guidance), "3", 0, 100, "guidance (paper: 5)"},
     {"se", "--shift", 'd', AT(shift), "3", 0.01, 100, "shift of the schedule (paper: 7)"},
     {"g", "--shift", 'd', AT(policy.shift), "1", 0.01, 100, "shift of the schedule (paper: 1)"},
-    {"g", "--clip", 'd', AT(policy.clip), "1e-3", 1e-9, 1, "range of the ratio (paper: 1e-4)"},
+    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (their code: 5e-3; 14B recipe: 1e-4)"},
     {"g", "--beta", 'd', AT(policy.beta), "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
     {"g", "--reward", 'c', AT(policy.reward), "all", 0, 0,
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
@@ -3730,12 +3767,13 @@ static const Option OPTIONS[] = {
     {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
     {"t", "--lr", 'd', AT(train.lr), "3e-3", 0, 10, "learning rate"},
     {"T", "--lr", 'd', AT(train.lr), "2e-3", 0, 10, "learning rate"},
-    {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate (paper: 2e-5)"},
+    {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate, falls to a twentieth (paper: 2e-5, constant)"},
     {"t", "--warmup", 'i', AT(train.warmup), "100", 0, 1e8, "steps of rising learning rate"},
     {"T", "--warmup", 'i', AT(train.warmup), "200", 0, 1e8, "steps of rising learning rate"},
     {"t", "--ema", 'd', AT(train.ema), "0.99", 0, 1, "decay of the weights' average, which is written"},
     {"T", "--ema", 'd', AT(train.ema), "0.999", 0, 1, "decay of the weights' average, which is written"},
     {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
+    {"g", "--ema-warmup", 'b', AT(train.ema_warmup), "0", 0, 1, "a short run's average leaves its beginning out"},
     {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
     {"stTge", "--seed", 'u', AT(seed), "1", 0, 9e15, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
@@ -3749,7 +3787,8 @@ static const Option OPTIONS[] = {
     // From -o on nothing changes what a run learns: it may be resumed with other values.
     {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
     {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"g", "--merge", 'b', AT(merge), "0", 0, 1, "write the whole model with the adapter merged"},
+    {"g", "--eval", 'i', AT(every), "0", 0, 1000000, "held-out captions are scored every so many updates; 0: never"},
+    {"g", "--best", 'b', AT(best), "0", 0, 1, "write the adapter that scored best, not the last (needs --eval)"},
     {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
     {"s", "--scale", 'i', AT(scale), "0", 0, 64, "pixels of the picture per pixel of the clip; 0: to fit"},
@@ -3836,7 +3875,16 @@ static const Config PRESETS[] = {
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
 static double gib(double bytes) { return bytes / (1024.0 * 1024.0 * 1024.0); }
 
-// The command's options up to -o and its captions, as one line.
+static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing one changes nothing
+    File f;
+    if (!path || access(path, F_OK)) return seed;
+    file_open(&f, path);
+    seed = hash_bytes(f.map, f.size, seed);
+    file_close(&f);
+    return seed;
+}
+
+// The options up to -o and the captions, as one line; of --init not the name but a hash of what the file holds.
 static char *settings_of(const Options *o) {
     char *text;
     size_t size;
@@ -3846,18 +3894,10 @@ static char *settings_of(const Options *o) {
         if (said && strcmp(row->name, "--init")) fprintf(f, "%s %s ", row->name, said);
     }
     for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
+    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
     fclose(f);
     plain_text(text);
     return text;
-}
-
-static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing one changes nothing
-    File f;
-    if (!path || access(path, F_OK)) return seed;
-    file_open(&f, path);
-    seed = hash_bytes(f.map, f.size, seed);
-    file_close(&f);
-    return seed;
 }
 
 // All ranks must be told the same and read the same. Then their groups: all on one sample, or (guidance)
@@ -3956,10 +3996,8 @@ static void stop(int number) {                        // a second one ends the p
 
 static Learning learning_start(const Options *o, Ranks *k, float *w, float *dw, size_t count) {
     Learning l;
-    char *settings = settings_of(o);
-    l.settings = (char *)xalloc(strlen(settings) + 32, 1);
-    sprintf(l.settings, "%sbase %016llx", settings, (unsigned long long)hash_file(o->weights, 0));
     optimizer_init(&l.opt, w, dw, count);
+    l.settings = settings_of(o);
     if (state_load(o->state, &l.opt, l.settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, l.opt.step);
     l.began = l.saved = seconds();
@@ -3990,6 +4028,7 @@ static void learning_step(Learning *l, const Options *o, Ranks *k) {
 
 // At the end: the output is written, or `why` not, and then the state stays.
 static void learning_end(Learning *l, const Options *o, const char *why) {
+    if (why) why = strdup(why);
     const char *lost = why ? state_save(o->state, &l->opt, l->settings) : NULL;
     if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
     unlink(o->state);
@@ -4018,14 +4057,14 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
     Text cond = {NULL, NULL}, uncond = {NULL, NULL};
-    if (c->vocab) uncond = caption_batch(r->m, NULL, 1);
+    if (c->vocab) cond = caption_batch(r->m, o->captions.text, count), uncond = caption_batch(r->m, NULL, 1);
     if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", rows);
     if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", rows);
     for (int i = 0; i < count; i++) {
         x[i] = o->noise ? numbers_of(o->noise, "noise", size) : (float *)xalloc(size, sizeof(float));
         if (!o->noise) noise_fill(x[i], size, o->seed, SAMPLE_STREAM, (uint64_t)i * size);
-        if (c->vocab) cond = caption_batch(r->m, &o->captions.text[i], 1);
         sample_host(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
+        if (c->vocab) cond.ids += c->text_len;
     }
 }
 
@@ -4174,32 +4213,59 @@ static void cmd_train(const Options *o, Ranks *k) {
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
+// The soft score on 64 clips of captions never trained on, with the adapter's average, which is what is written.
+static Bench held_out_score(Run *r, const Optimizer *opt, const Options *o) {
+    float *now = (float *)device_alloc(opt->n * sizeof(float));
+    copy(now, opt->w, opt->n * sizeof(float));
+    copy(opt->w, opt->ema, opt->n * sizeof(float));
+    weights_prepare(r->m);
+    Bench b = evaluate(r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
+    copy(opt->w, now, opt->n * sizeof(float));
+    weights_prepare(r->m);
+    device_free(now);
+    return b;
+}
+
+static void policy_evaluate(Run *r, Optimizer *opt, const Options *o, bool speaks) {
+    Bench b = held_out_score(r, opt, o);
+    bool better = opt->update == 0 || b.mean[N_SCORES] > opt->best;
+    if (better) opt->best = b.mean[N_SCORES];
+    if (!speaks) return;
+    printf("held out after %d: %.2f ± %.2f%s\n", opt->update, b.mean[N_SCORES], b.error[N_SCORES],
+           better && o->best ? ", kept" : "");
+    const char *why = better && o->best ? lora_save(o->out, r->m->lora, opt->ema) : NULL;
+    if (why) die("%s", why);
+}
+
 static void cmd_grpo(const Options *o, Ranks *k) {
     const PolicyOptions *p = &o->policy;
+    int V = p->prompts * p->group, together = V;
     if (p->window > p->steps - 1)
         die("--window %d: the last of %d steps adds no noise, so it must stay outside", p->window, p->steps);
-    Run *r = run_open(o, k, p->group);
-    Model *m = r->m;
+    if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
+    if (o->best && !o->every) die("--best needs --eval K: how often to score");
+    while (together > 32 || V % together) together--;             // videos made at a time
+    Run *learn = run_open(o, k, p->micro);
+    Model *m = learn->m;
+    plan_memory(run_plan(m, k, together, learn->T, learn->H, learn->W, false));
+    Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
     Learning l = learning_start(o, k, m->lora->w, m->lora->dw, m->lora->n);
-    Policy policy = policy_new(r, p, &o->train, o->out);
+    Policy *policy = policy_new(make, learn, p, &o->train);
     weights_prepare(m);
-    for (int update = l.first / p->epochs; update < p->updates; update++) {
+    if (o->every && l.opt.update == 0) policy_evaluate(make, &l.opt, o, speaks(k));
+    while (l.opt.update < p->updates) {
         double began = seconds();
-        PolicyFigures f = policy_update(r, &policy, &l.opt, update);
+        PolicyFigures f = policy_update(policy, &l.opt);
         double rest = seconds() - began - f.rollout_time;
         if (speaks(k))
-            printf("update %d/%d reward %.4f spread %.4f adv %.3f ratio %.6f %.6f %.6f clipped %.3f kl %.3e "
-                   "grad %.3e rollout %.2f s update %.2f s\n", update + 1, p->updates, f.reward, f.spread,
-                   f.advantage, f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm,
-                   f.rollout_time, rest);
+            printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e grad %.3e steps %d "
+                   "rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward, f.spread, f.ratio_min,
+                   f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time, rest);
+        if (o->every && l.opt.update % o->every == 0) policy_evaluate(make, &l.opt, o, speaks(k));
         fflush(stdout);
-        if (update + 1 < p->updates) learning_step(&l, o, k);
+        if (l.opt.update < p->updates) learning_step(&l, o, k);
     }
-    if (!speaks(k)) return;
-    if (o->merge) lora_into_weights(m, l.opt.ema);
-    const char *why = o->merge ? model_save(o->out, m, m->w, o->dtype)
-                               : lora_save(o->out, m->lora, l.opt.ema);
-    learning_end(&l, o, why);
+    if (speaks(k)) learning_end(&l, o, o->best ? NULL : lora_save(o->out, m->lora, l.opt.ema));
 }
 
 // ---- osp info --------------------------------------------------------------------------------------------
@@ -4253,7 +4319,8 @@ static Options options_read(int argc, char **argv, const Command *command, const
     if (o.out && k->rank == 0) check_writable(o.out);
     if (o.training) snprintf(o.state, sizeof o.state, "%.*s.resume", PATH_MAX, o.out);
     o.train.seed = o.seed, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1;
-    o.train.weight_decay = o.command == 'g' ? 0 : 0.01;
+    o.train.weight_decay = o.command == 'g' ? 0 : 0.01, o.train.ema_warmup |= o.command != 'g';
+    if (o.command == 'g') o.train.beta2 = 0.999, o.train.steps = o.policy.updates;
     return o;
 }
 

@@ -1,17 +1,17 @@
-// osp_cuda.cu: the operations of osp.c (its section 4) on one NVIDIA GPU, compute capability 8.0 or newer.
+// osp_cuda.cu: the operations of osp.c on one NVIDIA GPU, compute capability 8.0 or newer.
 //
-// Nothing of the model is written twice: this file includes osp.c, which leaves out its CPU bodies, and brings its own.
-// Every op puts its work on one stream and returns at once; only what gives a number to the host waits for it.
+// Nothing of the model is written twice: this file includes osp.c, which leaves out its CPU bodies. Every op
+// puts its work on one stream and returns at once; only what gives a number to the host waits.
 //
-// What an op costs. A matrix product is cuBLASLt's business. Attention has its own section. All the rest does a few
-// operations per number it reads, so its time is the bytes it moves over the card's 2 to 5 TB/s, and writing it well
-// means four habits, which every kernel below follows:
-//   - fuse, so that a row is read once, held in registers while it is needed, and written once (the comments count
-//     the bytes per element: 4 for float, a for act, which is 2 or 4);
-//   - let each thread move 4 or 8 neighbours at a time, neighbours in the warp side by side, all loads of a row first;
+// What an op costs. A matrix product is cuBLASLt's business. Attention has its own section. All the rest
+// does a few operations per number it reads, so its time is the bytes it moves over the card's 2 to 5 TB/s,
+// and writing it well means four habits, which every kernel below follows:
+//   - fuse, so that a row is read once, held in registers while it is needed, and written once (the comments
+//     count the bytes per element: 4 for float, a for act, which is 2 or 4);
+//   - let a thread move 4 or 8 neighbours at a time, neighbours in the warp side by side, all loads first;
 //   - give a row as many threads as keep it in registers: 16 for a row of 128 numbers, 256 for one of 5,120;
-//   - sum in a fixed order: a block sums its own rows into a line of a table, a second kernel adds up the lines
-//     (fold_kernel). No atomic float addition anywhere, so the same input gives the same bytes every time.
+//   - sum in a fixed order: a block sums its own rows into a line of a table, a second kernel adds up the
+//     lines (fold_kernel). No atomic float addition anywhere: the same input gives the same bytes always.
 #define OSP_CUDA
 #include "osp.c"
 #include <cublasLt.h>
@@ -21,17 +21,20 @@
 #ifdef OSP_NCCL
 #include <nccl.h>
 #endif
+#if CUDART_VERSION < 12050
+#error "osp_cuda.cu needs the CUDA Toolkit 12.5 or newer"
+#endif
 typedef __nv_bfloat16 bf16;
 
-// ============================================================================================================
-// 1. The card
-// ============================================================================================================
+// ==========================================================================================================
+// The card
+// ==========================================================================================================
 enum { STAGES = 4, STAGE_BYTES = 4 << 20, SUM_BLOCKS = 1024, PLANS = 256, WORKSPACE_BYTES = 64 << 20 };
 
 // A matrix product that was asked for before: what identifies it, and what cuBLASLt made of it.
-typedef struct {
+typedef struct {                             // without padding: compared as bytes
     size_t m, n, k;
-    int transpose_a, transpose_b, float_d, epilogue, align_a, align_b, align_d, align_aux;
+    int in, out, transpose_a, transpose_b, epilogue, align_a, align_b, align_d;
 } PlanKey;
 typedef struct {
     PlanKey key;
@@ -68,40 +71,75 @@ static void cuda_report(cudaError_t e, const char *what, int line) {
 #define blas_check(call) blas_report((call), #call, __LINE__)
 static void blas_report(cublasStatus_t s, const char *what, int line) {
     if (s != CUBLAS_STATUS_SUCCESS)
-        die("cuBLASLt: %s in %.60s (osp_cuda.cu:%d); the run cannot go on", cublasLtGetStatusString(s), what, line);
+        die("cuBLASLt: %s in %.60s (osp_cuda.cu:%d); the run cannot go on", cublasLtGetStatusString(s), what,
+            line);
 }
 
-#define LAUNCH(kernel, grid, block, ...) \
-    do { kernel<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); cuda_check(cudaGetLastError()); } while (0)
+#define LAUNCH(kernel, grid, block, ...) do { \
+    kernel<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
+    cuda_check(cudaGetLastError()); \
+} while (0)
+
+// The same with `bytes` of shared memory, which a kernel must ask for above 48 KB.
+#define LAUNCH_SHARED(kernel, grid, block, bytes, ...) do { \
+    allow_shared(kernel, bytes); \
+    kernel<<<grid, block, bytes, gpu.stream>>>(__VA_ARGS__); \
+    cuda_check(cudaGetLastError()); \
+} while (0)
+
+template <typename K> static void allow_shared(K kernel, int bytes) {
+    if ((size_t)bytes > gpu.card.sharedMemPerBlockOptin)
+        die("%s has %zu bytes of shared memory for a block, %d are needed: use a smaller head_dim",
+            gpu.card.name, gpu.card.sharedMemPerBlockOptin, bytes);
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
 
 // The statement with A = the type of an act.
 #define BY_TYPE(...) \
     do { if (gpu.half) { typedef bf16 A; __VA_ARGS__; } else { typedef float A; __VA_ARGS__; } } while (0)
 
-// Takes card number `rank` (mod the number of cards), or says in one line why there is none. dtype: "f32" (parity with
-// the CPU) or "bf16" (speed), which is what NULL means.
+// How many blocks of per_block cover n.
+template <typename N> EVERYWHERE N blocks(N n, int per_block) { return (n + per_block - 1) / per_block; }
+
+// Memory of the card as it comes, or one line that says how much is missing.
+static void *card_memory(size_t bytes) {
+    void *p = NULL;
+    size_t room = 0, total = 0;
+    if (cudaMalloc(&p, bytes ? bytes : 16) == cudaSuccess) return p;
+    cudaMemGetInfo(&room, &total);
+    die("the GPU has no room for %zu bytes (%zu of %zu free): use a smaller size or batch", bytes, room,
+        total);
+}
+
+static __global__ void empty_kernel(void) {}         // any kernel shows whether the program is for this card
+
+// Takes card `rank` (mod their number) or says why it cannot. dtype: "f32" (parity) or "bf16" (speed; NULL).
 static void device_start(const char *dtype, int rank) {
     int cards = 0, driver = 0;
-    if (!dtype) dtype = "bf16";
+    cudaDeviceProp *c = &gpu.card;
+    cudaFuncAttributes found;
     cudaError_t e = cudaGetDeviceCount(&cards);
     cudaDriverGetVersion(&driver);
-    if (strcmp(dtype, "f32") && strcmp(dtype, "bf16")) die("arithmetic on a GPU is f32 or bf16, not %s", dtype);
+    gpu.half = !dtype || !strcmp(dtype, "bf16");
+    if (!gpu.half && strcmp(dtype, "f32")) die("arithmetic on a GPU is f32 or bf16, not %s", dtype);
     if (driver == 0) die("no NVIDIA driver here: run the CPU program osp instead");
     if (e == cudaErrorInsufficientDriver)
-        die("the NVIDIA driver is too old (for CUDA %d.%d; built with %d.%d): update it or rebuild with that CUDA",
+        die("the NVIDIA driver is too old (CUDA %d.%d; built with %d.%d): update it, or build with its CUDA",
             driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     if (e != cudaSuccess || cards < 1)
         die("no usable NVIDIA GPU here (%s): run the CPU program osp instead", cudaGetErrorString(e));
     cuda_check(cudaSetDevice(rank % cards));
-    cuda_check(cudaGetDeviceProperties(&gpu.card, rank % cards));
-    if (gpu.card.major < 8)
-        die("%s has compute capability %d.%d: 8.0 or newer is needed", gpu.card.name, gpu.card.major, gpu.card.minor);
+    cuda_check(cudaGetDeviceProperties(c, rank % cards));
+    if (c->major < 8)
+        die("%s has compute capability %d.%d: 8.0 or newer is needed", c->name, c->major, c->minor);
+    if ((e = cudaFuncGetAttributes(&found, empty_kernel)) != cudaSuccess)
+        die("built for other cards than %s (%s): make -B osp_cuda ARCH=%d%d%s", c->name,
+            cudaGetErrorString(e), c->major, c->minor, c->major == 9 ? "a" : "");
     gpu.shared = ranks_here() > cards;
-    gpu.half = !strcmp(dtype, "bf16");
     cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     blas_check(cublasLtCreate(&gpu.blas));
-    cuda_check(cudaMalloc(&gpu.workspace, WORKSPACE_BYTES));
-    cuda_check(cudaMalloc((void **)&gpu.sums, SUM_BLOCKS * sizeof(double)));
+    gpu.workspace = card_memory(WORKSPACE_BYTES);
+    gpu.sums = (double *)card_memory(SUM_BLOCKS * sizeof(double));
     cuda_check(cudaMallocHost((void **)&gpu.sums_host, SUM_BLOCKS * sizeof(double)));
     for (int i = 0; i < STAGES; i++) {
         cuda_check(cudaMallocHost(&gpu.stage[i].host, STAGE_BYTES));
@@ -111,49 +149,46 @@ static void device_start(const char *dtype, int rank) {
 
 static void wait_device(void) { cuda_check(cudaStreamSynchronize(gpu.stream)); }
 
-// Memory for the length of one op. The next op may take the same bytes: they follow each other on one stream.
+// Memory for the length of one op. The next op may take the same bytes: ops follow each other on one stream.
 static void *scratch(size_t bytes) {
     if (bytes > gpu.scratch_bytes) {
         cuda_check(cudaFree(gpu.scratch));   // waits for whoever still reads it
         gpu.scratch_bytes = bytes + bytes / 4 + (1 << 20);
-        cuda_check(cudaMalloc((void **)&gpu.scratch, gpu.scratch_bytes));
+        gpu.scratch = (char *)card_memory(gpu.scratch_bytes);
     }
     return gpu.scratch;
 }
 
-static unsigned blocks(size_t n, size_t per_block) { return (unsigned)((n + per_block - 1) / per_block); }
-
-// ============================================================================================================
-// 2. Memory
-// ============================================================================================================
+// ==========================================================================================================
+// Memory
+// ==========================================================================================================
 static void *device_alloc(size_t bytes) {
-    void *p = NULL;
-    size_t room = 0, total = 0;
-    if (cudaMalloc(&p, bytes ? bytes : 16) != cudaSuccess) {
-        cudaMemGetInfo(&room, &total);
-        die("the GPU has no room for %zu bytes (%zu of %zu are free): use a smaller size or batch", bytes, room, total);
-    }
+    void *p = card_memory(bytes);
     zero(p, bytes);
     return p;
 }
 
 static void device_free(void *p) { cuda_check(cudaFree(p)); }
 static size_t act_size(void) { return gpu.half ? sizeof(bf16) : sizeof(float); }
-static act *act_at(act *p, size_t elements) { return (act *)((char *)p + elements * act_size()); }
-static void zero(void *p, size_t bytes) { if (bytes) cuda_check(cudaMemsetAsync(p, 0, bytes, gpu.stream)); }
+static cudaDataType_t act_type(void) { return gpu.half ? CUDA_R_16BF : CUDA_R_32F; }
+
+static void zero(void *p, size_t bytes) {
+    if (bytes) cuda_check(cudaMemsetAsync(p, 0, bytes, gpu.stream));
+}
 
 static void copy(void *dst, const void *src, size_t bytes) {
     if (bytes) cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
 }
 
-// Through a ring of pinned buffers: the caller may reuse src at once, and the card does not wait for the host.
+// Through a ring of pinned buffers: the caller may reuse src at once, and the card does not wait.
 static void upload(void *dst, const void *src, size_t bytes) {
     for (size_t done = 0, part; done < bytes; done += part) {
         int i = (int)(gpu.turn++ % STAGES);
-        part = bytes - done < (size_t)STAGE_BYTES ? bytes - done : (size_t)STAGE_BYTES;
+        void *host = gpu.stage[i].host;
+        part = bytes - done < STAGE_BYTES ? bytes - done : (size_t)STAGE_BYTES;
         cuda_check(cudaEventSynchronize(gpu.stage[i].free));
-        memcpy(gpu.stage[i].host, (const char *)src + done, part);
-        cuda_check(cudaMemcpyAsync((char *)dst + done, gpu.stage[i].host, part, cudaMemcpyHostToDevice, gpu.stream));
+        memcpy(host, (const char *)src + done, part);
+        cuda_check(cudaMemcpyAsync((char *)dst + done, host, part, cudaMemcpyHostToDevice, gpu.stream));
         cuda_check(cudaEventRecord(gpu.stage[i].free, gpu.stream));
     }
 }
@@ -163,15 +198,15 @@ static void download(void *dst, const void *src, size_t bytes) {
     wait_device();
 }
 
-// Between ranks (section 7 of osp.c). With a card for every rank: NCCL's grouped sends and receives on one stream.
-// Where NCCL is missing, or ranks share a card: down, through MPI between hosts' memories, up.
+// Between ranks. With a card for every rank: NCCL's grouped sends and receives on one stream. Where NCCL is
+// missing, or ranks share a card: down, through MPI between hosts' memories, up.
 #ifdef OSP_NCCL
 static void nccl_check(ncclResult_t r) {
     if (r != ncclSuccess) die("NCCL: %s; the run cannot go on", ncclGetErrorString(r));
 }
 
-// One communicator for the ranks of a sample, one for the guidance pair, each made when first used: the group's first
-// rank draws an id, MPI brings it to the others. NVLink multicast stays off.
+// One communicator for the ranks of a sample, one for the guidance pair, each made when first used: the
+// group's first rank draws an id, MPI brings it to the others. NVLink multicast stays off.
 static ncclComm_t nccl_group(int purpose, int rank, int R) {
     static ncclComm_t groups[2];
     ncclComm_t *group = &groups[purpose == GUIDANCE];
@@ -188,49 +223,45 @@ static bool nccl_all_to_all(void *to, const void *from, const int *receive, cons
                             size_t row_bytes, int rank, int R, int purpose) {
     if (sample_ranks == MPI_COMM_NULL || gpu.shared) return false;
     ncclComm_t group = nccl_group(purpose, rank, R);
-    size_t at_send = 0, at_receive = 0;
     nccl_check(ncclGroupStart());
     for (int s = 0; s < R; s++) {
-        const char *out = (const char *)from + (same ? 0 : at_send);
-        nccl_check(ncclSend(out, (size_t)send[s] * row_bytes, ncclUint8, s, group, gpu.stream));
-        nccl_check(ncclRecv((char *)to + at_receive, (size_t)receive[s] * row_bytes, ncclUint8, s, group, gpu.stream));
-        at_send += (size_t)send[s] * row_bytes, at_receive += (size_t)receive[s] * row_bytes;
+        size_t out = (size_t)send[s] * row_bytes, in = (size_t)receive[s] * row_bytes;
+        nccl_check(ncclSend(from, out, ncclUint8, s, group, gpu.stream));
+        nccl_check(ncclRecv(to, in, ncclUint8, s, group, gpu.stream));
+        if (!same) from = (const char *)from + out;
+        to = (char *)to + in;
     }
     nccl_check(ncclGroupEnd());
     return true;
 }
 #else
-static bool nccl_all_to_all(void *, const void *, const int *, const int *, bool, size_t, int, int, int) {
-    return false;
-}
+template <typename... P> static bool nccl_all_to_all(P...) { return false; }
 #endif
-
-static char *pinned(size_t bytes) {
-    if (bytes > gpu.room_bytes) {
-        if (gpu.room) cuda_check(cudaFreeHost(gpu.room));
-        cuda_check(cudaMallocHost((void **)&gpu.room, bytes));
-        gpu.room_bytes = bytes;
-    }
-    return gpu.room;
-}
 
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
                               size_t row_bytes, int rank, int R, int purpose) {
     if (nccl_all_to_all(to, from, receive, send, same, row_bytes, rank, R, purpose)) return;
     size_t out = 0, in = 0;
-    for (int s = 0; s < R; s++) out = same ? (size_t)send[s] : out + (size_t)send[s], in += (size_t)receive[s];
-    char *host = pinned((out + in) * row_bytes);
-    download(host, from, out * row_bytes);
-    mpi_all_to_all(host + out * row_bytes, host, receive, send, same, row_bytes, purpose);
-    upload(to, host + out * row_bytes, in * row_bytes);
+    for (int s = 0; s < R; s++) {
+        out = same ? (size_t)send[s] : out + (size_t)send[s];
+        in += (size_t)receive[s];
+    }
+    out *= row_bytes, in *= row_bytes;
+    if (out + in > gpu.room_bytes) {
+        cuda_check(cudaFreeHost(gpu.room));
+        cuda_check(cudaMallocHost((void **)&gpu.room, gpu.room_bytes = out + in));
+    }
+    download(gpu.room, from, out);
+    mpi_all_to_all(gpu.room + out, gpu.room, receive, send, same, row_bytes, purpose);
+    upload(to, gpu.room + out, in);
 }
 
-// ============================================================================================================
-// 3. How threads share rows
-// ============================================================================================================
-// V neighbours in one access where V is 4 or 8 (p aligned to 16 bytes, or to 8 for four act), else one by one.
-constexpr size_t pack_alignment(size_t size, size_t V) { return V < 4 ? size : V * size < 16 ? V * size : 16; }
-template <typename T, int V> struct alignas(pack_alignment(sizeof(T), V)) Pack { T x[V]; };
+// ==========================================================================================================
+// How threads share rows
+// ==========================================================================================================
+// V neighbours in one access where V is 4 or 8 (p at a multiple of 16 bytes, or of 8 for four bf16).
+template <typename T, int V>
+struct alignas(V < 4 ? sizeof(T) : V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack { T x[V]; };
 
 template <typename T, int V> static __device__ void load(float (&v)[V], const T *p) {
     Pack<T, V> pack = *(const Pack<T, V> *)p;
@@ -243,9 +274,10 @@ template <typename T, int V> static __device__ void store(T *p, const float (&v)
     *(Pack<T, V> *)p = pack;
 }
 
-// The same for what no one writes meanwhile (weights, gates, tables): through the read-only path, so that the compiler
-// may move it above stores. v = otherwise where p is NULL.
-template <int V> static __device__ void load_constant(float (&v)[V], const float *p, size_t at, float otherwise = 0) {
+// The same for what no one writes meanwhile (weights, gates, tables): through the read-only path, so that
+// the compiler may move it above stores. v = otherwise where p is NULL.
+template <int V>
+static __device__ void load_constant(float (&v)[V], const float *p, size_t at, float otherwise = 0) {
     if (!p) for (int i = 0; i < V; i++) v[i] = otherwise;
     else if constexpr (V >= 4)
         for (int i = 0; i < V; i += 4) {
@@ -255,11 +287,12 @@ template <int V> static __device__ void load_constant(float (&v)[V], const float
     else for (int i = 0; i < V; i++) v[i] = __ldg(p + at + i);
 }
 
-template <int V> static __device__ void load_sample(float (&v)[V], PerSample s, size_t b, int c, float otherwise = 0) {
+template <int V>
+static __device__ void load_sample(float (&v)[V], PerSample s, size_t b, int c, float otherwise = 0) {
     load_constant(v, s.p, b * s.stride + c, otherwise);
 }
 
-// 8 neighbours of an array of n from i on, whatever its alignment and end; what lies behind the end reads as 0.
+// 8 neighbours of an array of n from i on, whatever its alignment and end; behind the end lie zeros.
 template <typename T> static __device__ void load8(float (&v)[8], const T *p, size_t i, size_t n) {
     if (i + 8 <= n && ((uintptr_t)(p + i) & 15) == 0) load(v, p + i);
     else for (int j = 0; j < 8; j++) v[j] = i + j < n ? (float)p[i + j] : 0.0f;
@@ -277,15 +310,15 @@ template <typename... P> static bool aligned(int V, size_t dim, const P *...p) {
     return dim % (size_t)V == 0 && (((uintptr_t)p | ...) & 15) == 0;
 }
 
-// A row by G threads: thread `lane` holds the K pieces of V neighbours from column (lane + k·G)·V on, k = 0..K-1. A
-// block has ROWS rows in hand at a time; where it sums columns it goes through SHARE rows, so that its line of sums is
-// small beside them.
+// A row by G threads: thread `lane` holds K pieces, piece k the V neighbours from column (lane + k·G)·V on.
+// A block has ROWS rows in hand at a time; where it sums columns it goes through SHARE rows.
 template <int V_, int G_, int K_> struct Tile {
-    enum { V = V_, G = G_, K = K_, THREADS = G > 128 ? G : 128, ROWS = THREADS / G, SHARE = ROWS > 1 ? 128 : 32 };
+    enum { V = V_, G = G_, K = K_ };
+    enum { THREADS = G > 128 ? G : 128, ROWS = THREADS / G, SHARE = ROWS > 1 ? 128 : 32 };
     static __device__ int column(int k) { return ((int)(threadIdx.x % G) + k * G) * V; }
 };
 
-// The statement with T = the tile for rows of dim <= 5120. What is not wide goes by single numbers (V = 4) or pairs (8).
+// The statement with T = the tile for rows of dim <= 5120. What is not wide goes by a quarter of V.
 #define BY_TILE(V, wide, dim, ...) do { \
     if ((dim) > 5120) die("rows of %d numbers: on a GPU dim is at most 5120", (int)(dim)); \
     if (wide) { \
@@ -299,10 +332,12 @@ template <int V_, int G_, int K_> struct Tile {
 } while (0)
 
 // The statement with V = 4 or 1 columns per thread, for kernels whose threads share rows in a simpler way.
-#define BY_WIDTH(wide, ...) \
-    do { if (wide) { enum { V = 4 }; BY_TYPE(__VA_ARGS__); } else { enum { V = 1 }; BY_TYPE(__VA_ARGS__); } } while (0)
+#define BY_WIDTH(wide, ...) do { \
+    if (wide) { enum { V = 4 }; BY_TYPE(__VA_ARGS__); } \
+    else      { enum { V = 1 }; BY_TYPE(__VA_ARGS__); } \
+} while (0)
 
-// v[i] = its sum over the G threads of a row (N sums at once): lanes of a warp by shuffles, warps by shared memory.
+// v[i] = its sum over the G threads of a row: lanes of a warp by shuffles, warps by shared memory.
 template <int G, int N> static __device__ void group_sum(float (&v)[N]) {
     for (int step = (G < 32 ? G : 32) / 2; step; step /= 2)
         for (int i = 0; i < N; i++) v[i] += __shfl_xor_sync(~0u, v[i], step);
@@ -318,12 +353,13 @@ template <int G, int N> static __device__ void group_sum(float (&v)[N]) {
     }
 }
 
-// Column sums, first stage: line[S·dim] = the block's S vectors of sums, each thread's own in acc, rows added in order.
+// Column sums, first stage: line[S·dim] = S vectors of sums over the block's rows, in order, out of acc.
 template <typename T, int S>
 static __device__ void block_line(float *line, const float (&acc)[S][T::K][T::V], int dim) {
     if constexpr (T::ROWS == 1) {
         for (int s = 0; s < S; s++)
-            for (int k = 0; k < T::K; k++) if (T::column(k) < dim) store(line + s * dim + T::column(k), acc[s][k]);
+            for (int k = 0; k < T::K; k++)
+                if (T::column(k) < dim) store(line + s * dim + T::column(k), acc[s][k]);
     } else {
         __shared__ float sum[S * 512];       // a narrow row, several of them per block
         for (int row = 0; row < T::ROWS; row++) {
@@ -340,7 +376,7 @@ static __device__ void block_line(float *line, const float (&acc)[S][T::K][T::V]
     }
 }
 
-// The same for a block of 8 warps, each with its own rows, thread (x, y) holding V columns: line[32·V] (columns < dim).
+// The same for 8 warps, each with its own rows, thread (x, y) holding V columns: line[32·V], columns < dim.
 template <int V> static __device__ void warps_line(float *line, const float (&acc)[V], int dim) {
     __shared__ float sum[8][32 * V];
     for (int i = 0; i < V; i++) sum[threadIdx.y][threadIdx.x * V + i] = acc[i];
@@ -354,7 +390,8 @@ template <int V> static __device__ void warps_line(float *line, const float (&ac
 
 // Second stage: sample b (blockIdx.y) adds its `count` lines of [2][dim] (or [1][dim]) onto d0[b], d1[b].
 // 32 lines at a time: warp y takes lines y, y + 32, ...; then warp y adds up what all 32 found for column y.
-static __global__ void fold_kernel(PerSample d0, PerSample d1, const float *lines, int count, int dim, int columns) {
+static __global__ void
+fold_kernel(PerSample d0, PerSample d1, const float *lines, int count, int dim, int columns) {
     __shared__ float sum[32][33];
     int c = blockIdx.x * 32 + threadIdx.x, b = blockIdx.y;
     float total = 0.0f;
@@ -370,29 +407,34 @@ static __global__ void fold_kernel(PerSample d0, PerSample d1, const float *line
     if (threadIdx.x == 0 && c < columns && d.p) d.p[b * d.stride + c % dim] += v[0];
 }
 
-static void fold(PerSample d0, PerSample d1, const float *lines, int lines_per_sample, int B, int dim, int vectors) {
-    int samples = d0.p && d0.stride ? B : d1.p && d1.stride ? B : 1;     // stride 0: one sum over all samples
-    LAUNCH(fold_kernel, dim3(blocks((size_t)vectors * dim, 32), samples), dim3(32, 32), d0, d1, lines,
-           lines_per_sample * (B / samples), dim, vectors * dim);
+static void fold(PerSample d0, PerSample d1, const float *lines, int lines_per_sample, int B, int dim,
+                 int vectors) {
+    bool each = (d0.p && d0.stride) || (d1.p && d1.stride);              // else one sum over all samples
+    int samples = each ? B : 1, columns = vectors * dim;
+    LAUNCH(fold_kernel, dim3(blocks((size_t)columns, 32), samples), dim3(32, 32), d0, d1, lines,
+           lines_per_sample * (B / samples), dim, columns);
 }
 
-// ============================================================================================================
-// 4. Elementwise on act
-// ============================================================================================================
-static constexpr float GELU_1 = 0.7978845608028654f, GELU_3 = 0.044715f; // √(2/π)
-
-// 1 + tanh(z) = 2/(1 + e^−2z): one exponential. gelu(u) = u·sigmoid(2·√(2/π)·(u + 0.044715·u³)).
-static __device__ float gelu_gate(float u) { return 1.0f / (1.0f + expf(-2.0f * GELU_1 * (u + GELU_3 * u * u * u))); }
+// ==========================================================================================================
+// Elementwise on act
+// ==========================================================================================================
+// 1 + tanh(z) = 2·sigmoid(2z): one exponential. gelu(u) = u·sigmoid(2z), z = √(2/π)·(u + 0.044715·u³).
+static __device__ float sigmoid(float u) { return 1.0f / (1.0f + expf(-u)); }
+static __device__ float gelu_gate(float u) { return sigmoid(1.5957691216f * (u + 0.044715f * u * u * u)); }
 static __device__ float gelu(float u) { return u * gelu_gate(u); }
 static __device__ float gelu_slope(float u) {
     float s = gelu_gate(u);
-    return s + u * s * (1.0f - s) * 2.0f * GELU_1 * (1.0f + 3.0f * GELU_3 * u * u);
+    return s + u * s * (1.0f - s) * 1.5957691216f * (1.0f + 3.0f * 0.044715f * u * u);
 }
 static __device__ float silu(float u) { return u / (1.0f + expf(-u)); }
-static __device__ float silu_slope(float u) { float s = 1.0f / (1.0f + expf(-u)); return s * (1.0f + u * (1.0f - s)); }
+static __device__ float silu_slope(float u) {
+    float s = sigmoid(u);
+    return s * (1.0f + u * (1.0f - s));
+}
 
 // y[n] = f(x[n]): a read, a write.
-template <typename Y, typename X, float (*f)(float)> static __global__ void map_kernel(Y *y, const X *x, size_t n) {
+template <typename Y, typename X, float (*f)(float)>
+static __global__ void map_kernel(Y *y, const X *x, size_t n) {
     size_t i = 8 * thread_index();
     float v[8];
     load8(v, x, i, n);
@@ -414,9 +456,12 @@ static __global__ void map_backward_kernel(A *dx, const A *dy, const A *x, size_
 static __device__ float same(float u) { return u; }
 
 // The launch of a kernel whose threads take 8 numbers each, of n.
-#define LAUNCH8(kernel, n, ...) do { if ((n) > 0) LAUNCH(kernel, blocks(n, 8 * 256), 256, __VA_ARGS__, n); } while (0)
+#define LAUNCH8(kernel, n, ...) \
+    do { if ((n) > 0) LAUNCH(kernel, blocks(n, 8 * 256), 256, __VA_ARGS__, n); } while (0)
 
-static void to_act(act *y, const float *x, size_t n) { BY_TYPE(LAUNCH8((map_kernel<A, float, same>), n, (A *)y, x)); }
+static void to_act(act *y, const float *x, size_t n) {
+    BY_TYPE(LAUNCH8((map_kernel<A, float, same>), n, (A *)y, x));
+}
 
 static void to_float(float *y, const act *x, size_t n) {
     BY_TYPE(LAUNCH8((map_kernel<float, A, same>), n, y, (const A *)x));
@@ -434,11 +479,11 @@ static void silu_backward(act *dx, const act *dy, const act *x, size_t n) {
     BY_TYPE(LAUNCH8((map_backward_kernel<A, silu_slope>), n, (A *)dx, (const A *)dy, (const A *)x));
 }
 
-// ============================================================================================================
-// 5. Matrix products
-// ============================================================================================================
-// cuBLASLt thinks in columns: a row-major [rows, cols] matrix is to it a [cols, rows] one. So y = x·w^T is asked for
-// as y^T[out, rows] = w · x^T: first factor w, second x; a bias is a number per row there, which the epilogue adds.
+// ==========================================================================================================
+// Matrix products
+// ==========================================================================================================
+// cuBLASLt thinks in columns: a row-major [rows, cols] matrix is to it a [cols, rows] one. So y = x·w^T is
+// asked for as y^T[out, rows] = w · x^T: first factor w, second x; the bias is a number per row there.
 
 static int alignment(const void *p) {
     size_t a = (uintptr_t)p & (~(uintptr_t)p + 1);
@@ -457,20 +502,12 @@ static void plan_set(Plan *p, cublasLtMatmulDescAttributes_t attribute, const vo
     blas_check(cublasLtMatmulDescSetAttribute(p->op, attribute, value, bytes));
 }
 
-// Asks cuBLASLt's heuristics for the algorithm of a new product and takes the first offer. At the paper's sizes nothing
-// else pays: of 8 offers and 80 variations of the best three (cluster, order of tiles), taken in turn on a hot card, the
-// best was 2 % faster, because the card's power limit decides there. One exception: a product of short sums moves more
-// than it computes, and there tiles of 128 x 128 win, two of which fit a multiprocessor, so that one loads while the
-// other stores (131,072 x 128 x 128 on an H100: 0.030 ms, the first offer 0.043; with a second output, the gelu's
-// input, they lose). The choice is by rule, not by timing, so that every run makes the same one. float stays float: no
-// TF32.
-static void plan_make(Plan *p, const PlanKey *k, const void *bias, void *aux) {
-    cudaDataType_t in = gpu.half ? CUDA_R_16BF : CUDA_R_32F, out = k->float_d ? CUDA_R_32F : in;
-    cublasOperation_t ta = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, tb = k->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+// The product's description for cuBLASLt: types, transposes, epilogue, shapes. float stays float: no TF32.
+static void plan_describe(Plan *p, const PlanKey *k, const void *bias, void *aux) {
+    cudaDataType_t in = (cudaDataType_t)k->in, out = (cudaDataType_t)k->out;
+    cublasOperation_t ta = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t tb = k->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     int64_t aux_row = (int64_t)k->m;
-    size_t room = WORKSPACE_BYTES;
-    memset(p, 0, sizeof(*p));
-    p->key = *k, p->used = true;
     blas_check(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     plan_set(p, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof(ta));
     plan_set(p, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof(tb));
@@ -483,6 +520,27 @@ static void plan_make(Plan *p, const PlanKey *k, const void *bias, void *aux) {
     blas_check(cublasLtMatrixLayoutCreate(&p->a, in, a_rows, a_cols, (int64_t)a_rows));
     blas_check(cublasLtMatrixLayoutCreate(&p->b, in, b_rows, b_cols, (int64_t)b_rows));
     blas_check(cublasLtMatrixLayoutCreate(&p->d, out, k->m, k->n, (int64_t)k->m));
+}
+
+// Whether an algorithm computes tiles of 128 x 128; one that does not say is not taken for it.
+static bool tile_is_128(const cublasLtMatmulAlgo_t *algo) {
+    int tile = CUBLASLT_MATMUL_TILE_UNDEFINED;
+    size_t written;
+    cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof(tile), &written);
+    return tile == CUBLASLT_MATMUL_TILE_128x128;
+}
+
+// Asks cuBLASLt's heuristics for the algorithm of a new product and takes the first offer: at the paper's
+// sizes none of 8 offers and 80 variations was more than 2 % faster. But a product of short sums moves more
+// than it computes, and there tiles of 128 x 128 win, two of which fit a multiprocessor: one loads while the
+// other stores (131,072 x 128 x 128 on an H100: 0.030 ms, the first offer 0.043; not with a second output,
+// the gelu's input). The choice is by rule, not by timing, so that every run makes the same one.
+static void plan_make(Plan *p, const PlanKey *k, const void *bias, void *aux) {
+    size_t room = WORKSPACE_BYTES;
+    memset(p, 0, sizeof(*p));
+    p->key = *k;
+    p->used = true;
+    plan_describe(p, k, bias, aux);
     cublasLtMatmulPreference_t want;
     blas_check(cublasLtMatmulPreferenceCreate(&want));
     const struct { cublasLtMatmulPreferenceAttributes_t name; const void *value; size_t bytes; } wish[5] = {
@@ -494,28 +552,23 @@ static void plan_make(Plan *p, const PlanKey *k, const void *bias, void *aux) {
     for (int i = 0; i < 5; i++)
         blas_check(cublasLtMatmulPreferenceSetAttribute(want, wish[i].name, wish[i].value, wish[i].bytes));
     cublasLtMatmulHeuristicResult_t offer[8];
-    int found = 0, take = 0, tile = 0;
-    size_t written;
-    cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(gpu.blas, p->op, p->a, p->b, p->d, p->d, want, 8, offer, &found);
-    p->possible = s == CUBLAS_STATUS_SUCCESS && found > 0 && offer[0].state == CUBLAS_STATUS_SUCCESS;
-    bool short_sums = k->k <= 512 && k->m * k->n >= (size_t)gpu.card.multiProcessorCount << 14 && !aux;
-    for (int i = found - 1; i >= 0 && short_sums; i--) {
-        blas_check(cublasLtMatmulAlgoConfigGetAttribute(&offer[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile,
-                                                        sizeof(tile), &written));
-        if (tile == CUBLASLT_MATMUL_TILE_128x128 && offer[i].state == CUBLAS_STATUS_SUCCESS) take = i;
-    }
-    if (p->possible) p->algo = offer[take].algo;
+    int found = 0, take = 0;
+    cublasLtMatmulAlgoGetHeuristic(gpu.blas, p->op, p->a, p->b, p->d, p->d, want, 8, offer, &found);
     cublasLtMatmulPreferenceDestroy(want);
+    p->possible = found > 0 && offer[0].state == CUBLAS_STATUS_SUCCESS;
+    if (!p->possible) return;
+    bool short_sums = k->k <= 512 && k->m * k->n >= (size_t)gpu.card.multiProcessorCount << 14 && !aux;
+    for (int i = found - 1; i >= 0 && short_sums; i--)
+        if (offer[i].state == CUBLAS_STATUS_SUCCESS && tile_is_128(&offer[i].algo)) take = i;
+    p->algo = offer[take].algo;
 }
 
-// d[m, n] = op(a)·op(b) + beta·d, in cuBLASLt's columns, with its epilogue. false: cuBLASLt has no way to do this one.
-static bool matmul(void *d, bool float_d, const act *a, bool ta, const act *b, bool tb, size_t m, size_t n, size_t k,
-                   float beta, int epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void *bias = NULL, void *aux = NULL) {
-    PlanKey key;
-    memset(&key, 0, sizeof(key));            // memcmp below looks at the padding too
-    key.m = m, key.n = n, key.k = k, key.transpose_a = ta, key.transpose_b = tb;
-    key.float_d = float_d, key.epilogue = epilogue;
-    key.align_a = alignment(a), key.align_b = alignment(b), key.align_d = alignment(d), key.align_aux = alignment(aux);
+// d[m, n] = op(a)·op(b) + beta·d, in cuBLASLt's columns, with its epilogue. false: cuBLASLt cannot do it.
+static bool matmul(void *d, cudaDataType_t out, const act *a, bool ta, const act *b, bool tb, size_t m,
+                   size_t n, size_t k, float beta, int epilogue = CUBLASLT_EPILOGUE_DEFAULT,
+                   const void *bias = NULL, void *aux = NULL) {
+    const PlanKey key = {m, n, k, act_type(), out, ta, tb, epilogue,
+                         alignment(a), alignment(b), alignment(d)};
     Plan *p = NULL;
     for (int i = 0; i < PLANS && gpu.plan[i].used && !p; i++)
         if (!memcmp(&gpu.plan[i].key, &key, sizeof(key))) p = &gpu.plan[i];
@@ -528,8 +581,8 @@ static bool matmul(void *d, bool float_d, const act *a, bool ta, const act *b, b
     if (bias) plan_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
     if (aux) plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof(aux));
     float one = 1.0f;
-    blas_check(cublasLtMatmul(gpu.blas, p->op, &one, a, p->a, b, p->b, &beta, d, p->d, d, p->d, &p->algo, gpu.workspace,
-                              WORKSPACE_BYTES, gpu.stream));
+    blas_check(cublasLtMatmul(gpu.blas, p->op, &one, a, p->a, b, p->b, &beta, d, p->d, d, p->d, &p->algo,
+                              gpu.workspace, WORKSPACE_BYTES, gpu.stream));
     return true;
 }
 
@@ -541,30 +594,33 @@ static const void *bias_as_act(const float *b, int out) {
     return copy;
 }
 
-static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in) {
+static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out,
+                           int in) {
     if (!rows) return;
     const void *bias = bias_as_act(b, out);
-    if (!matmul(y, false, w, true, x, false, (size_t)out, rows, (size_t)in, 0.0f,
-                b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias))
+    int epilogue = b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    if (!matmul(y, act_type(), w, true, x, false, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias))
         die("cuBLASLt has no algorithm for y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
 }
 
-// float: the product's bias epilogue, then a pass of our own gelu. bfloat16: gelu in the epilogue too, on numbers still
-// in float32 (it is the tanh form); AUX keeps them before the gelu, and its rows must be a multiple of 8 long.
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows, int out,
-                                int in) {
+// float: the product's bias epilogue, then a pass of our own gelu. bfloat16: gelu in the epilogue too, on
+// numbers still in float32 (it is the tanh form); AUX keeps those before it, in rows of whole 16 bytes.
+static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows,
+                                int out, int in) {
     if (!rows) return;
     const void *bias = bias_as_act(b, out);
     int epilogue = pre ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
-    if (gpu.half && b && out % 8 == 0 &&
-        matmul(y, false, w, true, x, false, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, pre)) return;
+    if (gpu.half && b && aligned(8, (size_t)out, pre) &&
+        matmul(y, act_type(), w, true, x, false, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, pre))
+        return;
     act *u = pre ? pre : y;
     linear_forward(u, x, w, b, rows, out, in);
     BY_TYPE(LAUNCH8((map_kernel<A, A, gelu>), rows * (size_t)out, (A *)y, (const A *)u));
 }
 
 // lines[chunk][dim] = Σ of dy[rows, dim] over the chunk's 128 rows: a read of dy.
-template <typename A, int V> static __global__ void column_sum_kernel(float *lines, const A *dy, size_t rows, int dim) {
+template <typename A, int V>
+static __global__ void column_sum_kernel(float *lines, const A *dy, size_t rows, int dim) {
     int first = blockIdx.x * 32 * V, c = first + threadIdx.x * V;
     size_t r = blockIdx.y * (size_t)128 + threadIdx.y, end = min((blockIdx.y + 1) * (size_t)128, rows);
     float acc[V] = {}, v[V];
@@ -580,27 +636,28 @@ template <typename A, int V> static __global__ void column_sum_kernel(float *lin
 static void column_sum(float *db, const act *dy, size_t rows, int dim) {
     unsigned chunks = blocks(rows, 128);
     float *lines = (float *)scratch((size_t)chunks * (size_t)dim * sizeof(float));
-    PerSample d = {db, 0}, none = {NULL, 0};
-    BY_WIDTH(aligned(4, (size_t)dim, dy), LAUNCH((column_sum_kernel<A, V>), dim3(blocks((size_t)dim, 32 * V), chunks),
-                                                 dim3(32, 8), lines, (const A *)dy, rows, dim));
-    fold(d, none, lines, (int)chunks, 1, dim, 1);
+    BY_WIDTH(aligned(4, (size_t)dim, dy),
+             LAUNCH((column_sum_kernel<A, V>), dim3(blocks(dim, 32 * V), chunks), dim3(32, 8), lines,
+                    (const A *)dy, rows, dim));
+    fold(shared(db), NONE, lines, (int)chunks, 1, dim, 1);
 }
 
-static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w, size_t rows,
-                            int out, int in, bool accumulate) {
+static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w,
+                            size_t rows, int out, int in, bool accumulate) {
     size_t o = (size_t)out, i = (size_t)in;
     if (!rows) return;
     bool ok = true;
-    if (dx) ok &= matmul(dx, false, w, false, dy, false, i, rows, o, accumulate ? 1.0f : 0.0f);
-    if (dw) ok &= matmul(dw, true, x, false, dy, true, i, o, rows, 1.0f);
+    if (dx) ok &= matmul(dx, act_type(), w, false, dy, false, i, rows, o, accumulate ? 1.0f : 0.0f);
+    if (dw) ok &= matmul(dw, CUDA_R_32F, x, false, dy, true, i, o, rows, 1.0f);
     if (!ok) die("cuBLASLt has no algorithm for the gradient of y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
     if (db) column_sum(db, dy, rows, out);
 }
 
-// ============================================================================================================
-// 6. Norms, modulation, residual
-// ============================================================================================================
-static __global__ void modulation_kernel(float *out, const float *mod, const float *e, int B, int J, int Je, int dim) {
+// ==========================================================================================================
+// Norms, modulation, residual
+// ==========================================================================================================
+static __global__ void
+modulation_kernel(float *out, const float *mod, const float *e, int B, int J, int Je, int dim) {
     size_t i = thread_index(), row = (size_t)J * dim;
     if (i >= B * row) return;
     size_t b = i / row, c = i % dim, j = i % row / dim;
@@ -611,85 +668,100 @@ static void modulation_forward(float *out, const float *mod, const float *e, int
     LAUNCH(modulation_kernel, blocks((size_t)B * J * dim, 256), 256, out, mod, e, B, J, Je, dim);
 }
 
-// A thread for each number of dmod (sums over samples), then one for each number of de (sums over j where Je = 1).
-static __global__ void modulation_backward_kernel(float *dmod, float *de, const float *dout, int B, int J, int Je,
-                                                  int dim) {
-    size_t i = thread_index(), row = (size_t)J * dim;
-    if (i < row) {
-        float total = 0.0f;
-        if (dmod) for (int b = 0; b < B; b++) total += dout[b * row + i];
-        if (dmod) dmod[i] += total;
-        return;
+// A thread for each number of dmod (a sum over samples), then one for each of de (over j, if Je = 1).
+static __global__ void
+modulation_backward_kernel(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim) {
+    size_t i = thread_index(), row = (size_t)J * dim, step = row;
+    float *to = dmod + i, total = 0.0f;
+    int count = B;
+    if (i >= row) {
+        i -= row, to = de + i, step = dim;
+        count = i >= (size_t)B * Je * dim ? 0 : Je > 1 ? 1 : J;
+        if (Je == 1) i = i / dim * row + i % dim;
     }
-    i -= row;
-    if (!de || i >= (size_t)B * Je * dim) return;
-    float total = 0.0f;
-    if (Je > 1) total = dout[i];
-    else for (int j = 0; j < J; j++) total += dout[i / dim * row + (size_t)j * dim + i % dim];
-    de[i] += total;
+    for (int k = 0; k < count; k++) total += dout[i + k * step];
+    if (count) *to += total;
 }
 
 static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim) {
-    LAUNCH(modulation_backward_kernel, blocks((size_t)(J + B * Je) * dim, 256), 256, dmod, de, dout, B, J, Je, dim);
+    size_t n = (size_t)(J + B * Je) * dim;
+    LAUNCH(modulation_backward_kernel, blocks(n, 256), 256, dmod, de, dout, B, J, Je, dim);
 }
 
-// x_out = x + gate·y, then h = norm(x_out), in one pass: reads 4 + a, writes 4 + a bytes per element. The row stays in
-// registers, so mean and variance are two exact sums (not Σx² − mean²) at no further read.
+// x_out[j] = x[i] + gate·y[i], i = map[j] (map NULL: i = j), then h[j] = norm(x_out[j]), in one pass: reads
+// 4 + a, writes 4 + a bytes per element. The row stays in registers, so mean and variance are two exact sums
+// (not Σx² − mean²) at no further read. y, x_out or h NULL: without that part.
 template <typename A, typename T> static __global__ void __launch_bounds__(T::THREADS)
-residual_norm_kernel(float *x_out, A *h, float *stat, const float *x, const A *y, PerSample gate, PerSample shift,
-                     PerSample scale, float one, size_t rows, size_t n, int dim, float eps) {
+residual_norm_kernel(float *x_out, A *h, float *stat, const float *x, const A *y, PerSample gate,
+                     const int *map, size_t rows, Affine a, Rows r, float eps) {
     size_t row = (size_t)blockIdx.x * T::ROWS + threadIdx.x / T::G;
-    bool live = row < rows;                  // idle rows of the last block go along with the last one, for the shuffles
+    bool live = row < rows;                  // idle threads of the last block repeat its last row (shuffles)
     row = live ? row : rows - 1;
-    size_t b = (unsigned)row / (unsigned)n, base = row * dim;        // 32 bits: a 64-bit division is slow
+    size_t from = map ? (size_t)map[row] : row, base = from * r.dim;
+    size_t b = (unsigned)from / (unsigned)r.n;                                 // a 64-bit division is slow
     float v[T::K][T::V] = {}, branch[T::K][T::V] = {}, sum[1] = {}, squares[1] = {};
-    for (int k = 0; k < T::K; k++) if (T::column(k) < dim) load(v[k], x + base + T::column(k));
+    for (int k = 0; k < T::K; k++) if (T::column(k) < r.dim) load(v[k], x + base + T::column(k));
     if (y) {
-        for (int k = 0; k < T::K; k++) if (T::column(k) < dim) load(branch[k], y + base + T::column(k));
+        for (int k = 0; k < T::K; k++) if (T::column(k) < r.dim) load(branch[k], y + base + T::column(k));
         for (int k = 0; k < T::K; k++) {
-            int c = T::column(k);
-            if (c >= dim) continue;
             float g[T::V];
-            load_sample(g, gate, b, c, 1.0f);
+            if (T::column(k) >= r.dim) continue;
+            load_sample(g, gate, b, T::column(k), 1.0f);
             for (int i = 0; i < T::V; i++) v[k][i] += g[i] * branch[k][i];
-            if (live) store(x_out + base + c, v[k]);
         }
     }
+    base = row * r.dim;
+    for (int k = 0; k < T::K; k++)
+        if (x_out && live && T::column(k) < r.dim) store(x_out + base + T::column(k), v[k]);
+    if (!h) return;
     for (int k = 0; k < T::K; k++) for (int i = 0; i < T::V; i++) sum[0] += v[k][i];
     group_sum<T::G>(sum);
-    float mean = sum[0] / dim;
+    float mean = sum[0] / r.dim;
     for (int k = 0; k < T::K; k++)
-        if (T::column(k) < dim) for (int i = 0; i < T::V; i++) v[k][i] -= mean, squares[0] += v[k][i] * v[k][i];
+        if (T::column(k) < r.dim)
+            for (int i = 0; i < T::V; i++) {
+                v[k][i] -= mean;
+                squares[0] += v[k][i] * v[k][i];
+            }
     group_sum<T::G>(squares);
-    float rstd = rsqrtf(squares[0] / dim + eps);
+    float rstd = rsqrtf(squares[0] / r.dim + eps);
     if (!live) return;
     for (int k = 0; k < T::K; k++) {
-        int c = T::column(k);
-        if (c >= dim) continue;
         float s[T::V], t[T::V];
-        load_sample(s, scale, b, c);
-        load_sample(t, shift, b, c);
-        for (int i = 0; i < T::V; i++) t[i] += v[k][i] * rstd * (one + s[i]);
-        store(h + base + c, t);
+        if (T::column(k) >= r.dim) continue;
+        load_sample(s, a.scale, b, T::column(k));
+        load_sample(t, a.shift, b, T::column(k));
+        for (int i = 0; i < T::V; i++) t[i] += v[k][i] * rstd * (a.one + s[i]);
+        store(h + base + T::column(k), t);
     }
     if (stat && threadIdx.x % T::G == 0) stat[2 * row] = mean, stat[2 * row + 1] = rstd;
 }
 
-static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y, PerSample gate,
-                                  PerSample shift, PerSample scale, float one, int B, size_t n, int dim, float eps) {
-    size_t rows = (size_t)B * n;
-    size_t strides = gate.stride | shift.stride | scale.stride;
-    bool wide = aligned(4, (size_t)dim | strides, x_out, h, x, y, gate.p, shift.p, scale.p);
-    if (rows)
-        BY_TYPE(BY_TILE(4, wide, dim, LAUNCH((residual_norm_kernel<A, T>), blocks(rows, T::ROWS), T::THREADS, x_out,
-                        (A *)h, stat, x, (const A *)y, gate, shift, scale, one, rows, n, dim, eps)));
+static void residual_norm(float *x_out, act *h, float *stat, const float *x, const act *y, PerSample gate,
+                          const int *map, size_t count, Affine a, Rows r, float eps) {
+    size_t strides = gate.stride | a.shift.stride | a.scale.stride;
+    bool wide = aligned(4, (size_t)r.dim | strides, x_out, h, x, y, gate.p, a.shift.p, a.scale.p);
+    if (count)
+        BY_TYPE(BY_TILE(4, wide, r.dim,
+                        LAUNCH((residual_norm_kernel<A, T>), blocks(count, T::ROWS), T::THREADS, x_out,
+                               (A *)h, stat, x, (const A *)y, gate, map, count, a, r, eps)));
 }
 
-// g = dh·(one + scale); dx += rstd·(g − mean g − x̂·mean(g·x̂)). Block (chunk, b): SHARE rows of sample b, and a line
-// [dshift | dscale] of their column sums. Reads 8 + a, writes 4 bytes per element.
+static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y,
+                                  PerSample gate, Affine a, Rows r, float eps) {
+    residual_norm(y ? x_out : NULL, h, stat, x, y, gate, NULL, (size_t)r.B * r.n, a, r, eps);
+}
+
+static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate,
+                                    const int *map, size_t count, Rows r) {
+    residual_norm(x_out, NULL, NULL, x, y, gate, map, count, affine(NULL, NULL), r, 0.0f);
+}
+
+// g = dh·(one + scale); dx += rstd·(g − mean g − x̂·mean(g·x̂)). Block (chunk, b): SHARE rows of sample b,
+// and a line [dshift | dscale] of their column sums. Reads 8 + a, writes 4 bytes per element.
 template <typename A, typename T> static __global__ void __launch_bounds__(T::THREADS)
-norm_backward_kernel(float *dx, float *lines, const A *dh, const float *x, const float *stat, PerSample scale,
-                     float one, size_t n, int dim) {
+norm_backward_kernel(float *dx, float *lines, const A *dh, const float *x, const float *stat,
+                     PerSample scale, float one, size_t n, int dim) {
     size_t b = blockIdx.y, first = blockIdx.x * (size_t)T::SHARE, end = min(first + T::SHARE, n);
     float acc[2][T::K][T::V] = {};
     for (size_t i = first; i < end; i += T::ROWS) {
@@ -722,24 +794,25 @@ norm_backward_kernel(float *dx, float *lines, const A *dh, const float *x, const
     block_line<T>(lines + (b * gridDim.x + blockIdx.x) * 2 * dim, acc, dim);
 }
 
-static void norm_backward(float *dx, PerSample dshift, PerSample dscale, const act *dh, const float *x,
-                          const float *stat, PerSample scale, float one, int B, size_t n, int dim) {
-    if (!B || !n) return;
-    if (!scale.stride && !dshift.stride && !dscale.stride) n *= (size_t)B, B = 1;
-    bool wide = aligned(4, (size_t)dim | scale.stride, dx, dh, x, scale.p);
+static void norm_backward(float *dx, Affine d, const act *dh, const float *x, const float *stat, Affine a,
+                          Rows r) {
+    if (!r.B || !r.n) return;
+    if (!a.scale.stride && !d.shift.stride && !d.scale.stride) r.n *= (size_t)r.B, r.B = 1;
+    bool wide = aligned(4, (size_t)r.dim | a.scale.stride, dx, dh, x, a.scale.p);
     unsigned chunks = 0;
     float *lines = NULL;
-    BY_TYPE(BY_TILE(4, wide, dim, chunks = blocks(n, T::SHARE);
-                    lines = (float *)scratch((size_t)chunks * B * 2 * dim * sizeof(float));
-                    LAUNCH((norm_backward_kernel<A, T>), dim3(chunks, B), T::THREADS, dx, lines, (const A *)dh, x, stat,
-                           scale, one, n, dim)));
-    fold(dshift, dscale, lines, (int)chunks, B, dim, 2);
+    BY_TYPE(BY_TILE(4, wide, r.dim, chunks = blocks(r.n, T::SHARE);
+                    lines = (float *)scratch((size_t)chunks * r.B * 2 * r.dim * sizeof(float));
+                    LAUNCH((norm_backward_kernel<A, T>), dim3(chunks, r.B), T::THREADS, dx, lines,
+                           (const A *)dh, x, stat, a.scale, a.one, r.n, r.dim)));
+    fold(d.shift, d.scale, lines, (int)chunks, r.B, r.dim, 2);
 }
 
-// dy = gate·dx, and the column sums of dx·y over the chunk's 128 rows of sample b (blockIdx.z). Reads 4 + a, writes a.
+// dy = gate·dx, and the sums of dx·y over 128 rows of sample b (blockIdx.z). Reads 4 + a, writes a.
 template <typename A, int V> static __global__ void
 gate_backward_kernel(A *dy, float *lines, const float *dx, const A *y, PerSample gate, size_t n, int dim) {
-    size_t b = blockIdx.z, r = blockIdx.y * (size_t)128 + threadIdx.y, end = min((blockIdx.y + 1) * (size_t)128, n);
+    size_t b = blockIdx.z, r = blockIdx.y * (size_t)128 + threadIdx.y;
+    size_t end = min((blockIdx.y + 1) * (size_t)128, n);
     int first = blockIdx.x * 32 * V, c = first + threadIdx.x * V;
     float acc[V] = {}, g[V], d[V], v[V];
     if (c < dim) {
@@ -759,52 +832,14 @@ gate_backward_kernel(A *dy, float *lines, const float *dx, const A *y, PerSample
     if (lines) warps_line<V>(lines + (b * gridDim.y + blockIdx.y) * dim + first, acc, dim - first);
 }
 
-static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, int B, size_t n,
-                          int dim) {
-    unsigned chunks = blocks(n, 128);
-    if (!B || !n) return;
-    float *lines = dgate.p ? (float *)scratch((size_t)chunks * B * dim * sizeof(float)) : NULL;
-    BY_WIDTH(aligned(4, (size_t)dim | gate.stride, dy, dx, y, gate.p),
-             LAUNCH((gate_backward_kernel<A, V>), dim3(blocks((size_t)dim, 32 * V), chunks, B), dim3(32, 8), (A *)dy,
-                    lines, dx, (const A *)y, gate, n, dim));
-    PerSample none = {NULL, 0};
-    if (lines) fold(dgate, none, lines, (int)chunks, B, dim, 1);
-}
-
-// Threads of a block for a kernel that moves rows of `pieces` pieces: x along the row, y rows.
-static dim3 row_block(size_t pieces) {
-    unsigned x = 1;
-    while (x < 256 && x < pieces) x *= 2;
-    return dim3(x, 256 / x);
-}
-
-// x_out[j] = x[map[j]] + gate·y[map[j]]: the residual of a block's end and the rearrangement of its rows, 4 + a bytes
-// in and 4 out per element: the move costs nothing, since whole rows travel.
-template <typename A, int V> static __global__ void
-residual_gather_kernel(float *x_out, const float *x, const A *y, PerSample gate, const int *map, size_t count, size_t n,
-                       int dim) {
-    size_t j = blockIdx.x * (size_t)blockDim.y + threadIdx.y;
-    if (j >= count) return;
-    size_t i = map ? (size_t)map[j] : j, b = (unsigned)i / (unsigned)n;
-#pragma unroll 2
-    for (int c = threadIdx.x * V; c < dim; c += blockDim.x * V) {
-        float v[V], u[V] = {}, g[V];
-        load(v, x + i * dim + c);
-        if (y) load(u, y + i * dim + c);
-        load_sample(g, gate, b, c, 1.0f);
-        for (int k = 0; k < V; k++) v[k] += g[k] * u[k];
-        store(x_out + j * dim + c, v);
-    }
-}
-
-static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate, const int *map,
-                                    size_t count, int B, size_t n, int dim) {
-    (void)B;
-    if (!count) return;
-    bool wide = aligned(4, (size_t)dim | gate.stride, x_out, x, y, gate.p);
-    dim3 block = row_block((size_t)dim / (wide ? 4 : 1));
-    BY_WIDTH(wide, LAUNCH((residual_gather_kernel<A, V>), blocks(count, block.y), block, x_out, x, (const A *)y, gate,
-                          map, count, n, dim));
+static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, Rows r) {
+    unsigned chunks = blocks(r.n, 128);
+    if (!r.B || !r.n) return;
+    float *lines = dgate.p ? (float *)scratch((size_t)chunks * r.B * r.dim * sizeof(float)) : NULL;
+    BY_WIDTH(aligned(4, (size_t)r.dim | gate.stride, dy, dx, y, gate.p),
+             LAUNCH((gate_backward_kernel<A, V>), dim3(blocks(r.dim, 32 * V), chunks, r.B), dim3(32, 8),
+                    (A *)dy, lines, dx, (const A *)y, gate, r.n, r.dim));
+    if (lines) fold(dgate, NONE, lines, (int)chunks, r.B, r.dim, 1);
 }
 
 // dst[j] = src[map[j]], rows of any bytes in words W.
@@ -816,19 +851,23 @@ static __global__ void gather_kernel(W *dst, const W *src, const int *map, size_
     for (size_t c = threadIdx.x; c < words; c += blockDim.x) dst[j * words + c] = src[i * words + c];
 }
 
-static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes) {
-    if (!count || !row_bytes) return;
-    size_t word = aligned(16, row_bytes, dst, src) ? 16 : (row_bytes | (uintptr_t)dst | (uintptr_t)src) % 4 ? 1 : 4;
-    size_t words = row_bytes / word;
-    dim3 block = row_block(words);
-    unsigned grid = blocks(count, block.y);
-    if (word == 16)     LAUNCH(gather_kernel, grid, block, (uint4 *)dst, (const uint4 *)src, map, count, words);
-    else if (word == 4) LAUNCH(gather_kernel, grid, block, (float *)dst, (const float *)src, map, count, words);
-    else                LAUNCH(gather_kernel, grid, block, (char *)dst, (const char *)src, map, count, words);
+template <typename W>
+static void gather(void *dst, const void *src, const int *map, size_t count, size_t words) {
+    unsigned x = 1;                          // threads along a row; the block's others take more rows
+    while (x < 256 && x < words) x *= 2;
+    dim3 block(x, 256 / x);
+    LAUNCH(gather_kernel, blocks(count, block.y), block, (W *)dst, (const W *)src, map, count, words);
 }
 
-// The pairs of v turn by (cos, sin) = turn[2p], turn[2p+1]; direction −1 turns back (the backward pass: a rotation's
-// transpose is its inverse).
+static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes) {
+    size_t odd = row_bytes | (uintptr_t)dst | (uintptr_t)src;
+    if (!count || !row_bytes) return;
+    if (odd % 16 == 0)     gather<uint4>(dst, src, map, count, row_bytes / 16);
+    else if (odd % 4 == 0) gather<float>(dst, src, map, count, row_bytes / 4);
+    else                   gather<char>(dst, src, map, count, row_bytes);
+}
+
+// The pairs of v turn by (cos, sin) = turn[2p], turn[2p+1]; direction −1 turns back, which is the transpose.
 template <int V> static __device__ void rotate(float (&v)[V], const float (&turn)[V], float direction) {
     for (int i = 0; i < V; i += 2) {
         float a = v[i], b = v[i + 1], c = turn[i], s = direction * turn[i + 1];
@@ -837,11 +876,11 @@ template <int V> static __device__ void rotate(float (&v)[V], const float (&turn
     }
 }
 
-// RMSNorm over the row, then RoPE inside each head: reads a, writes a bytes per element. The table [n, head_dim/2, 2]
-// lies just as the features of a head do, so column c of a row meets entry c mod head_dim of its token's line.
+// RMSNorm over the row, then RoPE inside each head: reads a, writes a bytes per element. The table's lines,
+// [head_dim/2, 2], lie as the features of a head do: column c of a row meets entry c mod head_dim.
 template <typename A, typename T> static __global__ void __launch_bounds__(T::THREADS)
-rmsnorm_rope_kernel(A *y, float *rstd, const A *x, const float *w, const float *rope, size_t rows, size_t n, int dim,
-                    int head_dim, float eps) {
+rmsnorm_rope_kernel(A *y, float *rstd, const A *x, const float *w, const float *rope, size_t rows, size_t n,
+                    int dim, int head_dim, float eps) {
     size_t row = (size_t)blockIdx.x * T::ROWS + threadIdx.x / T::G;
     bool live = row < rows;
     row = live ? row : rows - 1;
@@ -867,16 +906,18 @@ rmsnorm_rope_kernel(A *y, float *rstd, const A *x, const float *w, const float *
     if (rstd && threadIdx.x % T::G == 0) rstd[row] = r;
 }
 
-static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, int B, size_t n,
-                                 int dim, int heads, float eps) {
-    size_t rows = (size_t)B * n;
-    bool wide = aligned(8, (size_t)(dim / heads), y, x, w, rope);
+static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope,
+                                 Rows r, int heads, float eps) {
+    size_t rows = (size_t)r.B * r.n;
+    int head_dim = r.dim / heads;
+    bool wide = aligned(8, (size_t)head_dim, y, x, w, rope);
     if (rows)
-        BY_TYPE(BY_TILE(8, wide, dim, LAUNCH((rmsnorm_rope_kernel<A, T>), blocks(rows, T::ROWS), T::THREADS, (A *)y,
-                        rstd, (const A *)x, w, rope, rows, n, dim, dim / heads, eps)));
+        BY_TYPE(BY_TILE(8, wide, r.dim,
+                        LAUNCH((rmsnorm_rope_kernel<A, T>), blocks(rows, T::ROWS), T::THREADS, (A *)y, rstd,
+                               (const A *)x, w, rope, rows, r.n, r.dim, head_dim, eps)));
 }
 
-// d = dy turned back; g = d·w; dx = rstd·(g − x̂·mean(g·x̂)); a line of column sums of d·x̂. Reads 2a, writes a.
+// d = dy turned back; g = d·w; dx = rstd·(g − x̂·mean(g·x̂)); a line of sums of d·x̂. Reads 2a, writes a.
 template <typename A, typename T> static __global__ void __launch_bounds__(T::THREADS)
 rmsnorm_rope_backward_kernel(A *dx, float *lines, const A *dy, const A *x, const float *rstd, const float *w,
                              const float *rope, size_t rows, size_t n, int dim, int head_dim) {
@@ -916,26 +957,25 @@ rmsnorm_rope_backward_kernel(A *dx, float *lines, const A *dy, const A *x, const
     block_line<T>(lines + blockIdx.x * (size_t)dim, acc, dim);
 }
 
-static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd, const float *w,
-                                  const float *rope, int B, size_t n, int dim, int heads) {
-    size_t rows = (size_t)B * n;
-    bool wide = aligned(8, (size_t)(dim / heads), dx, dy, x, w, rope);
+static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd,
+                                  const float *w, const float *rope, Rows r, int heads) {
+    size_t rows = (size_t)r.B * r.n;
+    int head_dim = r.dim / heads;
+    bool wide = aligned(8, (size_t)head_dim, dx, dy, x, w, rope);
     unsigned chunks = 0;
     float *lines = NULL;
     if (!rows) return;
-    BY_TYPE(BY_TILE(8, wide, dim, chunks = blocks(rows, T::SHARE);
-                    lines = (float *)scratch((size_t)chunks * dim * sizeof(float));
-                    LAUNCH((rmsnorm_rope_backward_kernel<A, T>), chunks, T::THREADS, (A *)dx, lines, (const A *)dy,
-                           (const A *)x, rstd, w, rope, rows, n, dim, dim / heads)));
-    PerSample d = {dw, 0}, none = {NULL, 0};
-    if (dw) fold(d, none, lines, (int)chunks, 1, dim, 1);
+    BY_TYPE(BY_TILE(8, wide, r.dim, chunks = blocks(rows, T::SHARE);
+                    lines = (float *)scratch((size_t)chunks * r.dim * sizeof(float));
+                    LAUNCH((rmsnorm_rope_backward_kernel<A, T>), chunks, T::THREADS, (A *)dx, lines,
+                           (const A *)dy, (const A *)x, rstd, w, rope, rows, r.n, r.dim, head_dim)));
+    if (dw) fold(shared(dw), NONE, lines, (int)chunks, 1, r.dim, 1);
 }
 
-// ============================================================================================================
-// 7. HiF8
-// ============================================================================================================
-// m = max |x|. A maximum does not depend on the order of its terms, so here an atomic is fine: non-negative floats
-// compare as their bits do. fmaxf passes over a NaN.
+// ==========================================================================================================
+// HiF8
+// ==========================================================================================================
+// m = max |x|; by an atomic: maxima have no order, floats >= 0 compare as their bits do. fmaxf skips a NaN.
 template <typename A> static __global__ void absmax_kernel(float *m, const A *x, size_t n) {
     __shared__ float part[8];
     float best = 0.0f, v[8];
@@ -956,9 +996,10 @@ static void absmax(float *m, const act *x, size_t n) {
     if (n) BY_TYPE(LAUNCH(absmax_kernel<A>, grid < most ? grid : most, 256, m, (const A *)x, n));
 }
 
-// y = hif8(x·k)/k, k = s/max|x|: a read, a write. The maximum never leaves the card. The division is a product with 1/k
-// and one correction by the exact remainder, which rounds as the division does in a third of its instructions.
-template <typename A> static __global__ void hif8_kernel(A *y, const A *x, float s, const float *m, size_t n) {
+// y = hif8(x·k)/k, k = s/max|x|: a read, a write. The maximum never leaves the card. The division is a
+// product with 1/k and a correction by the exact remainder: rounded alike, in a third of the instructions.
+template <typename A>
+static __global__ void hif8_kernel(A *y, const A *x, float s, const float *m, size_t n) {
     size_t i = 8 * thread_index();
     float v[8], k = hif8_scale(s, __ldg(m)), inverse = 1.0f / k;
     load8(v, x, i, n);
@@ -973,42 +1014,32 @@ static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m)
     BY_TYPE(LAUNCH8(hif8_kernel<A>, n, (A *)y, (const A *)x, s, m));
 }
 
-// ============================================================================================================
-// 8. Pixels and words
-// ============================================================================================================
-// Where feature f of token t of sample b lies in a latent [B, C, T, 2H, 2W] (the op's comment gives the two orders).
-static __device__ size_t pixel(size_t b, size_t t, int f, int C, int T, int H, int W, bool channels_first) {
-    int c = channels_first ? f / 4 : f % C, patch = channels_first ? f % 4 : f / C;
-    size_t w = t % W, h = t / W % H, frame = t / ((size_t)W * H);
-    return (((b * C + c) * T + frame) * (2 * H) + 2 * h + patch / 2) * (2 * W) + 2 * w + patch % 2;
-}
-
+// ==========================================================================================================
+// Pixels and words
+// ==========================================================================================================
+// A thread for each number of rows[B, n, 4·C], tokens first.., from its place in x[B, C, T, 2H, 2W] or to it
 template <typename A> static __global__ void
-latent_to_rows_kernel(A *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n,
-                      bool channels_first) {
-    size_t i = thread_index(), width = 4 * (size_t)C;
-    if (i < B * n * width)
-        rows[i] = (A)x[pixel(i / width / n, first + i / width % n, (int)(i % width), C, T, H, W, channels_first)];
+latent_kernel(A *rows, float *x, bool to_rows, Grid g, size_t first, size_t n, bool channels_first) {
+    size_t i = thread_index(), width = 4 * (size_t)g.C, row = i / width;
+    if (row >= g.B * n) return;
+    x += row / n * width * g.T * g.H * g.W + pixel(first + row % n, i % width, g, channels_first);
+    if (to_rows) rows[i] = (A)*x;
+    else *x = (float)rows[i];
 }
 
-static void latent_to_rows(act *rows, const float *x, int B, int C, int T, int H, int W, size_t first, size_t n,
-                           bool channels_first) {
-    size_t count = (size_t)B * n * 4 * C;
-    if (count) BY_TYPE(LAUNCH(latent_to_rows_kernel, blocks(count, 256), 256, (A *)rows, x, B, C, T, H, W, first, n,
-                              channels_first));
+static void latent(act *rows, float *x, bool to_rows, Grid g, size_t first, size_t n, bool channels_first) {
+    size_t count = (size_t)g.B * n * 4 * g.C;
+    if (count)
+        BY_TYPE(LAUNCH(latent_kernel, blocks(count, 256), 256, (A *)rows, x, to_rows, g, first, n,
+                       channels_first));
 }
 
-template <typename A> static __global__ void
-rows_to_latent_kernel(float *x, const A *rows, int B, int C, int T, int H, int W, bool channels_first) {
-    size_t i = thread_index(), width = 4 * (size_t)C, n = (size_t)T * H * W;
-    if (i < B * n * width)
-        x[pixel(i / width / n, i / width % n, (int)(i % width), C, T, H, W, channels_first)] = (float)rows[i];
+static void latent_to_rows(act *rows, const float *x, Grid g, size_t first, size_t n, bool channels_first) {
+    latent(rows, (float *)x, true, g, first, n, channels_first);
 }
 
-static void rows_to_latent(float *x, const act *rows, int B, int C, int T, int H, int W, bool channels_first) {
-    size_t count = (size_t)B * T * H * W * 4 * C;
-    if (count) BY_TYPE(LAUNCH(rows_to_latent_kernel, blocks(count, 256), 256, x, (const A *)rows, B, C, T, H, W,
-                              channels_first));
+static void rows_to_latent(float *x, const act *rows, Grid g, bool channels_first) {
+    latent((act *)rows, x, false, g, 0, (size_t)g.T * g.H * g.W, channels_first);
 }
 
 template <typename A> static __global__ void
@@ -1019,8 +1050,10 @@ embed_kernel(A *y, const float *table, const float *pos, const int *ids, size_t 
     y[i] = (A)(id < 0 ? 0.0f : table[(size_t)id * dim + c] + pos[r % L * dim + c]);
 }
 
-static void embed_forward(act *y, const float *table, const float *pos, const int *ids, size_t rows, int L, int dim) {
-    if (rows) BY_TYPE(LAUNCH(embed_kernel<A>, blocks(rows * dim, 256), 256, (A *)y, table, pos, ids, rows, L, dim));
+static void embed_forward(act *y, const float *table, const float *pos, const int *ids, size_t rows, int L,
+                          int dim) {
+    size_t n = rows * dim;
+    if (n) BY_TYPE(LAUNCH(embed_kernel<A>, blocks(n, 256), 256, (A *)y, table, pos, ids, rows, L, dim));
 }
 
 // Block per word: it looks through all ids for its own, in order. A small vocabulary needs nothing better.
@@ -1040,9 +1073,9 @@ static void embed_backward(float *dtable, const act *dy, const int *ids, size_t 
     if (rows) BY_TYPE(LAUNCH(embed_backward_kernel, grid, 128, dtable, (const A *)dy, ids, rows, dim));
 }
 
-// ============================================================================================================
-// 9. Elementwise on float, reductions to the host, optimizer
-// ============================================================================================================
+// ==========================================================================================================
+// Elementwise on float, reductions to the host, optimizer
+// ==========================================================================================================
 static __global__ void lincomb_kernel(float *y, float a, const float *x, float b, const float *z, size_t n) {
     size_t i = 8 * thread_index();
     float u[8], v[8] = {};
@@ -1057,7 +1090,8 @@ static void lincomb(float *y, float a, const float *x, float b, const float *z, 
 }
 
 // sums[block] = Σ (x − z)² of the block's share, in double; slope·(x − z) goes to dout where it is wanted.
-static __global__ void square_kernel(double *sums, float *dout, const float *x, const float *z, size_t n, float slope) {
+static __global__ void
+square_kernel(double *sums, float *dout, const float *x, const float *z, size_t n, float slope) {
     __shared__ double part[8];
     double total = 0.0;
     for (size_t i = 8 * thread_index(); i < n; i += 8 * (size_t)gridDim.x * blockDim.x) {
@@ -1085,7 +1119,7 @@ static double squares(float *dout, const float *x, const float *z, size_t n, flo
     unsigned grid = blocks(n, 8 * 256);
     double total = 0.0;
     if (!n) return 0.0;
-    grid = grid < (unsigned)SUM_BLOCKS ? grid : (unsigned)SUM_BLOCKS;
+    if (grid > SUM_BLOCKS) grid = SUM_BLOCKS;
     LAUNCH(square_kernel, grid, 256, gpu.sums, dout, x, z, n, slope);
     download(gpu.sums_host, gpu.sums, grid * sizeof(double));
     for (unsigned i = 0; i < grid; i++) total += gpu.sums_host[i];
@@ -1098,25 +1132,26 @@ static double mse(float *dout, const float *out, const float *target, size_t n) 
     return n ? squares(dout, out, target, n, (float)(2.0 / (double)n)) / (double)n : 0.0;
 }
 
-// Reads w, m, v, g, ema, writes all but g: 36 bytes per parameter in one pass.
-typedef struct {
-    float gscale, lr, beta1, new1, beta2, new2, eps, decay, ema_decay, fresh, correct1, correct2;
-} AdamStep;
-static __global__ void adamw_kernel(float *w, float *m, float *v, float *ema, const float *g, AdamStep s, size_t n) {
+// Reads w, m, v, g, ema, writes all but g: 36 bytes per parameter in one pass. correct1 = 1 − β1^t.
+static __global__ void
+adamw_kernel(float *w, float *m, float *v, float *ema, const float *g, AdamW o, float correct1,
+             float correct2, size_t n) {
     size_t i = 8 * thread_index();
     float w8[8], m8[8], v8[8], g8[8], e8[8] = {};
+    float old1 = (float)o.beta1, old2 = (float)o.beta2, stay = (float)o.ema_decay;
+    float new1 = (float)(1 - o.beta1), new2 = (float)(1 - o.beta2), fresh = (float)(1 - o.ema_decay);
     load8(w8, w, i, n);
     load8(m8, m, i, n);
     load8(v8, v, i, n);
     load8(g8, g, i, n);
     if (ema) load8(e8, ema, i, n);
     for (int j = 0; j < 8; j++) {
-        float d = g8[j] * s.gscale;
-        m8[j] = s.beta1 * m8[j] + s.new1 * d;
-        v8[j] = s.beta2 * v8[j] + s.new2 * d * d;
-        w8[j] -= s.lr * s.decay * w8[j];
-        w8[j] -= s.lr * (m8[j] / s.correct1) / (sqrtf(v8[j] / s.correct2) + s.eps);
-        e8[j] = s.ema_decay * e8[j] + s.fresh * w8[j];
+        float d = g8[j] * o.gscale;
+        m8[j] = old1 * m8[j] + new1 * d;
+        v8[j] = old2 * v8[j] + new2 * d * d;
+        w8[j] -= o.lr * o.weight_decay * w8[j];
+        w8[j] -= o.lr * (m8[j] / correct1) / (sqrtf(v8[j] / correct2) + o.eps);
+        e8[j] = stay * e8[j] + fresh * w8[j];
     }
     store8(w, w8, i, n);
     store8(m, m8, i, n);
@@ -1124,240 +1159,155 @@ static __global__ void adamw_kernel(float *w, float *m, float *v, float *ema, co
     if (ema) store8(ema, e8, i, n);
 }
 
-static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, float gscale, float lr,
-                  double beta1, double beta2, float eps, float weight_decay, double ema_decay, int t) {
-    AdamStep s = {gscale, lr, (float)beta1, (float)(1 - beta1), (float)beta2, (float)(1 - beta2), eps, weight_decay,
-                  (float)ema_decay, (float)(1 - ema_decay), (float)(1 - pow(beta1, t)), (float)(1 - pow(beta2, t))};
-    LAUNCH8(adamw_kernel, n, w, m, v, ema, g, s);
+static void adamw(float *w, float *m, float *v, float *ema, const float *g, size_t n, AdamW o) {
+    float correct1 = (float)(1 - pow(o.beta1, o.t)), correct2 = (float)(1 - pow(o.beta2, o.t));
+    LAUNCH8(adamw_kernel, n, w, m, v, ema, g, o, correct1, correct2);
 }
 
-// ============================================================================================================
-// 10. Attention
-// ============================================================================================================
-// ============================================================================================================
-// Attention: o = softmax(q·k^T/√head_dim)·v inside each sequence
-// ============================================================================================================
-// Three forward kernels compute the same function (attention_forward_bf16 picks one when it runs), two the gradients:
-//   attention_simple    any type, any head_dim to 256: float arithmetic, the parity kernel and the last resort
-//   attention_mma       bf16, head_dim 16, 32, 64, 128, from sm_80 on: mma.sync tensor-core instructions
-//   attention_hopper    bf16, head_dim 128, sm_90a: wgmma on tiles that TMA brings, one warpgroup loads, three compute
-//   attention_backward_simple, attention_backward_mma: each in two passes of one kernel (rows stay, columns pass by)
-// All of them walk the keys in blocks and keep, for each query row, a maximum m, a sum l = Σ exp(score − m) and the
-// unnormalised output Σ exp(score − m)·v; when m grows, l and the output are scaled down (blockwise softmax).
-// The two tensor-core kernels walk the blocks from the last to the first: only the last can be partial, so masking
-// stays out of the main loop.
+// ==========================================================================================================
+// Attention
+// ==========================================================================================================
+// o = softmax(q·k^T/√head_dim)·v inside each sequence. Three forward kernels compute the same function, two
+// the gradients; forward_launch and backward_launch choose:
+//   attention_simple    any type, any head_dim to 256: float arithmetic; parity, and the last resort
+//   attention_mma       bf16, head_dim 16, 32, 64, 128: tensor cores through mma.sync
+//   attention_hopper    bf16, head_dim 128, on a Hopper: tensor cores through wgmma, tiles brought by TMA
+//   attention_backward_simple, attention_backward_mma: two passes of one kernel (rows stay, columns pass by)
+// The forward kernels walk the keys in blocks and keep, for each query row, a bound m of its scores, the sum
+// l = Σ exp(score − m) and the output before its division, Σ exp(score − m)·v. Where m grows, l and the
+// output are scaled down (blockwise softmax). The two on tensor cores go from the last block to the first:
+// only the last can be partial, so masking stays out of the main loop.
 
-typedef __nv_bfloat16 bf16;
 #define UNROLL _Pragma("unroll")
-#define LOG2_OF_E 1.4426950408889634f
+#define INLINE static __device__ __forceinline__      // what takes arrays that must stay in registers
+static constexpr float LOG2_OF_E = 1.4426950408889634f;
 
-// q, o [q rows, heads·head_dim]; k, v [k rows, ..]; lse [q rows, heads] or NULL; sequence s has the query rows
-// [q_start[s], q_start[s+1]) and the key rows [k_start[s], k_start[s+1]), each possibly none.
-template <typename T> struct Forward {
-    T *o;
+// q, o [q rows, heads·head_dim]; k, v [k rows, ..]; lse [q rows, heads] or NULL; sequence s has the query
+// rows [q_start[s], q_start[s+1]) and the key rows [k_start[s], k_start[s+1]), each possibly none.
+template <typename A> struct Forward {
+    A *o;
     float *lse;
-    const T *q, *k, *v;
+    const A *q, *k, *v;
     const int *q_start, *k_start;
     int heads, head_dim;
 };
 
-__device__ static inline float ex2(float x) {
+INLINE float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ static inline uint32_t pack_bf16(float low, float high) {      // two bf16 in one register
+
+INLINE uint32_t pack_bf16(float low, float high) {                      // two bf16 in one register
     uint32_t y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-__device__ static inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ static inline int tiles_of(int n, int tile) { return (n + tile - 1) / tile; }
 
-// Tensor-core accumulators, mma.sync and wgmma alike: of a 16-row slab lane t of a warp holds, for every 8 columns j,
-// d[4j], d[4j+1] = row t/4, columns 8j + 2(t%4) + {0,1}, and d[4j+2], d[4j+3] = the same columns of row t/4 + 8.
-// Packed in pairs they are at once the A operand of the next product (P·V): no shuffle, no shared memory.
+INLINE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// One block of scores s (N columns, two rows per thread): s becomes P = exp2((s − m)·c); m, l updated; alpha is what
-// earlier sums must be multiplied with. Lazy: m may stay up to 2^8 behind the true maximum (alpha = 1); P ≤ 256 is as
-// exact in bf16 as P ≤ 1, and o and l share m, so nothing is lost; nearly all rescaling of o disappears.
-// Four chains per row for max and sum: a scheduler holds few warps here, so latency must be hidden inside a thread.
-template <int N>
-__device__ static inline void softmax_block(float (&s)[N / 2], float (&m)[2], float (&l)[2], float (&alpha)[2],
-                                            float c) {
-    UNROLL for (int r = 0; r < 2; r++) {
-        float x[4] = { s[2 * r], s[2 * r + 1], s[4 + 2 * r], s[5 + 2 * r] };
-        UNROLL for (int i = 8; i < N / 2; i += 8) {
-            x[0] = fmaxf(x[0], s[i + 2 * r]);     x[1] = fmaxf(x[1], s[i + 2 * r + 1]);
-            x[2] = fmaxf(x[2], s[i + 4 + 2 * r]); x[3] = fmaxf(x[3], s[i + 5 + 2 * r]);
-        }
-        float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));                  // a row lies in the 4 lanes of a quad
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        bool stay = (top - m[r]) * c <= 8.f;
-        alpha[r] = stay ? 1.f : ex2((m[r] - top) * c);
-        m[r] = stay ? m[r] : top;
-        float shift = -m[r] * c, sum[4] = { 0, 0, 0, 0 };
-        UNROLL for (int i = 0; i < N / 2; i += 8)
-            UNROLL for (int e = 0; e < 4; e++) {
-                float &v = s[i + (e >> 1) * 4 + 2 * r + (e & 1)];
-                v = ex2(fmaf(v, c, shift));
-                sum[e] += v;
-            }
-        l[r] = l[r] * alpha[r] + ((sum[0] + sum[1]) + (sum[2] + sum[3]));   // this lane's part of the row's sum
-    }
+// The sum, or the maximum, over `lanes` neighbouring threads; all of them get it.
+INLINE float lanes_sum(float x, int lanes) {
+    for (int step = lanes / 2; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+INLINE float lanes_max(float x, int lanes) {
+    for (int step = lanes / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
 }
 
-__device__ static inline float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// Store rows `row` and `row + 8` of accumulators d as bf16, row r times scale[r], where row < rows. The quad
-// transposes its 4 x 4 words first, so that a lane writes 16 bytes and a quad 64 in a row instead of 4 and 16.
-template <int HD>
-__device__ static inline void store_rows(bf16 *out, size_t stride, int row, int rows, const float (&d)[HD / 2],
-                                         float scale0, float scale1) {
-    int t = threadIdx.x % 4;
-    UNROLL for (int r = 0; r < 2; r++) {
-        bf16 *to = out + (size_t)(row + 8 * r) * stride;
-        float scale = r ? scale1 : scale0;
-        bool in = row + 8 * r < rows;
-        if constexpr (HD % 32 == 0) {
-            UNROLL for (int g = 0; g < HD / 32; g++) {
-                uint32_t w[4];
-                UNROLL for (int i = 0; i < 4; i++)
-                    w[i] = pack_bf16(d[16 * g + 4 * i + 2 * r] * scale, d[16 * g + 4 * i + 2 * r + 1] * scale);
-                UNROLL for (int bit = 1; bit <= 2; bit *= 2)            // swap off-diagonal words, then pairs
-                    UNROLL for (int i = 0; i < 4; i++)
-                        if (!(i & bit)) {
-                            uint32_t x = __shfl_xor_sync(~0u, t & bit ? w[i] : w[i + bit], bit);
-                            if (t & bit) w[i] = x; else w[i + bit] = x;
-                        }
-                if (in) *(uint4 *)(to + 32 * g + 8 * t) = make_uint4(w[0], w[1], w[2], w[3]);
-            }
-        } else {
-            UNROLL for (int i = 2 * r; i < HD / 2; i += 4)
-                if (in) *(uint32_t *)(to + 2 * (i - 2 * r) + 2 * t) = pack_bf16(d[i] * scale, d[i + 1] * scale);
-        }
-    }
-}
-// lse of rows `row` and `row + 8`, where row < end: the maximum and the sum are known to all four lanes of the quad.
-__device__ static inline void store_lse(const Forward<bf16> &a, const float (&l)[2], const float (&m)[2], float c,
-                                        int row, int end, int head) {
-    if (a.lse && threadIdx.x % 4 == 0)
-        for (int r = 0; r < 2; r++)
-            if (row + 8 * r < end)
-                a.lse[(size_t)(row + 8 * r) * a.heads + head] =
-                    l[r] > 0 ? (m[r] * c + log2f(l[r])) / LOG2_OF_E : -INFINITY;
-}
-
-// ---- any type, any head_dim: float arithmetic -------------------------------------------------------------------
-// 256 threads as 16 x 16: thread (ty, tx) has rows ty + 16i of a tile and columns tx + 16j of scores, features
-// tx + 16f of the output. Rows in shared memory are one float longer than their data: 16 rows' columns hit 16 banks.
-
-__device__ static inline float load_float(float x) { return x; }
-__device__ static inline float load_float(bf16 x) { return __bfloat162float(x); }
-__device__ static inline void store_float(float *p, float x) { *p = x; }
-__device__ static inline void store_float(bf16 *p, float x) { *p = __float2bfloat16(x); }
+// ---- any type, any head_dim: float arithmetic ------------------------------------------------------------
+// 256 threads as 16 x 16: thread (ty, tx) has rows ty + 16i of a tile and columns tx + 16j of scores,
+// features tx + 16f of the output. Rows in shared memory are one float longer than their data: 16 rows'
+// columns hit 16 banks. Everything here fits the 99 KB that a block has on cards for desktops.
 
 // to[ROWS][W + 1] = `valid` rows of x (features beyond head_dim, rows beyond valid: 0).
-template <typename T, int ROWS, int W>
-__device__ static void load_rows(float *to, const T *x, size_t stride, int valid, int head_dim) {
+template <int ROWS, int W, typename A>
+INLINE void load_rows(float *to, const A *x, size_t stride, int valid, int head_dim) {
     for (int i = threadIdx.x; i < ROWS * W; i += 256) {
         int r = i / W, f = i % W;
-        to[r * (W + 1) + f] = r < valid && f < head_dim ? load_float(x[r * stride + f]) : 0;
+        to[r * (W + 1) + f] = r < valid && f < head_dim ? (float)x[r * stride + f] : 0.0f;
     }
 }
+
 // s[i][j] = row ty + 16i of a · row tx + 16j of b.
-template <int I, int J, int W>
-__device__ static inline void dot_rows(float (&s)[I][J], const float *a, const float *b, int ty, int tx) {
+template <int I, int J, int W> INLINE void dot_rows(float (&s)[I][J], const float *a, const float *b) {
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     for (int i = 0; i < I; i++) for (int j = 0; j < J; j++) s[i][j] = 0;
     for (int f = 0; f < W; f++)
         UNROLL for (int i = 0; i < I; i++)
             UNROLL for (int j = 0; j < J; j++)
                 s[i][j] = fmaf(a[(ty + 16 * i) * (W + 1) + f], b[(tx + 16 * j) * (W + 1) + f], s[i][j]);
 }
-// o[i][f] += Σ_n p[row ty + 16i][n] · b[n][tx + 16f] over 32 columns n.
-template <int I, int F>
-__device__ static inline void add_weighted(float (&o)[I][F], const float *p, const float *b, int ty, int tx) {
-    for (int n = 0; n < 32; n++)
-        UNROLL for (int i = 0; i < I; i++)
-            UNROLL for (int f = 0; f < F; f++)
-                o[i][f] = fmaf(p[(ty + 16 * i) * 33 + n], b[n * (16 * F + 1) + tx + 16 * f], o[i][f]);
+
+// o[i][f] += Σ_n p[row ty + 16i][n] · b[n][tx + 16f]: 32 columns; the row's thread n has p's n and n + 16.
+template <int I, int F> INLINE void add_weighted(float (&o)[I][F], const float (&p)[I][2], const float *b) {
+    int tx = threadIdx.x % 16;
+    UNROLL for (int half = 0; half < 2; half++)
+        _Pragma("unroll 4") for (int n = 0; n < 16; n++, b += 16 * F + 1)
+            UNROLL for (int i = 0; i < I; i++) {
+                float weight = __shfl_sync(~0u, p[i][half], n, 16);
+                UNROLL for (int f = 0; f < F; f++) o[i][f] = fmaf(weight, b[tx + 16 * f], o[i][f]);
+            }
 }
 
-// Tiles of `rows` rows, tiles of 32 columns, and one of P.
-template <int F> constexpr int simple_shared_bytes(int row_tiles, int rows, int column_tiles) {
-    return 4 * ((row_tiles * rows + 32 * column_tiles) * (16 * F + 1) + rows * 33);
-}
-
-// Grid: (query tiles of 64, heads, sequences). F = head_dim/16, rounded up to a power of two.
-template <typename T, int F>
-__global__ void __launch_bounds__(256) attention_simple(const Forward<T> a) {
+// Grid: (query tiles of 64, heads, sequences), 32 keys at a time. F = head_dim/16, up to a power of two.
+template <int F> constexpr size_t simple_bytes(int rows) { return rows * (16 * F + 1) * sizeof(float); }
+template <typename A, int F>
+static __global__ void __launch_bounds__(256) attention_simple(const Forward<A> a) {
     enum { W = 16 * F };
     extern __shared__ float tile[];
-    float *q_tile = tile, *kv_tile = q_tile + 64 * (W + 1), *p_tile = kv_tile + 32 * (W + 1);
-    int sequence = blockIdx.z, q0 = a.q_start[sequence] + blockIdx.x * 64, q_rows = a.q_start[sequence + 1] - q0;
+    float *q_tile = tile, *kv_tile = q_tile + 64 * (W + 1);
+    int q0 = a.q_start[blockIdx.z] + blockIdx.x * 64, q_rows = a.q_start[blockIdx.z + 1] - q0;
+    int k0 = a.k_start[blockIdx.z], k_rows = a.k_start[blockIdx.z + 1] - k0;
     if (q_rows <= 0) return;
-    int k0 = a.k_start[sequence], k_rows = a.k_start[sequence + 1] - k0, head_dim = a.head_dim;
-    int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, head_dim = a.head_dim;
     size_t width = (size_t)a.heads * head_dim, at = (size_t)blockIdx.y * head_dim;
-    float scale = rsqrtf((float)head_dim), acc[4][F] = {}, m[4], l[4], s[4][2];
-    for (int i = 0; i < 4; i++) { m[i] = -INFINITY; l[i] = 0; }
-    load_rows<T, 64, W>(q_tile, a.q + q0 * width + at, width, q_rows, head_dim);
+    float scale = rsqrtf((float)head_dim), acc[4][F] = {}, m[4], l[4] = {}, s[4][2];
+    for (int i = 0; i < 4; i++) m[i] = -INFINITY;
+    load_rows<64, W>(q_tile, a.q + q0 * width + at, width, q_rows, head_dim);
     for (int j = 0; j < k_rows; j += 32) {
-        load_rows<T, 32, W>(kv_tile, a.k + (k0 + j) * width + at, width, k_rows - j, head_dim);
+        load_rows<32, W>(kv_tile, a.k + (k0 + j) * width + at, width, k_rows - j, head_dim);
         __syncthreads();
-        dot_rows<4, 2, W>(s, q_tile, kv_tile, ty, tx);
+        dot_rows<4, 2, W>(s, q_tile, kv_tile);
         UNROLL for (int i = 0; i < 4; i++) {
-            float top = m[i];
-            for (int n = 0; n < 2; n++) {
-                s[i][n] = j + tx + 16 * n < k_rows ? s[i][n] * scale : -INFINITY;
-                top = fmaxf(top, s[i][n]);
-            }
-            for (int bit = 8; bit; bit /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-            float alpha = expf(m[i] - top), sum = 0;
-            for (int n = 0; n < 2; n++) {
-                float p = expf(s[i][n] - top);
-                p_tile[(ty + 16 * i) * 33 + tx + 16 * n] = p;
-                sum += p;
-            }
-            for (int bit = 8; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+            for (int n = 0; n < 2; n++) s[i][n] = j + tx + 16 * n < k_rows ? s[i][n] * scale : -INFINITY;
+            float top = lanes_max(fmaxf(m[i], fmaxf(s[i][0], s[i][1])), 16), alpha = expf(m[i] - top);
+            for (int n = 0; n < 2; n++) s[i][n] = expf(s[i][n] - top);
             m[i] = top;
-            l[i] = l[i] * alpha + sum;
+            l[i] = l[i] * alpha + lanes_sum(s[i][0] + s[i][1], 16);
             for (int f = 0; f < F; f++) acc[i][f] *= alpha;
         }
         __syncthreads();
-        load_rows<T, 32, W>(kv_tile, a.v + (k0 + j) * width + at, width, k_rows - j, head_dim);
+        load_rows<32, W>(kv_tile, a.v + (k0 + j) * width + at, width, k_rows - j, head_dim);
         __syncthreads();
-        add_weighted<4, F>(acc, p_tile, kv_tile, ty, tx);
+        add_weighted<4, F>(acc, s, kv_tile);
         __syncthreads();
     }
     UNROLL for (int i = 0; i < 4; i++) {
-        int row = ty + 16 * i;
-        if (row >= q_rows) continue;
-        UNROLL for (int f = 0; f < F; f++)
+        size_t row = q0 + ty + 16 * i;
+        if (ty + 16 * i >= q_rows) continue;
+        UNROLL for (int f = 0; f < F; f++)                              // l = 0: no keys
             if (tx + 16 * f < head_dim)
-                store_float(a.o + (q0 + row) * width + at + tx + 16 * f, l[i] > 0 ? acc[i][f] / l[i] : 0);
-        if (a.lse && tx == 0)
-            a.lse[(size_t)(q0 + row) * a.heads + blockIdx.y] = l[i] > 0 ? m[i] + logf(l[i]) : -INFINITY;
+                a.o[row * width + at + tx + 16 * f] = (A)(l[i] == 0 ? 0.0f : acc[i][f] / l[i]);
+        if (a.lse && tx == 0) a.lse[row * a.heads + blockIdx.y] = m[i] + logf(l[i]);
     }
 }
 
-// Backward. With P = exp(scores − lse), D = Σ_features do·o (of a query):
-//   dv = P^T·do,  dP = do·v^T,  dS = P·(dP − D),  dq = dS·k/√head_dim,  dk = dS^T·q/√head_dim.
-// One kernel does it twice: rows stay, columns stream past. KEYS = false: rows are queries (a1 = q, a2 = do), columns
-// are keys (b1 = k, b2 = v), out1 = dq. KEYS = true: rows are keys (a1 = k, a2 = v), columns are queries (b1 = q,
-// b2 = do), out1 = dk, out2 = dv. Each gradient is summed by one block in a fixed order: no atomics, the same bytes
-// every time; the price is that scores and dP are computed twice (7 products instead of 5).
-// With few keys and many queries (text!) the second pass has too few rows to fill the card: the queries are cut into
-// `chunks`, each writes float sums of its own (partial[chunk][k rows, width], dk's, then dv's), attention_fold adds.
-template <typename T> struct Backward {
-    T *out1, *out2;                          // [rows, width]
+// Backward. With P = exp(scores − lse), delta = Σ_features do·o (of a query):
+//   dv = P^T·do,  dP = do·v^T,  dS = P·(dP − delta),  dq = dS·k/√head_dim,  dk = dS^T·q/√head_dim.
+// One kernel does it twice: rows stay, columns stream past. KEYS false: rows are queries (a1 = q, a2 = do),
+// columns are keys (b1 = k, b2 = v), out1 = dq, and delta is made. KEYS true: rows are keys (a1 = k, a2 =
+// v), columns are queries (b1 = q, b2 = do), out1 = dk, out2 = dv. One block sums each gradient in a fixed
+// order: no atomics, the same bytes every time; the price: scores and dP are computed twice (7 products, not
+// 5). With few keys and many queries (text!) the second pass has too few rows to fill the card: the queries
+// are cut into `chunks` with float sums of their own (dk's partial[chunk][k rows, width], then dv's).
+template <typename A> struct Backward {
+    A *out1, *out2;                          // [rows, width]
     float *partial;                          // NULL: one chunk
-    const T *a1, *a2, *b1, *b2;
-    const float *lse, *delta;                // [q rows, heads]
+    const A *a1, *a2, *b1, *b2, *o;
+    const float *lse;                        // [q rows, heads], and so is delta
+    float *delta;
     const int *row_start, *column_start;
     int heads, head_dim, chunks, chunk_columns;
     size_t rows;                             // of all sequences
@@ -1365,7 +1315,7 @@ template <typename T> struct Backward {
 
 // What a block works on: grid (row tiles, heads, sequences x chunks).
 struct BackwardTile { int head, chunk, row0, rows, column0, columns; };
-template <typename T> __device__ static inline BackwardTile backward_tile(const Backward<T> &b, int tile_rows) {
+template <typename A> INLINE BackwardTile backward_tile(const Backward<A> &b, int tile_rows) {
     BackwardTile t;
     int sequence = blockIdx.z / b.chunks;
     t.head = blockIdx.y;
@@ -1378,42 +1328,55 @@ template <typename T> __device__ static inline BackwardTile backward_tile(const 
     return t;
 }
 
-template <int F> constexpr int backward_simple_rows = F > 8 ? 32 : 64;
-template <typename T, int F, bool KEYS>
-__global__ void __launch_bounds__(256) attention_backward_simple(const Backward<T> b) {
-    enum { W = 16 * F, I = backward_simple_rows<F> / 16 };
+// delta of a query, if `in`, by LANES neighbouring threads, V features at a time; kept for the second pass.
+template <int LANES, int V, typename A>
+INLINE float make_delta(const Backward<A> &b, size_t query, int head, int head_dim, bool in) {
+    size_t line = query * b.heads + head;
+    float sum = 0, x[V], y[V];
+    for (int f = threadIdx.x % LANES * V; in && f < head_dim; f += LANES * V) {
+        load(x, b.a2 + line * head_dim + f);
+        load(y, b.o + line * head_dim + f);
+        for (int j = 0; j < V; j++) sum += x[j] * y[j];
+    }
+    sum = lanes_sum(sum, LANES);
+    if (in && threadIdx.x % LANES == 0) b.delta[line] = sum;
+    return sum;
+}
+
+// I·16 rows a block: as many as fit shared memory.
+template <typename A, int F, bool KEYS>
+static __global__ void __launch_bounds__(256, F > 8 ? 2 : 0) attention_backward_simple(const Backward<A> b) {
+    enum { W = 16 * F, I = F > 8 ? 1 : 4 };
     extern __shared__ float tile[];
     float *a1 = tile, *a2 = a1 + 16 * I * (W + 1), *b1 = a2 + 16 * I * (W + 1), *b2 = b1 + 32 * (W + 1);
-    float *p_tile = b2 + 32 * (W + 1);
     BackwardTile t = backward_tile(b, 16 * I);
     if (t.rows <= 0) return;
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     size_t width = (size_t)b.heads * b.head_dim, at = (size_t)t.head * b.head_dim;
-    float scale = rsqrtf((float)b.head_dim), s[I][2], dp[I][2], acc1[I][F] = {}, acc2[I][F] = {};
-    load_rows<T, 16 * I, W>(a1, b.a1 + t.row0 * width + at, width, t.rows, b.head_dim);
-    load_rows<T, 16 * I, W>(a2, b.a2 + t.row0 * width + at, width, t.rows, b.head_dim);
+    float scale = rsqrtf((float)b.head_dim), s[I][2], dp[I][2], acc1[I][F] = {}, acc2[I][F] = {}, delta[I];
+    load_rows<16 * I, W>(a1, b.a1 + t.row0 * width + at, width, t.rows, b.head_dim);
+    load_rows<16 * I, W>(a2, b.a2 + t.row0 * width + at, width, t.rows, b.head_dim);
+    if (!KEYS)
+        UNROLL for (int i = 0; i < I; i++)
+            delta[i] = make_delta<16, 1>(b, t.row0 + ty + 16 * i, t.head, b.head_dim, ty + 16 * i < t.rows);
     for (int j = 0; j < t.columns; j += 32) {
-        load_rows<T, 32, W>(b1, b.b1 + (t.column0 + j) * width + at, width, t.columns - j, b.head_dim);
-        load_rows<T, 32, W>(b2, b.b2 + (t.column0 + j) * width + at, width, t.columns - j, b.head_dim);
+        size_t from = (size_t)(t.column0 + j) * width + at;
+        load_rows<32, W>(b1, b.b1 + from, width, t.columns - j, b.head_dim);
+        load_rows<32, W>(b2, b.b2 + from, width, t.columns - j, b.head_dim);
         __syncthreads();
-        dot_rows<I, 2, W>(s, a1, b1, ty, tx);
-        dot_rows<I, 2, W>(dp, a2, b2, ty, tx);
-        for (int i = 0; i < I; i++)
+        dot_rows<I, 2, W>(s, a1, b1);
+        dot_rows<I, 2, W>(dp, a2, b2);
+        UNROLL for (int i = 0; i < I; i++)
             for (int n = 0; n < 2; n++) {
                 int row = ty + 16 * i, column = tx + 16 * n;
                 bool in = row < t.rows && j + column < t.columns;
                 size_t query = (size_t)(KEYS ? t.column0 + j + column : t.row0 + row) * b.heads + t.head;
                 s[i][n] = in ? expf(s[i][n] * scale - b.lse[query]) : 0;
-                dp[i][n] = in ? s[i][n] * (dp[i][n] - b.delta[query]) * scale : 0;
+                dp[i][n] = in ? s[i][n] * (dp[i][n] - (KEYS ? b.delta[query] : delta[i])) * scale : 0;
             }
-        for (int pass = KEYS ? 0 : 1; pass < 2; pass++) {               // P·b2, then dS·b1
-            for (int i = 0; i < I; i++)
-                for (int n = 0; n < 2; n++) p_tile[(ty + 16 * i) * 33 + tx + 16 * n] = pass ? dp[i][n] : s[i][n];
-            __syncthreads();
-            if (pass) add_weighted<I, F>(acc1, p_tile, b1, ty, tx);
-            else      add_weighted<I, F>(acc2, p_tile, b2, ty, tx);
-            __syncthreads();
-        }
+        if (KEYS) add_weighted<I, F>(acc2, s, b2);
+        add_weighted<I, F>(acc1, dp, b1);
+        __syncthreads();
     }
     UNROLL for (int i = 0; i < I; i++)
         UNROLL for (int f = 0; f < F; f++)
@@ -1423,61 +1386,147 @@ __global__ void __launch_bounds__(256) attention_backward_simple(const Backward<
                     b.partial[t.chunk * b.rows * width + to] = acc1[i][f];
                     b.partial[(b.chunks + t.chunk) * b.rows * width + to] = acc2[i][f];
                 } else {
-                    store_float(b.out1 + to, acc1[i][f]);
-                    if (KEYS) store_float(b.out2 + to, acc2[i][f]);
+                    b.out1[to] = (A)acc1[i][f];
+                    if (KEYS) b.out2[to] = (A)acc2[i][f];
                 }
             }
 }
 
-// delta[q row, head] = Σ_features do·o: `lanes` neighbouring threads for each, V features at a time.
-template <typename T, int V>
-__global__ void attention_delta(float *delta, const T *dout, const T *o, size_t n, int head_dim, int lanes) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / lanes, row = i < n ? i : n - 1;
-    float sum = 0, a[V], b[V];
-    for (int f = threadIdx.x % lanes * V; f < head_dim; f += lanes * V) {
-        load(a, dout + row * head_dim + f);
-        load(b, o + row * head_dim + f);
-        for (int j = 0; j < V; j++) sum += a[j] * b[j];
-    }
-    for (int bit = lanes / 2; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
-    if (i < n && threadIdx.x % lanes == 0) delta[i] = sum;
-}
-
 // dk, dv [n] = Σ_chunks partial, in the order of the chunks.
-template <typename T>
-__global__ void attention_fold(T *dk, T *dv, const float *partial, int chunks, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float a = 0, b = 0;
-    for (int c = 0; c < chunks; c++) { a += partial[c * n + i]; b += partial[(chunks + c) * n + i]; }
-    store_float(dk + i, a);
-    store_float(dv + i, b);
+template <typename A>
+static __global__ void attention_fold(A *dk, A *dv, const float *partial, int chunks, size_t n) {
+    size_t i = thread_index() % n, which = thread_index() / n;
+    float sum = 0;
+    if (which > 1) return;
+    for (int c = 0; c < chunks; c++) sum += partial[(which * chunks + c) * n + i];
+    (which ? dv : dk)[i] = (A)sum;
 }
 
-// ---- bf16 from sm_80 on: mma.sync ---------------------------------------------------------------------------------
-// Tiles in shared memory [rows][HD], brought by cp.async (16 bytes a piece, past the registers). Chunk c (16 bytes) of
-// row r lies at c ^ (r mod 8), or the like for short rows: ldmatrix reads one chunk of 8 rows, all in different banks.
+// ---- what the kernels on tensor cores share --------------------------------------------------------------
+// Accumulators, of mma.sync and wgmma alike: of a slab of 16 rows lane t of a warp holds, for every 8
+// columns j, d[4j], d[4j+1] = row t/4, columns 8j + 2(t%4) + {0,1}, and d[4j+2], d[4j+3] = the same columns
+// of row t/4 + 8. Packed in pairs they are at once the A operand of the next product (P·V): no shuffle, no
+// shared memory. Lane t's two rows are numbered r = 0, 1 below; a row lies in the 4 lanes of a quad.
 
-template <int HD> __device__ static inline uint32_t chunk_at(int r, int c) {
+// The softmax of a block of scores s: P = 2^(s·c + shift), with c = log2(e)/√head_dim and shift = −m·c,
+// infinite before the first block. m need not be the maximum, only high enough that P <= 2^LAZY: P is as
+// exact in bf16 there as below 1, and o and l share m, so nothing is lost. So the warp VOTES: a thread looks
+// at its own scores, and only if one asks for it (mostly in the first block alone) do the lanes exchange the
+// exact maxima and raise m. The look is an integer maximum of the floats' bits: the true one if a score is
+// >= 0; if all are negative, so is the true one, and shift alone bounds P. A NaN makes P and l NaN.
+enum { LAZY = 64 };
+
+// Whether this thread asks for a larger m, so that P stays below 2^LAZY.
+template <int N> INLINE bool vote(const float (&shift)[2], const float (&s)[N], float c) {
+    bool over = false;
+    UNROLL for (int r = 0; r < 2; r++) {
+        int top = INT_MIN;
+        UNROLL for (int j = 2 * r; j < N; j += 4)
+            top = __vimax3_s32(top, __float_as_int(s[j]), __float_as_int(s[j + 1]));
+        over |= fmaxf(fmaf(__int_as_float(top), c, shift[r]), shift[r]) > LAZY;
+    }
+    return over;
+}
+
+// After such a vote: m becomes the maximum where it is too small. Earlier sums are to be multiplied by alpha.
+template <int N>
+INLINE void raise_bound(float (&shift)[2], float (&l)[2], float (&alpha)[2], const float (&s)[N], float c) {
+    UNROLL for (int r = 0; r < 2; r++) {
+        float top = -INFINITY;
+        UNROLL for (int j = 2 * r; j < N; j += 4) top = fmaxf(top, fmaxf(s[j], s[j + 1]));
+        top = lanes_max(top, 4);
+        float next = fmaf(top, c, shift[r]) <= LAZY ? shift[r] : -top * c;
+        alpha[r] = ex2(next - shift[r]);
+        l[r] *= alpha[r];
+        shift[r] = next;
+    }
+}
+
+// s becomes P; l gets this lane's part of the row's sum, in four chains that hide each other's latency.
+template <int N> INLINE void exponentials(float (&s)[N], float (&l)[2], const float (&shift)[2], float c) {
+    UNROLL for (int r = 0; r < 2; r++) {
+        float sum[4] = {};
+        UNROLL for (int j = 2 * r; j < N; j += 8)
+            UNROLL for (int e = 0; e < 4; e++) {
+                float &v = s[j + e / 2 * 4 + e % 2];
+                v = ex2(fmaf(v, c, shift[r]));
+                sum[e] += v;
+            }
+        l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+}
+
+// Store rows `row` and `row + 8` of accumulators d as bf16, row r times scale[r], where row < rows. The quad
+// transposes its 4 x 4 words first, so that a lane writes 16 bytes in a row, not 4, and a quad 64, not 16.
+template <int HD>
+INLINE void store_rows(bf16 *out, size_t stride, int row, int rows, const float (&d)[HD / 2], float scale0,
+                       float scale1) {
+    int t = threadIdx.x % 4;
+    UNROLL for (int r = 0; r < 2; r++) {
+        bf16 *to = out + (size_t)(row + 8 * r) * stride;
+        float scale = r ? scale1 : scale0;
+        bool in = row + 8 * r < rows;
+        auto word = [&](int i) { return pack_bf16(d[i + 2 * r] * scale, d[i + 2 * r + 1] * scale); };
+        if constexpr (HD % 32 == 0) {
+            UNROLL for (int g = 0; g < HD / 32; g++) {
+                uint32_t w[4];
+                UNROLL for (int i = 0; i < 4; i++) w[i] = word(16 * g + 4 * i);
+                UNROLL for (int bit = 1; bit <= 2; bit *= 2)           // swap off-diagonal words, then pairs
+                    UNROLL for (int i = 0; i < 4; i++)
+                        if (!(i & bit)) {
+                            uint32_t x = __shfl_xor_sync(~0u, t & bit ? w[i] : w[i + bit], bit);
+                            if (t & bit) w[i] = x; else w[i + bit] = x;
+                        }
+                if (in) *(uint4 *)(to + 32 * g + 8 * t) = make_uint4(w[0], w[1], w[2], w[3]);
+            }
+        } else {
+            UNROLL for (int i = 0; i < HD / 2; i += 4)
+                if (in) *(uint32_t *)(to + 2 * i + 2 * t) = word(i);
+        }
+    }
+}
+
+// The end of a slab: o = acc/l and lse of rows `row` and `row + 8`, both < rows, of a tile from query q0 on.
+template <int HD>
+INLINE void store_output(const Forward<bf16> &a, int head, int q0, int row, int rows,
+                         const float (&acc)[HD / 2], const float (&l)[2], const float (&shift)[2]) {
+    size_t width = (size_t)a.heads * HD;
+    float sum[2], scale[2];
+    UNROLL for (int r = 0; r < 2; r++) {
+        sum[r] = lanes_sum(l[r], 4);
+        scale[r] = sum[r] == 0 ? 0 : 1 / sum[r];                        // 0: no keys
+    }
+    store_rows<HD>(a.o + q0 * width + head * HD, width, row, rows, acc, scale[0], scale[1]);
+    for (int r = 0; r < 2; r++)
+        if (a.lse && threadIdx.x % 4 == 0 && row + 8 * r < rows)
+            a.lse[(size_t)(q0 + row + 8 * r) * a.heads + head] = (log2f(sum[r]) - shift[r]) / LOG2_OF_E;
+}
+
+// ---- bf16: mma.sync --------------------------------------------------------------------------------------
+// Tiles in shared memory [rows][HD], brought by cp.async, 16 bytes a piece. Chunk c (16 bytes) of row r lies
+// at c ^ (r mod 8), or the like for short rows: ldmatrix reads one chunk of 8 rows, all in different banks.
+template <int HD> INLINE uint32_t chunk_at(int r, int c) {
     constexpr int C = HD / 8, ROWS = C < 8 ? 8 / C : 1;                 // chunks in a row, rows in 128 bytes
     return (r * C + (c ^ (r / ROWS % (C < 8 ? C : 8)))) * 16;
 }
+
 // Start the copy of ROWS rows by 128 threads, 2048 bytes at a time; rows from `valid` on become 0.
-template <int HD, int ROWS>
-__device__ static inline void copy_rows(uint32_t to, const bf16 *x, size_t stride, int valid) {
+template <int HD, int ROWS> INLINE void copy_rows(uint32_t to, const bf16 *x, size_t stride, int valid) {
     int r = threadIdx.x / (HD / 8), c = threadIdx.x % (HD / 8);
-    to += chunk_at<HD>(r, c);                                           // the swizzle repeats every 2048 bytes or less
+    to += chunk_at<HD>(r, c);                // the same every 2048 bytes: there the swizzle begins anew
     x += 8 * c;
     #pragma unroll 2
     for (int n = 0; n < ROWS * HD / 1024; n++, r += 1024 / HD)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(to + 2048 * n), "l"(x + (r < valid ? r * stride : 0)), "r"(r < valid ? 16 : 0) : "memory");
+                     :: "r"(to + 2048 * n), "l"(x + (r < valid ? r * stride : 0)), "r"(r < valid ? 16 : 0)
+                     : "memory");
 }
-__device__ static inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ static inline void copy_wait()   { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Four 8 x 8 matrices at once; lanes 8i..8i+7 give the addresses of the rows of matrix i, x[i] is the lane's part.
-template <bool TRANSPOSED> __device__ static inline void load_matrices(uint32_t (&x)[4], uint32_t address) {
+INLINE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+INLINE void copy_wait()   { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Four 8 x 8 matrices; lanes 8i..8i+7 give the addresses of matrix i's rows, x[i] is the lane's part of it.
+template <bool TRANSPOSED> INLINE void load_matrices(uint32_t (&x)[4], uint32_t address) {
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
@@ -1485,21 +1534,23 @@ template <bool TRANSPOSED> __device__ static inline void load_matrices(uint32_t 
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
 }
+
 // d[16 x 8] += a[16 x 16]·b[16 x 8]
-__device__ static inline void mma(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+INLINE void mma(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// s[M slabs of 16][N] = rows row.. of tile a · (N rows of tile b)^T, summed over HD features. Each piece of b that is
-// read serves M slabs: with M = 2 a warp computes twice as much for the same traffic from shared memory.
-// The next 16 features are 2 chunks on: 32·f xor-ed into the address, which leaves the swizzle as it is.
+
+// s[M slabs of 16][N] = rows row.. of tile a · (N rows of tile b)^T, summed over HD features. Each piece of
+// b that is read serves M slabs: with M = 2 a warp computes twice as much for the same traffic. The next 16
+// features are 2 chunks on: 32·f xor-ed into the address, which leaves the swizzle as it is.
 template <int HD, int M, int N>
-__device__ static inline void products_rows(float (&s)[M][N / 2], uint32_t a, int row, uint32_t b) {
+INLINE void products_rows(float (&s)[M][N / 2], uint32_t a, int row, uint32_t b) {
     int lane = threadIdx.x % 32;
-    // Matrices of a: rows 0-7, 8-15, then the next chunk. Of b: rows 0-7 of both chunks, then rows 8-15, so that each
-    // operand B is two neighbouring registers (otherwise the compiler moves registers 130 times a block).
+    // Matrices of a: rows 0-7, 8-15, then the next chunk. Of b: rows 0-7 of both chunks, then rows 8-15, so
+    // that each operand B is two neighbouring registers (else the compiler moves 130 registers a block).
     a += chunk_at<HD>(row + lane % 16, lane / 16);
     b += chunk_at<HD>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     UNROLL for (int i = 0; i < M; i++)
@@ -1516,15 +1567,17 @@ __device__ static inline void products_rows(float (&s)[M][N / 2], uint32_t a, in
         }
     }
 }
+
 // o[M slabs of 16][HD] += p[M slabs][N] · tile b[N][HD], p straight from the accumulators of products_rows.
 template <int HD, int M, int N>
-__device__ static inline void products_columns(float (&o)[M][HD / 2], const float (&p)[M][N / 2], uint32_t b) {
+INLINE void products_columns(float (&o)[M][HD / 2], const float (&p)[M][N / 2], uint32_t b) {
     int lane = threadIdx.x % 32;
     b += chunk_at<HD>(lane % 16, lane / 16);
     UNROLL for (int n = 0; n < N / 16; n++) {
         uint32_t x[M][4], y[4];
         UNROLL for (int i = 0; i < M; i++)
-            UNROLL for (int e = 0; e < 4; e++) x[i][e] = pack_bf16(p[i][8 * n + 2 * e], p[i][8 * n + 2 * e + 1]);
+            UNROLL for (int e = 0; e < 4; e++)
+                x[i][e] = pack_bf16(p[i][8 * n + 2 * e], p[i][8 * n + 2 * e + 1]);
         UNROLL for (int f = 0; f < HD / 16; f++) {
             load_matrices<true>(y, (b ^ 32 * f) + n * 16 * HD * 2);
             UNROLL for (int i = 0; i < M; i++) {
@@ -1535,85 +1588,80 @@ __device__ static inline void products_columns(float (&o)[M][HD / 2], const floa
     }
 }
 
-// Grid: (query tiles of 128, heads, sequences), 4 warps of 32 queries, blocks of 64 keys, 2 stages of K and V: the
-// next block is copied while this one is computed. Q stays in shared memory: its fragments would take 64 registers
-// where o takes 128.
+// Grid: (query tiles of 128, heads, sequences), 4 warps of 32 queries, blocks of 64 keys, 2 stages of K and
+// V: the next block is copied while this one is computed. Q stays in shared memory: o fills the registers.
 template <int HD>
-__global__ void __launch_bounds__(128, 2) attention_mma(const Forward<bf16> a) {
+static __global__ void __launch_bounds__(128, 2) attention_mma(const Forward<bf16> a) {
     extern __shared__ __align__(128) char raw[];
     enum { BN = 64, KV_BYTES = BN * HD * 2 };
-    int sequence = blockIdx.z, q0 = a.q_start[sequence] + blockIdx.x * 128, q_rows = a.q_start[sequence + 1] - q0;
+    int q0 = a.q_start[blockIdx.z] + blockIdx.x * 128, q_rows = a.q_start[blockIdx.z + 1] - q0;
+    int k0 = a.k_start[blockIdx.z], k_rows = a.k_start[blockIdx.z + 1] - k0;
     if (q_rows <= 0) return;
-    int k0 = a.k_start[sequence], k_rows = a.k_start[sequence + 1] - k0, blocks = tiles_of(k_rows, BN);
     size_t width = (size_t)a.heads * HD, at = (size_t)blockIdx.y * HD;
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 32;           // the warp's first row of the tile
     uint32_t q_tile = shared_address(raw), k_tile = q_tile + 128 * HD * 2, v_tile = k_tile + 2 * KV_BYTES;
     const float c = LOG2_OF_E / sqrtf((float)HD);
-    float s[2][BN / 2], acc[2][HD / 2], m[2][2], l[2][2], alpha[2][2];
-    UNROLL for (int i = 0; i < 2; i++) {
-        m[i][0] = m[i][1] = -INFINITY;
-        l[i][0] = l[i][1] = 0;
-        UNROLL for (int e = 0; e < HD / 2; e++) acc[i][e] = 0;
-    }
-    int first = (blocks - 1) * BN, left = k_rows - first;               // the last block, taken first, has `left` keys
+    float s[2][BN / 2], acc[2][HD / 2] = {}, l[2][2] = {}, alpha[2];
+    float shift[2][2] = {{INFINITY, INFINITY}, {INFINITY, INFINITY}};
+    int count = blocks(k_rows, BN), first = (count - 1) * BN, left = k_rows - first;     // of the last block
     const bf16 *k = a.k + (k0 + first) * width + at, *v = a.v + (k0 + first) * width + at;
     copy_rows<HD, 128>(q_tile, a.q + q0 * width + at, width, q_rows);
-    if (blocks > 0) {
+    if (count > 0) {
         copy_rows<HD, BN>(k_tile, k, width, left);
         copy_rows<HD, BN>(v_tile, v, width, left);
     }
     copy_commit();
     uint32_t stage = 0;
     auto block = [&](bool masked, bool more) {
-        copy_wait();                                                    // K and V of this block are here,
-        __syncthreads();                                                // for all; all are done with the block before
+        copy_wait();                         // K and V of this block are here,
+        __syncthreads();                     // for all; and all are done with the block before
         if (more) {
             copy_rows<HD, BN>(k_tile + (stage ^ KV_BYTES), k -= BN * width, width, INT_MAX);
             copy_rows<HD, BN>(v_tile + (stage ^ KV_BYTES), v -= BN * width, width, INT_MAX);
         }
         copy_commit();
         products_rows<HD, 2, BN>(s, q_tile, row, k_tile + stage);
-        UNROLL for (int i = 0; i < 2; i++) {
-            if (masked)
+        if (masked)
+            UNROLL for (int i = 0; i < 2; i++)
                 UNROLL for (int e = 0; e < BN / 2; e++)
                     if (e / 4 * 8 + e % 2 + 2 * (lane % 4) >= left) s[i][e] = -INFINITY;
-            softmax_block<BN>(s[i], m[i], l[i], alpha[i], c);
-        }
-        if (__any_sync(~0u, alpha[0][0] * alpha[0][1] * alpha[1][0] * alpha[1][1] != 1.f))        // each is at most 1
-            UNROLL for (int i = 0; i < 2; i++)
-                UNROLL for (int e = 0; e < HD / 2; e++) acc[i][e] *= alpha[i][e / 2 % 2];
+        bool over = vote(shift[0], s[0], c) | vote(shift[1], s[1], c);
+        if (__any_sync(~0u, over))
+            UNROLL for (int i = 0; i < 2; i++) {
+                raise_bound(shift[i], l[i], alpha, s[i], c);
+                UNROLL for (int e = 0; e < HD / 2; e++) acc[i][e] *= alpha[e / 2 % 2];
+            }
+        UNROLL for (int i = 0; i < 2; i++) exponentials(s[i], l[i], shift[i], c);
         products_columns<HD, 2, BN>(acc, s, v_tile + stage);
         stage ^= KV_BYTES;
     };
-    if (blocks > 0) block(true, blocks > 1);
-    for (int j = blocks - 2; j >= 0; j--) block(false, j > 0);
+    if (count > 0) block(true, count > 1);
+    for (int j = count - 2; j >= 0; j--) block(false, j > 0);
     copy_wait();
-    UNROLL for (int i = 0; i < 2; i++) {
-        int r0 = row + 16 * i + lane / 4;
-        float sum[2] = { quad_sum(l[i][0]), quad_sum(l[i][1]) };
-        store_rows<HD>(a.o + q0 * width + at, width, r0, q_rows, acc[i], sum[0] > 0 ? 1 / sum[0] : 0,
-                       sum[1] > 0 ? 1 / sum[1] : 0);
-        store_lse(a, sum, m[i], c, q0 + r0, q0 + q_rows, blockIdx.y);
-    }
+    q0 = a.q_start[blockIdx.z] + blockIdx.x * 128;                      // again: no register keeps them
+    q_rows = a.q_start[blockIdx.z + 1] - q0;
+    UNROLL for (int i = 0; i < 2; i++)
+        store_output<HD>(a, blockIdx.y, q0, row + 16 * i + lane / 4, q_rows, acc[i], l[i], shift[i]);
 }
 
-// The backward of above (see attention_backward_simple for what rows and columns are): 4 warps of M slabs of 16 rows,
-// BN columns at a time in 2 stages. P and dS go from accumulators to operands in registers; nothing returns to shared
-// memory. M and BN are what the registers hold: two sums for keys, one for queries, and the scores and dP.
+// The backward of above (rows and columns: see attention_backward_simple): 4 warps of M slabs of 16 rows, BN
+// columns at a time in 2 stages. P and dS go from accumulators to operands in registers; nothing returns to
+// shared memory. M and BN are what the registers hold: sums (two for keys), scores and dP.
 template <int HD, bool KEYS> struct BackwardShape {
     enum { M = KEYS && HD == 128 ? 1 : 2, ROWS = 64 * M, BN = HD == 128 || (KEYS && HD == 64) ? 32 : 64,
            A_BYTES = ROWS * HD * 2, B_BYTES = BN * HD * 2,
-           SHARED = 2 * A_BYTES + 4 * B_BYTES + 4 * BN * 4 };         // rows, 2 stages of columns, lse and delta
+           SHARED = 2 * A_BYTES + 4 * B_BYTES + 4 * BN * 4 };   // rows; 2 stages of columns, lse and delta
 };
+
 template <int HD, bool KEYS>
-__global__ void __launch_bounds__(128, 2) attention_backward_mma(const Backward<bf16> b) {
+static __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Backward<bf16> b) {
     extern __shared__ __align__(128) char raw[];
     typedef BackwardShape<HD, KEYS> Shape;
     enum { M = Shape::M, BN = Shape::BN, A_BYTES = Shape::A_BYTES, B_BYTES = Shape::B_BYTES };
     BackwardTile t = backward_tile(b, Shape::ROWS);
     if (t.rows <= 0) return;
     uint32_t a1 = shared_address(raw), a2 = a1 + A_BYTES, b1 = a2 + A_BYTES, b2 = b1 + 2 * B_BYTES;
-    float *column_lse = (float *)(raw + 2 * A_BYTES + 4 * B_BYTES), *column_delta = column_lse + 2 * BN;  // 2 stages
+    float *column_lse = (float *)(raw + 2 * A_BYTES + 4 * B_BYTES), *column_delta = column_lse + 2 * BN;
     size_t width = (size_t)b.heads * HD, at = (size_t)t.head * HD;
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M;
     const float scale = rsqrtf((float)HD), c = LOG2_OF_E * scale;
@@ -1632,20 +1680,20 @@ __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Backward<
         }
         copy_commit();
     };
-    float row_lse[M][2], row_delta[M][2], s[M][BN / 2], dp[M][BN / 2], acc1[M][HD / 2], acc2[M][HD / 2];
-    UNROLL for (int i = 0; i < M; i++) {
-        UNROLL for (int e = 0; e < HD / 2; e++) acc1[i][e] = acc2[i][e] = 0;
-        UNROLL for (int r = 0; r < 2; r++) {
-            int my = row + 16 * i + lane / 4 + 8 * r;
-            bool in = !KEYS && my < t.rows;
-            size_t query = (size_t)(t.row0 + my) * b.heads + t.head;
-            row_lse[i][r] = in ? b.lse[query] * LOG2_OF_E : INFINITY;
-            row_delta[i][r] = in ? b.delta[query] : 0;
-        }
-    }
     copy_rows<HD, Shape::ROWS>(a1, b.a1 + t.row0 * width + at, width, t.rows);
     copy_rows<HD, Shape::ROWS>(a2, b.a2 + t.row0 * width + at, width, t.rows);
     copy_columns(0);
+    float row_lse[M][2] = {}, row_delta[M][2] = {}, s[M][BN / 2], dp[M][BN / 2];
+    float acc1[M][HD / 2] = {}, acc2[M][HD / 2] = {};
+    if (!KEYS)
+        UNROLL for (int i = 0; i < M; i++)
+            UNROLL for (int r = 0; r < 2; r++) {
+                int mine = row + 16 * i + lane / 4 + 8 * r;
+                size_t query = t.row0 + mine;
+                bool in = mine < t.rows;
+                row_lse[i][r] = in ? b.lse[query * b.heads + t.head] * LOG2_OF_E : INFINITY;
+                row_delta[i][r] = make_delta<4, 8>(b, query, t.head, HD, in);
+            }
     for (int j = 0; j * BN < t.columns; j++) {
         copy_wait();
         __syncthreads();
@@ -1654,14 +1702,14 @@ __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Backward<
         uint32_t stage = j % 2 * B_BYTES;
         products_rows<HD, M, BN>(s, a1, row, b1 + stage);
         products_rows<HD, M, BN>(dp, a2, row, b2 + stage);
-        int left = t.columns - j * BN - 2 * (lane % 4), my = j % 2 * BN + 2 * (lane % 4);
+        int left = t.columns - j * BN - 2 * (lane % 4), mine = j % 2 * BN + 2 * (lane % 4);
         UNROLL for (int i = 0; i < M; i++)
             UNROLL for (int e = 0; e < BN / 2; e++) {
                 int column = e / 4 * 8 + e % 2, r = e / 2 % 2;
-                float p = ex2(s[i][e] * c - (KEYS ? column_lse[my + column] : row_lse[i][r]));
+                float p = ex2(s[i][e] * c - (KEYS ? column_lse[mine + column] : row_lse[i][r]));
                 if (!KEYS && column >= left) p = 0;
                 s[i][e] = p;
-                dp[i][e] = p * (dp[i][e] - (KEYS ? column_delta[my + column] : row_delta[i][r]));
+                dp[i][e] = p * (dp[i][e] - (KEYS ? column_delta[mine + column] : row_delta[i][r]));
             }
         if (KEYS) products_columns<HD, M, BN>(acc2, s, b2 + stage);
         products_columns<HD, M, BN>(acc1, dp, b1 + stage);
@@ -1683,426 +1731,401 @@ __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Backward<
         }
 }
 
-// ---- Hopper forward: wgmma + TMA ---------------------------------------------------------------------------------
-// A block of 512 threads keeps one SM: warpgroup 0 is the producer (one thread starts all copies), warpgroups 1..3
-// compute, each on 64 query rows of its own (192 together), on the same blocks of BN keys. K and V have 4 stages each.
-// Within a warpgroup the products of one key block overlap the softmax of another: q·k^T of block j and P·V of block
-// j − 1 are both in the tensor core's queue while the exponentials of block j are computed.
-// A tile in shared memory: rows of 128 bytes (64 numbers), so head_dim 128 is two panels [rows][64], one after the
-// other; 16-byte chunk c of row r lies at c ^ (r % 8), which TMA writes and wgmma reads (128-byte swizzle).
+// ---- bf16 on Hopper: wgmma and TMA -----------------------------------------------------------------------
+// The words of this kernel:
+//   mbarrier      counts arrivals, in shared memory. When all that its phase waits for have come, the phase
+//                 is over and the next begins. One waits for a phase by its parity (0, 1, 0, ..); before the
+//                 first is over, parity 1 counts as over: a producer that begins with 1 finds stages empty
+//   expect_tx     an arrival that adds bytes to what the phase waits for; a copy takes them off as they land
+//   TMA           copies a box of a tensor for the one thread that asks; a tensor map describes both
+//   wgmma         a product, by 4 warps, that runs beside them: sums in registers, tiles in shared memory
+//   descriptor    64 bits that tell wgmma where a tile lies and how
+//   commit group  the wgmmas since the last commit; one waits until at most so many groups are still running
+//   setmaxnreg    returns registers of a warpgroup, or takes what another has returned
+//   proxy         a way to memory; TMA's and wgmma's is not that of ordinary stores: a fence joins the two
+// One block fills an SM: one thread of warpgroup 0 loads; warpgroups 1..3 compute, each on 64 query rows of
+// its own, all on the same blocks of BN keys. Registers: 128·32 + 384·160 = 65,536, all there are; who
+// computes needs 64 for o, BN/2 for S, BN/4 for P and about 25 more: hence BN = 80. K and V have 4 stages.
+// Inside a warpgroup the exponentials of a block run beside the products of its neighbours, the next block's
+// scores and the last one's P·V (blocks are numbered in the order they are taken; S(j) = q·k^T):
+//     tensor cores  | S(0) |            | S(1) | P·V(0)     | S(2) | P·V(1)     | S(3) | P·V(2)     ...
+//     ALU           |      | softmax(0) |      | softmax(1) |      | softmax(2) |      | softmax(3) ...
+// and the three warpgroups fill each other's gaps.
+// A tile in shared memory has rows of 128 bytes (64 numbers), so head_dim 128 is two panels [rows][64], one
+// after the other; 16-byte chunk c of row r lies at c ^ (r % 8), as TMA writes and wgmma reads (128-byte
+// swizzle). Behind the tiles lie the barriers. FULL: the copy has landed; EMPTY: all readers are done. Q's
+// are per warpgroup: each goes on to its next tile alone.
+enum { WARPGROUPS = 3, HOPPER_ROWS = 64 * WARPGROUPS, HOPPER_THREADS = 128 * (WARPGROUPS + 1), BN = 80 };
+enum { KV_RING = 4, K_FULL = 0, K_EMPTY = KV_RING, V_FULL = 2 * KV_RING, V_EMPTY = 3 * KV_RING,
+       Q_FULL = 4 * KV_RING, Q_EMPTY = Q_FULL + WARPGROUPS, BARRIERS = Q_EMPTY + WARPGROUPS };
+enum { Q_BYTES = 64 * 256, KV_BYTES = BN * 256,
+       HOPPER_SHARED = 1024 + WARPGROUPS * Q_BYTES + 2 * KV_RING * KV_BYTES + 8 * BARRIERS };
 
-enum { HOPPER_WG = 3, HOPPER_ROWS = 64 * HOPPER_WG, HOPPER_STAGES = 4, HOPPER_THREADS = 128 * (HOPPER_WG + 1),
-       HOPPER_Q_BYTES = 64 * 256 };
-template <int BN> constexpr int hopper_shared_bytes() {            // tiles, barriers, room to align to 1024
-    return HOPPER_WG * HOPPER_Q_BYTES + 2 * HOPPER_STAGES * BN * 256 + 8 * (4 * HOPPER_STAGES + 2 * HOPPER_WG) + 1024;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+struct HopperShared { uint32_t q, k, v, bar; };
+INLINE void barrier_init(const HopperShared &at, int first, int n, int arrivals) {
+    for (int i = first; i < first + n; i++)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(at.bar + 8 * i), "r"(arrivals));
 }
-
-__device__ static inline void barrier_init(uint32_t bar, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory");
+INLINE void barrier_arrive(const HopperShared &at, int i) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(at.bar + 8 * i) : "memory");
 }
-__device__ static inline void barrier_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
-}
-__device__ static inline void barrier_wait(uint32_t bar, int phase) {       // until the phase of that parity is over
+INLINE void barrier_wait(const HopperShared &at, int i, int parity) {
     asm volatile("{ .reg .pred p;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra done;\n bra again;\n done: }" :: "r"(bar), "r"(phase) : "memory");
-}
-// Start the copy of a box [2 panels][rows][64] from rows `row`.. of one head; `bar` counts its bytes.
-__device__ static inline void tma_load(uint32_t to, const CUtensorMap *map, int row, int head, uint32_t bar,
-                                       int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %2, %4}], [%5];"
-                 :: "r"(to), "l"(map), "r"(0), "r"(row), "r"(head), "r"(bar) : "memory");
+                 "@p bra done;\n bra again;\n done: }" :: "r"(at.bar + 8 * i), "r"(parity) : "memory");
 }
 
-__device__ static inline void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ static inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Wait until at most `pending` groups run. The accumulators pass through, so that no use of them moves above the wait.
-template <int N> __device__ static inline void wgmma_wait(float (&d)[N], int pending) {
+// Start the copy of a box [2 panels][rows][64] from rows `row`.. of one head; barrier i counts its bytes.
+INLINE void tma_load(const HopperShared &at, uint32_t to, const CUtensorMap *map, int row, int head, int i,
+                     int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(at.bar + 8 * i), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %2, %4}], [%5];"
+                 :: "r"(to), "l"(map), "r"(0), "r"(row), "r"(head), "r"(at.bar + 8 * i) : "memory");
+}
+
+INLINE void wgmma_fence()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most `pending` groups run. The sums pass through, so that no use of them moves above the wait.
+template <int N> INLINE void wgmma_wait(float (&d)[N], int pending) {
     if (pending) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
     else         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
 }
-// What wgmma is told of a tile: its address, the step from panel to panel (used where the columns are not the inner
-// dimension: V), the step from 8 rows to the next 8 (1024), 128-byte swizzle; all in units of 16 bytes.
-__device__ static inline uint64_t wgmma_tile(uint32_t address, int panel_bytes) {
-    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(panel_bytes >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
-         | 1ull << 62;
+
+// The descriptor of a tile: address, step from panel to panel (read for V alone, whose rows are the summed
+// dimension), step from 8 rows to the next 8 (1024), all three in units of 16 bytes; 1: 128-byte swizzle.
+INLINE uint64_t wgmma_tile(uint32_t address, int panel_bytes) {
+    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(panel_bytes >> 4) << 16
+         | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
 }
+
 #define D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
-            "%27,%28,%29,%30,%31"
-#define R40 R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
-#define R64 R40 ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-// d[64 x BN] (= or +=) a[64 x 16]·b[BN x 16]^T, both in shared memory.
-__device__ static inline void wgmma_qk(float (&d)[40], uint64_t a, uint64_t b, int add) {
+#define R40 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+            "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define R64 R40 ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61," \
+            "%62,%63"
+// d[64 x 80] = a[64 x 16]·b[80 x 16]^T, or += where add; a and b are descriptors.
+INLINE void wgmma_qk(float (&d)[40], uint64_t a, uint64_t b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %42, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" R40 "}, %40, %41, p, 1, 1, 0, 0; }"
                  : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32) : "l"(a), "l"(b), "r"(add));
 }
-__device__ static inline void wgmma_qk(float (&d)[32], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32 "}, %32, %33, p, 1, 1, 0, 0; }"
-                 : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24) : "l"(a), "l"(b), "r"(add));
-}
-// d[64 x 128] (= or +=) a[64 x 16]·b[16 x 128], a in registers, b in shared memory.
-__device__ static inline void wgmma_pv(float (&d)[64], const uint32_t *a, uint64_t b, int add) {
+
+// d[64 x 128] = a[64 x 16]·b[16 x 128], or += where add; a in registers, b's descriptor (1: transposed).
+INLINE void wgmma_pv(float (&d)[64], const uint32_t *a, uint64_t b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                  "{" R64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }"
                  : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32), D8(d, 40), D8(d, 48), D8(d, 56)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-// The products of a whole block: 8 steps of 16 features (4 in each panel), BN/16 steps of 16 keys.
-template <int BN> __device__ static inline void products_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
+
+// S of a block: 8 steps of 16 features, 4 in a panel, 32 bytes apart.
+INLINE void products_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
     wgmma_fence();
     UNROLL for (int i = 0; i < 8; i++)
         wgmma_qk(s, q + i / 4 * (64 * 128 / 16) + i % 4 * 2, k + i / 4 * (BN * 128 / 16) + i % 4 * 2, i > 0);
     wgmma_commit();
 }
-template <int BN>
-__device__ static inline void products_pv(float (&o)[64], const uint32_t (&p)[BN / 4], uint64_t v, int add) {
+
+// P·V of a block: BN/16 steps of 16 keys, 16 rows of 128 bytes apart.
+INLINE void products_pv(float (&o)[64], const uint32_t (&p)[BN / 4], uint64_t v, int add) {
     wgmma_fence();
-    UNROLL for (int i = 0; i < BN / 16; i++) wgmma_pv(o, p + 4 * i, v + i * (16 * 128 / 16), i > 0 ? 1 : add);
+    UNROLL for (int i = 0; i < BN / 16; i++) wgmma_pv(o, p + 4 * i, v + i * (16 * 128 / 16), i > 0 || add);
     wgmma_commit();
 }
 
-// Tile number -> head, sequence, rows. Query tiles run fastest, then sequences, then heads: the blocks of all SMs work
-// on the same K and V at the same time, which therefore come from L2. A tile past its sequence's end holds the next
-// sequence's rows: such keys get P = 0, such queries are not stored (so every row of K and V must be finite).
+// Tile number -> head, sequence, rows. Query tiles run fastest, then sequences, then heads: all SMs work on
+// the same K and V at the same time, which therefore come from L2. A tile past its sequence's end has rows
+// of the next: such keys get P = 0, such queries are not stored (so all of K and V must be finite).
 struct HopperTile { int head, q0, q_rows, k0, k_rows; };
-__device__ static inline HopperTile hopper_tile(int tile, int tiles_per_head, const Forward<bf16> &a) {
+INLINE HopperTile hopper_tile(int tile, int tiles_per_head, const Forward<bf16> &a) {
     HopperTile t;
     t.head = tile / tiles_per_head;
     tile -= t.head * tiles_per_head;
-    int s = 0, q0 = a.q_start[0], q1 = a.q_start[1];
-    for (int n; tile >= (n = tiles_of(q1 - q0, HOPPER_ROWS)); tile -= n) { s++; q0 = q1; q1 = a.q_start[s + 1]; }
-    t.q0 = q0 + tile * HOPPER_ROWS;
-    t.q_rows = q1 - t.q0;                                               // rows from q0 to the sequence's end
+    int s = 0;
+    for (int n; tile >= (n = blocks(a.q_start[s + 1] - a.q_start[s], HOPPER_ROWS)); s++) tile -= n;
+    t.q0 = a.q_start[s] + tile * HOPPER_ROWS;
+    t.q_rows = a.q_start[s + 1] - t.q0;                                 // rows from q0 to the sequence's end
     t.k0 = a.k_start[s];
     t.k_rows = a.k_start[s + 1] - t.k0;
     return t;
 }
 
-template <int BN>
-__global__ void __launch_bounds__(HOPPER_THREADS, 1)
-attention_hopper(const Forward<bf16> a, int tiles, int tiles_per_head, const __grid_constant__ CUtensorMap map_q,
-                 const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    extern __shared__ char raw[];
-    enum { S = HOPPER_STAGES, KV_BYTES = BN * 256 };
-    uint32_t q_tile = (shared_address(raw) + 1023) & ~1023u, k_tile = q_tile + HOPPER_WG * HOPPER_Q_BYTES;
-    uint32_t v_tile = k_tile + S * KV_BYTES, bar = v_tile + S * KV_BYTES;
-    // full: the copy has landed. empty: all readers are done. Q's are per warpgroup: each goes to its next tile alone.
-    uint32_t k_full = bar, k_empty = bar + 8 * S, v_full = bar + 16 * S, v_empty = bar + 24 * S;
-    uint32_t q_full = bar + 32 * S, q_empty = q_full + 8 * HOPPER_WG;
+// Where a loop over the stages stands; the parity flips with every round.
+struct Ring { int stage, parity; };
+INLINE void next_stage(Ring &r) {
+    if (++r.stage == KV_RING) r.stage = 0, r.parity ^= 1;
+}
+
+// The tiles stand at multiples of 1024 bytes. A copy arrives at FULL once, each warp that has read at EMPTY.
+INLINE HopperShared hopper_shared(const char *raw) {
+    HopperShared at;
+    at.q = (shared_address(raw) + 1023) & ~1023u;
+    at.k = at.q + WARPGROUPS * Q_BYTES;
+    at.v = at.k + KV_RING * KV_BYTES;
+    at.bar = at.v + KV_RING * KV_BYTES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < S; i++) {
-            barrier_init(k_full + 8 * i, 1);  barrier_init(k_empty + 8 * i, 4 * HOPPER_WG);     // one arrival per warp
-            barrier_init(v_full + 8 * i, 1);  barrier_init(v_empty + 8 * i, 4 * HOPPER_WG);
-        }
-        for (int i = 0; i < HOPPER_WG; i++) { barrier_init(q_full + 8 * i, 1); barrier_init(q_empty + 8 * i, 4); }
+        barrier_init(at, K_FULL, KV_RING, 1);
+        barrier_init(at, V_FULL, KV_RING, 1);
+        barrier_init(at, Q_FULL, WARPGROUPS, 1);
+        barrier_init(at, K_EMPTY, KV_RING, 4 * WARPGROUPS);
+        barrier_init(at, V_EMPTY, KV_RING, 4 * WARPGROUPS);
+        barrier_init(at, Q_EMPTY, WARPGROUPS, 4);
         asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    return at;
+}
 
-    if (warpgroup == 0) {                                               // ---- producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x != 0) return;
-        int stage = 0, phase = 0, q_phase = 0;
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            HopperTile t = hopper_tile(tile, tiles_per_head, a);
-            int blocks = tiles_of(t.k_rows, BN);
-            for (int j = blocks - 1; j >= 0; j--) {
-                barrier_wait(k_empty + 8 * stage, phase ^ 1);           // a fresh barrier lets parity 1 through
-                tma_load(k_tile + stage * KV_BYTES, &map_k, t.k0 + j * BN, t.head, k_full + 8 * stage, KV_BYTES);
-                if (j == blocks - 1) {
-                    for (int w = 0; w < HOPPER_WG; w++) {
-                        barrier_wait(q_empty + 8 * w, q_phase ^ 1);
-                        tma_load(q_tile + w * HOPPER_Q_BYTES, &map_q, t.q0 + 64 * w, t.head, q_full + 8 * w,
-                                 HOPPER_Q_BYTES);
-                    }
-                    q_phase ^= 1;
-                }
-                barrier_wait(v_empty + 8 * stage, phase ^ 1);
-                tma_load(v_tile + stage * KV_BYTES, &map_v, t.k0 + j * BN, t.head, v_full + 8 * stage, KV_BYTES);
-                if (++stage == S) { stage = 0; phase ^= 1; }
-            }
-        }
-        return;
-    }
-    // ---- consumers
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    int wg = warpgroup - 1, lane = threadIdx.x % 32, row = 64 * wg + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const float c = LOG2_OF_E * 0.08838834764831845f;                   // log2(e)/√128
-    uint64_t q = wgmma_tile(q_tile + wg * HOPPER_Q_BYTES, 0), k0 = wgmma_tile(k_tile, 0);
-    uint64_t v0 = wgmma_tile(v_tile, BN * 128);
-    int ks = 0, k_phase = 0, vs = 0, v_phase = 0, q_phase = 0;          // V runs one block behind K
-    float s[BN / 2], acc[64];
-    uint32_t p[BN / 4];
+// The producer, one thread: as far ahead of the consumers as stages are empty.
+INLINE void hopper_load(const HopperShared &at, const Forward<bf16> &a, int tiles, int tiles_per_head,
+                        const CUtensorMap *map_q, const CUtensorMap *map_k, const CUtensorMap *map_v) {
+    Ring r = {0, 1};
+    int q_parity = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         HopperTile t = hopper_tile(tile, tiles_per_head, a);
-        int blocks = tiles_of(t.k_rows, BN);
-        float m[2] = { -INFINITY, -INFINITY }, l[2] = { 0, 0 }, alpha[2];
-        auto k_done = [&] {
-            if (lane == 0) barrier_arrive(k_empty + 8 * ks);
-            if (++ks == S) { ks = 0; k_phase ^= 1; }
-        };
-        auto v_done = [&] {
-            if (lane == 0) barrier_arrive(v_empty + 8 * vs);
-            if (++vs == S) { vs = 0; v_phase ^= 1; }
-        };
-        auto pack = [&] {
-            UNROLL for (int i = 0; i < BN / 4; i++) p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
-        };
-        if (blocks > 0) {
-            barrier_wait(q_full + 8 * wg, q_phase);                     // the last block: it may be partial
-            q_phase ^= 1;
-            barrier_wait(k_full + 8 * ks, k_phase);
-            products_qk<BN>(s, q, k0 + ks * (KV_BYTES / 16));
-            wgmma_wait(s, 0);
-            k_done();
-            if (blocks == 1 && lane == 0) barrier_arrive(q_empty + 8 * wg);
-            int left = t.k_rows - (blocks - 1) * BN - 2 * (lane % 4);
-            if (left < BN)
-                UNROLL for (int i = 0; i < BN / 2; i++) if (i / 4 * 8 + i % 2 >= left) s[i] = -INFINITY;
-            softmax_block<BN>(s, m, l, alpha, c);
-            pack();
-            for (int j = blocks - 2; j >= 0; j--) {
-                barrier_wait(k_full + 8 * ks, k_phase);
-                products_qk<BN>(s, q, k0 + ks * (KV_BYTES / 16));
-                barrier_wait(v_full + 8 * vs, v_phase);
-                products_pv<BN>(acc, p, v0 + vs * (KV_BYTES / 16), j < blocks - 2);
-                wgmma_wait(s, 1);                                       // scores of block j are there, P·V still runs
-                k_done();
-                if (j == 0 && lane == 0) barrier_arrive(q_empty + 8 * wg);
-                softmax_block<BN>(s, m, l, alpha, c);
-                wgmma_wait(acc, 0);
-                v_done();
-                pack();
-                if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f))
-                    UNROLL for (int i = 0; i < 64; i++) acc[i] *= alpha[i / 2 % 2];
+        int last = blocks(t.k_rows, BN) - 1;
+        for (int j = last; j >= 0; j--) {
+            int row = t.k0 + j * BN, i = r.stage;
+            barrier_wait(at, K_EMPTY + i, r.parity);
+            tma_load(at, at.k + i * KV_BYTES, map_k, row, t.head, K_FULL + i, KV_BYTES);
+            if (j == last) {
+                for (int w = 0; w < WARPGROUPS; w++) {
+                    barrier_wait(at, Q_EMPTY + w, q_parity);
+                    tma_load(at, at.q + w * Q_BYTES, map_q, t.q0 + 64 * w, t.head, Q_FULL + w, Q_BYTES);
+                }
+                q_parity ^= 1;
             }
-            barrier_wait(v_full + 8 * vs, v_phase);
-            products_pv<BN>(acc, p, v0 + vs * (KV_BYTES / 16), blocks > 1);
-            wgmma_wait(acc, 0);
-            v_done();
+            barrier_wait(at, V_EMPTY + i, r.parity);
+            tma_load(at, at.v + i * KV_BYTES, map_v, row, t.head, V_FULL + i, KV_BYTES);
+            next_stage(r);
+        }
+    }
+}
+
+// Consumer warpgroup wg: 64 query rows of every tile of this block. V runs one block of keys behind K.
+INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int tiles, int tiles_per_head,
+                           int wg) {
+    int lane = threadIdx.x % 32, row = 64 * wg + threadIdx.x % 128 / 32 * 16 + lane / 4, q_parity = 0;
+    const float c = LOG2_OF_E * 0.08838834764831845f;                   // log2(e)/√128
+    uint64_t q = wgmma_tile(at.q + wg * Q_BYTES, 0);
+    uint64_t k0 = wgmma_tile(at.k, 0), v0 = wgmma_tile(at.v, BN * 128);
+    Ring k = {0, 0}, v = {0, 0};
+    float s[BN / 2], acc[64];
+    uint32_t p[BN / 4];
+    auto start_scores = [&] {
+        barrier_wait(at, K_FULL + k.stage, k.parity);
+        products_qk(s, q, k0 + k.stage * (KV_BYTES / 16));
+    };
+    auto end_scores = [&](int pending, bool last) {
+        wgmma_wait(s, pending);
+        if (lane == 0) barrier_arrive(at, K_EMPTY + k.stage);
+        if (lane == 0 && last) barrier_arrive(at, Q_EMPTY + wg);
+        next_stage(k);
+    };
+    auto start_output = [&](int add) {
+        barrier_wait(at, V_FULL + v.stage, v.parity);
+        products_pv(acc, p, v0 + v.stage * (KV_BYTES / 16), add);
+    };
+    auto end_output = [&] {
+        wgmma_wait(acc, 0);
+        if (lane == 0) barrier_arrive(at, V_EMPTY + v.stage);
+        next_stage(v);
+    };
+    auto pack = [&] {
+        UNROLL for (int i = 0; i < BN / 4; i++) p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+    };
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        HopperTile t = hopper_tile(tile, tiles_per_head, a);
+        int count = blocks(t.k_rows, BN), left = t.k_rows - (count - 1) * BN - 2 * (lane % 4);
+        float shift[2] = {INFINITY, INFINITY}, l[2] = {}, alpha[2];
+        if (count > 0) {
+            barrier_wait(at, Q_FULL + wg, q_parity);                    // the last block: it may be partial
+            q_parity ^= 1;
+            start_scores();
+            end_scores(0, count == 1);
+            if (left < BN)
+                UNROLL for (int i = 0; i < BN / 2; i++)
+                    if (i / 4 * 8 + i % 2 >= left) s[i] = -INFINITY;
+            raise_bound(shift, l, alpha, s, c);
+            exponentials(s, l, shift, c);
+            pack();
+            for (int j = count - 2; j >= 0; j--) {
+                start_scores();
+                start_output(j < count - 2);
+                end_scores(1, j == 0);                                  // P·V still runs
+                bool raised = __any_sync(~0u, vote(shift, s, c));
+                if (raised) raise_bound(shift, l, alpha, s, c);
+                exponentials(s, l, shift, c);
+                end_output();
+                pack();
+                if (raised) UNROLL for (int i = 0; i < 64; i++) acc[i] *= alpha[i / 2 % 2];
+            }
+            start_output(count > 1);
+            end_output();
         } else {
             UNROLL for (int i = 0; i < 64; i++) acc[i] = 0;             // a query without keys gives 0
         }
-        l[0] = quad_sum(l[0]);
-        l[1] = quad_sum(l[1]);
-        size_t width = (size_t)a.heads * 128;
-        store_rows<128>(a.o + t.q0 * width + t.head * 128, width, row, t.q_rows, acc, l[0] > 0 ? 1 / l[0] : 0,
-                        l[1] > 0 ? 1 / l[1] : 0);
-        store_lse(a, l, m, c, t.q0 + row, t.q0 + t.q_rows, t.head);
+        store_output<128>(a, t.head, t.q0, row, t.q_rows, acc, l, shift);
     }
-#endif
 }
 
-// The map of x[rows, heads·128] whose boxes are [2 panels][box_rows][64 features]; rows past the end arrive as zeros.
+static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+attention_hopper(const Forward<bf16> a, int tiles, int tiles_per_head,
+                 const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
+                 const __grid_constant__ CUtensorMap map_v) {
+    extern __shared__ char raw[];
+    HopperShared at = hopper_shared(raw);
+    int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);             // in a register that the warp shares
+    if (warpgroup == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if (threadIdx.x == 0) hopper_load(at, a, tiles, tiles_per_head, &map_q, &map_k, &map_v);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        hopper_compute(at, a, tiles, tiles_per_head, warpgroup - 1);
+    }
+}
+#else                                        // for other cards: never launched
+static __global__ void
+attention_hopper(const Forward<bf16>, int, int, const __grid_constant__ CUtensorMap,
+                 const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap) {}
+#endif
+
+// Whether this program has the kernel for this card: elsewhere its body is empty and needs few registers.
+static bool hopper_usable(void) {
+    cudaFuncAttributes kernel;
+    cuda_check(cudaFuncGetAttributes(&kernel, attention_hopper));
+    return kernel.numRegs >= 100;
+}
+
+// The map of x[rows, heads·128] with boxes of [2 panels][box_rows][64 features]; past the end come zeros.
 static CUtensorMap tensor_map(const bf16 *x, int rows, int heads, int box_rows) {
-    static decltype(&cuTensorMapEncodeTiled) encode = NULL;          // from the driver by the runtime: no -lcuda
+    static decltype(&cuTensorMapEncodeTiled) encode = NULL;             // from the driver: no -lcuda
     cudaDriverEntryPointQueryResult found;
     if (!encode)
         cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
                                                     cudaEnableDefault, &found));
     CUtensorMap map;
-    cuuint64_t dims[4] = { 64, (cuuint64_t)rows, 2, (cuuint64_t)heads };
-    cuuint64_t strides[3] = { (cuuint64_t)heads * 256, 128, 256 };      // bytes; dims[0] is dense
-    cuuint32_t box[4] = { 64, (cuuint32_t)box_rows, 2, 1 }, step[4] = { 1, 1, 1, 1 };
+    cuuint64_t dims[4] = {64, (cuuint64_t)rows, 2, (cuuint64_t)heads};
+    cuuint64_t strides[3] = {(cuuint64_t)heads * 256, 128, 256};        // bytes; dims[0] is dense
+    cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 2, 1}, step[4] = {1, 1, 1, 1};
     CUresult e = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, dims, strides, box, step,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (e != CUDA_SUCCESS) die("attention: no tensor map for %d rows, %d heads (error %d)", rows, heads, (int)e);
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e != CUDA_SUCCESS) die("attention: no tensor map for %d x %d heads (error %d)", rows, heads, (int)e);
     return map;
 }
 
-template <int BN> static void hopper_launch(const Forward<bf16> &a, const Sequences *s, cudaStream_t stream) {
-    int per_head = 0, device, sms, bytes = hopper_shared_bytes<BN>(), q_rows = s->q[s->count], k_rows = s->k[s->count];
-    for (int i = 0; i < s->count; i++) per_head += (s->q[i + 1] - s->q[i] + HOPPER_ROWS - 1) / HOPPER_ROWS;
-    cuda_check(cudaGetDevice(&device));
-    cuda_check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    cuda_check(cudaFuncSetAttribute(attention_hopper<BN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    int tiles = per_head * a.heads;
-    attention_hopper<BN><<<tiles < sms ? tiles : sms, HOPPER_THREADS, bytes, stream>>>(a, tiles, per_head,
-        tensor_map(a.q, q_rows, a.heads, 64), tensor_map(a.k, k_rows, a.heads, BN),
-        tensor_map(a.v, k_rows, a.heads, BN));
-    cuda_check(cudaGetLastError());
-}
-
-// Whether the card is a Hopper and this program holds the kernel for it (built for plain sm_90 its body is empty).
-static bool hopper_usable(void) {
-    static int usable = -1;
-    if (usable < 0) {
-        int device, major, minor;
-        cudaFuncAttributes kernel;
-        cuda_check(cudaGetDevice(&device));
-        cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-        cuda_check(cudaFuncGetAttributes(&kernel, attention_hopper<80>));
-        usable = major == 9 && minor == 0 && kernel.numRegs >= 100;
-    }
-    return usable;
-}
-
-// ---- which kernel, and its launch ---------------------------------------------------------------------------------
-// Tensors start at multiples of 16 bytes. Everything is put on `stream`; nothing waits.
-
+// ---- which kernel, and its launch ------------------------------------------------------------------------
 static int longest(const int *start, int count) {
     int n = 0;
     for (int i = 0; i < count; i++) if (start[i + 1] - start[i] > n) n = start[i + 1] - start[i];
     return n;
 }
-template <typename Kernel> static void allow_shared(Kernel kernel, int bytes) {    // above 48 KB a kernel must ask
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+
+template <typename A, int F> static void simple_forward(const Forward<A> &a, const Sequences *s) {
+    dim3 grid(blocks(longest(s->q, s->count), 64), a.heads, s->count);
+    LAUNCH_SHARED((attention_simple<A, F>), grid, 256, simple_bytes<F>(64 + 32), a);
 }
 
-template <typename T, int F> static void simple_launch(const Forward<T> &a, const Sequences *s, cudaStream_t stream) {
-    const int bytes = simple_shared_bytes<F>(1, 64, 1);
-    allow_shared(attention_simple<T, F>, bytes);
-    dim3 grid((longest(s->q, s->count) + 63) / 64, a.heads, s->count);
-    attention_simple<T, F><<<grid, 256, bytes, stream>>>(a);
-    cuda_check(cudaGetLastError());
+template <int HD> static void mma_forward(const Forward<bf16> &a, const Sequences *s) {
+    dim3 grid(blocks(longest(s->q, s->count), 128), a.heads, s->count);
+    LAUNCH_SHARED(attention_mma<HD>, grid, 128, (128 + 4 * 64) * HD * 2, a);        // Q, 2 stages of K and V
 }
-template <int HD> static void mma_launch(const Forward<bf16> &a, const Sequences *s, cudaStream_t stream) {
-    const int bytes = (128 + 4 * 64) * HD * 2;                          // Q, 2 stages of K and V
-    allow_shared(attention_mma<HD>, bytes);
-    dim3 grid((longest(s->q, s->count) + 127) / 128, a.heads, s->count);
-    attention_mma<HD><<<grid, 128, bytes, stream>>>(a);
-    cuda_check(cudaGetLastError());
+
+static void hopper_forward(const Forward<bf16> &a, const Sequences *s) {
+    int per_head = 0, q_rows = s->q[s->count], k_rows = s->k[s->count], most = gpu.card.multiProcessorCount;
+    for (int i = 0; i < s->count; i++) per_head += blocks(s->q[i + 1] - s->q[i], HOPPER_ROWS);
+    int tiles = per_head * a.heads;
+    LAUNCH_SHARED(attention_hopper, tiles < most ? tiles : most, HOPPER_THREADS, HOPPER_SHARED, a, tiles,
+                  per_head, tensor_map(a.q, q_rows, a.heads, 64), tensor_map(a.k, k_rows, a.heads, BN),
+                  tensor_map(a.v, k_rows, a.heads, BN));
 }
-// portable: do not take the Hopper kernel even where it could run (to compare them).
-template <typename T>
-static void forward_launch(const Forward<T> &a, const Sequences *s, cudaStream_t stream, bool portable) {
-    if (!s->count || !s->q[s->count]) return;
+
+template <typename A> static void forward_launch(const Forward<A> &a, const Sequences *s) {
     int hd = a.head_dim;
+    if (!s->count || !s->q[s->count]) return;
     if (hd > 256) die("attention: head_dim %d; this backend has kernels up to 256", hd);
-    auto launch = hd <= 16 ? simple_launch<T, 1> : hd <= 32 ? simple_launch<T, 2> : hd <= 64 ? simple_launch<T, 4>
-                : hd <= 128 ? simple_launch<T, 8> : simple_launch<T, 16>;
-    if constexpr (sizeof(T) == 2) {
-        launch = hd == 128 ? mma_launch<128> : hd == 64 ? mma_launch<64> : hd == 32 ? mma_launch<32>
-               : hd == 16 ? mma_launch<16> : launch;
-        if (hd == 128 && s->k[s->count] && !portable && hopper_usable()) {
-            double padded80 = 0, padded64 = 0;                          // scores with blocks of 80 and of 64 keys;
-            for (int i = 0; i < s->count; i++) {                        // 80 are 1.05 to 1.15 x as fast per score
-                double queries = s->q[i + 1] - s->q[i];
-                padded80 += queries * ((s->k[i + 1] - s->k[i] + 79) / 80 * 80);
-                padded64 += queries * ((s->k[i + 1] - s->k[i] + 63) / 64 * 64);
-            }
-            launch = padded64 * 1.05 < padded80 ? hopper_launch<64> : hopper_launch<80>;
-        }
-    }
-    launch(a, s, stream);
-}
-static void attention_forward_f32(float *o, float *lse, const float *q, const float *k, const float *v,
-                                  const Sequences *s, int heads, int head_dim, cudaStream_t stream) {
-    forward_launch(Forward<float>{ o, lse, q, k, v, s->q_device, s->k_device, heads, head_dim }, s, stream, true);
-}
-static void attention_forward_bf16(bf16 *o, float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
-                                   const Sequences *s, int heads, int head_dim, cudaStream_t stream,
-                                   bool portable = false) {
-    forward_launch(Forward<bf16>{ o, lse, q, k, v, s->q_device, s->k_device, heads, head_dim }, s, stream, portable);
+    auto launch = hd <= 16 ? simple_forward<A, 1> : hd <= 32 ? simple_forward<A, 2>
+                : hd <= 64 ? simple_forward<A, 4> : hd <= 128 ? simple_forward<A, 8> : simple_forward<A, 16>;
+    if constexpr (sizeof(A) == 2)
+        if (aligned(8, 8, a.o, a.q, a.k, a.v))
+            launch = hd == 128 && s->k[s->count] && hopper_usable() ? hopper_forward
+                   : hd == 128 ? mma_forward<128> : hd == 64 ? mma_forward<64>
+                   : hd == 32 ? mma_forward<32> : hd == 16 ? mma_forward<16> : launch;
+    launch(a, s);
 }
 
-template <typename T, int F, bool KEYS>
-static void backward_simple_launch(const Backward<T> &b, int longest_row, int count, cudaStream_t stream) {
-    const int rows = backward_simple_rows<F>, bytes = simple_shared_bytes<F>(2, rows, 2);
-    allow_shared(attention_backward_simple<T, F, KEYS>, bytes);
-    dim3 grid((longest_row + rows - 1) / rows, b.heads, count * b.chunks);
-    attention_backward_simple<T, F, KEYS><<<grid, 256, bytes, stream>>>(b);
-    cuda_check(cudaGetLastError());
+static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v,
+                              const Sequences *s, int heads, int head_dim) {
+    BY_TYPE(Forward<A> a = {(A *)o, lse, (const A *)q, (const A *)k, (const A *)v, s->q_device, s->k_device,
+                            heads, head_dim};
+            forward_launch(a, s));
 }
-template <int HD, bool KEYS>
-static void backward_mma_launch(const Backward<bf16> &b, int longest_row, int count, cudaStream_t stream) {
-    const int rows = BackwardShape<HD, KEYS>::ROWS, bytes = BackwardShape<HD, KEYS>::SHARED;
-    allow_shared(attention_backward_mma<HD, KEYS>, bytes);
-    dim3 grid((longest_row + rows - 1) / rows, b.heads, count * b.chunks);
-    attention_backward_mma<HD, KEYS><<<grid, 128, bytes, stream>>>(b);
-    cuda_check(cudaGetLastError());
+
+template <typename A, int F, bool KEYS>
+static void simple_backward(const Backward<A> &b, int longest_row, int count) {
+    const int rows = F > 8 ? 16 : 64;
+    dim3 grid(blocks(longest_row, rows), b.heads, count * b.chunks);
+    LAUNCH_SHARED((attention_backward_simple<A, F, KEYS>), grid, 256, simple_bytes<F>(2 * rows + 2 * 32), b);
 }
-template <bool KEYS, typename T>
-static void backward_launch(const Backward<T> &b, int longest_row, int count, cudaStream_t stream) {
+
+template <int HD, bool KEYS> static void mma_backward(const Backward<bf16> &b, int longest_row, int count) {
+    dim3 grid(blocks(longest_row, BackwardShape<HD, KEYS>::ROWS), b.heads, count * b.chunks);
+    LAUNCH_SHARED((attention_backward_mma<HD, KEYS>), grid, 128, (BackwardShape<HD, KEYS>::SHARED), b);
+}
+
+template <bool KEYS, typename A>
+static void backward_launch(const Backward<A> &b, int longest_row, int count, bool wide) {
     int hd = b.head_dim;
-    auto launch = hd <= 16 ? backward_simple_launch<T, 1, KEYS> : hd <= 32 ? backward_simple_launch<T, 2, KEYS>
-                : hd <= 64 ? backward_simple_launch<T, 4, KEYS> : hd <= 128 ? backward_simple_launch<T, 8, KEYS>
-                : backward_simple_launch<T, 16, KEYS>;
-    if constexpr (sizeof(T) == 2)
-        launch = hd == 128 ? backward_mma_launch<128, KEYS> : hd == 64 ? backward_mma_launch<64, KEYS>
-               : hd == 32 ? backward_mma_launch<32, KEYS> : hd == 16 ? backward_mma_launch<16, KEYS> : launch;
-    launch(b, longest_row, count, stream);
+    auto launch = hd <= 16 ? simple_backward<A, 1, KEYS> : hd <= 32 ? simple_backward<A, 2, KEYS>
+                : hd <= 64 ? simple_backward<A, 4, KEYS> : hd <= 128 ? simple_backward<A, 8, KEYS>
+                : simple_backward<A, 16, KEYS>;
+    if constexpr (sizeof(A) == 2)
+        if (wide)
+            launch = hd == 128 ? mma_backward<128, KEYS> : hd == 64 ? mma_backward<64, KEYS>
+                   : hd == 32 ? mma_backward<32, KEYS> : hd == 16 ? mma_backward<16, KEYS> : launch;
+    launch(b, longest_row, count);
 }
 
-template <typename T>
-static void attention_backward_any(T *dq, T *dk, T *dv, const T *dout, const T *q, const T *k, const T *v, const T *o,
-                                   const float *lse, const Sequences *s, int heads, int head_dim,
-                                   cudaStream_t stream) {
+// Chunks of queries so that about 1,000 blocks sum dk and dv: a number that does not depend on the card.
+static int query_chunks(const Sequences *s, int heads) {
+    int work = 0, most = blocks(longest(s->q, s->count), 256);
+    for (int i = 0; i < s->count; i++) work += blocks(s->k[i + 1] - s->k[i], 64) * heads;
+    int chunks = work ? blocks(1024, work) : 1;
+    chunks = chunks < most ? chunks : most;
+    return chunks > 1 ? chunks : 1;
+}
+
+template <typename A>
+static void backward_passes(A *dq, A *dk, A *dv, const A *dout, const A *q, const A *k, const A *v,
+                            const A *o, const float *lse, const Sequences *s, int heads, int head_dim) {
     if (!s->count) return;
-    if (head_dim > 256) die("attention: head_dim %d; this backend has kernels up to 256", head_dim);
-    size_t width = (size_t)heads * head_dim, q_rows = s->q[s->count], k_rows = s->k[s->count], n = q_rows * heads;
-    int long_q = longest(s->q, s->count), long_k = longest(s->k, s->count), blocks = 0, chunks = 1;
-    // Chunks of queries so that dk and dv are summed by about 1,000 blocks: a number that does not depend on the card.
-    for (int i = 0; i < s->count; i++) blocks += (s->k[i + 1] - s->k[i] + 63) / 64 * heads;
-    if (blocks) chunks = (1024 + blocks - 1) / blocks;
-    if (chunks > (long_q + 255) / 256) chunks = (long_q + 255) / 256;
-    if (chunks < 1) chunks = 1;
-    int chunk_queries = ((long_q + chunks - 1) / chunks + 63) / 64 * 64;
-    size_t delta_floats = (n + 3) / 4 * 4;
-    float *delta = (float *)scratch((delta_floats + (chunks > 1 ? 2 * chunks * k_rows * width : 0)) * sizeof(float));
-    float *partial = chunks > 1 ? delta + delta_floats : NULL;
-    if (q_rows) {
-        int lanes = head_dim / 8;                                            // 16 bytes of bf16 each, where that fits
-        if (head_dim % 8 == 0 && (lanes & (lanes - 1)) == 0 && lanes <= 32 && aligned(8, 8, dout, o))
-            LAUNCH((attention_delta<T, 8>), (unsigned)((n * lanes + 255) / 256), 256, delta, dout, o, n, head_dim,
-                   lanes);
-        else
-            LAUNCH((attention_delta<T, 1>), (unsigned)((n + 7) / 8), 256, delta, dout, o, n, head_dim, 32);
-        Backward<T> b = { dq, NULL, NULL, q, dout, k, v, lse, delta, s->q_device, s->k_device, heads, head_dim, 1,
-                          INT_MAX, q_rows };
-        backward_launch<false>(b, long_q, s->count, stream);
-    }
-    if (k_rows) {
-        Backward<T> b = { dk, dv, partial, k, v, q, dout, lse, delta, s->k_device, s->q_device, heads, head_dim,
-                          chunks, chunk_queries, k_rows };
-        backward_launch<true>(b, long_k, s->count, stream);
-        unsigned folds = (unsigned)((k_rows * width + 255) / 256);
-        if (partial) attention_fold<<<folds, 256, 0, stream>>>(dk, dv, partial, chunks, k_rows * width);
-    }
-    cuda_check(cudaGetLastError());
-}
-static void attention_backward_f32(float *dq, float *dk, float *dv, const float *dout, const float *q, const float *k,
-                                   const float *v, const float *o, const float *lse, const Sequences *s, int heads,
-                                   int head_dim, cudaStream_t stream) {
-    attention_backward_any(dq, dk, dv, dout, q, k, v, o, lse, s, heads, head_dim, stream);
-}
-static void attention_backward_bf16(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *q, const bf16 *k,
-                                    const bf16 *v, const bf16 *o, const float *lse, const Sequences *s, int heads,
-                                    int head_dim, cudaStream_t stream) {
-    attention_backward_any(dq, dk, dv, dout, q, k, v, o, lse, s, heads, head_dim, stream);
+    size_t width = (size_t)heads * head_dim, q_rows = s->q[s->count], k_rows = s->k[s->count];
+    size_t n = (q_rows * heads + 3) / 4 * 4;
+    int long_q = longest(s->q, s->count), long_k = longest(s->k, s->count), chunks = query_chunks(s, heads);
+    int chunk_queries = blocks(blocks(long_q, chunks), 64) * 64;
+    float *delta = (float *)scratch((n + (chunks > 1 ? 2 * chunks * k_rows * width : 0)) * sizeof(float));
+    float *partial = chunks > 1 ? delta + n : NULL;                     // then there are keys
+    bool wide = aligned(8, 8, dq, dk, dv, dout, q, k, v, o);
+    Backward<A> by_query = {dq, NULL, NULL, q, dout, k, v, o, lse, delta, s->q_device, s->k_device, heads,
+                            head_dim, 1, INT_MAX, q_rows};
+    Backward<A> by_key = {dk, dv, partial, k, v, q, dout, o, lse, delta, s->k_device, s->q_device, heads,
+                          head_dim, chunks, chunk_queries, k_rows};
+    if (q_rows) backward_launch<false>(by_query, long_q, s->count, wide);
+    if (k_rows) backward_launch<true>(by_key, long_k, s->count, wide);
+    size_t n_keys = k_rows * width;
+    if (partial) LAUNCH(attention_fold<A>, blocks(2 * n_keys, 256), 256, dk, dv, partial, chunks, n_keys);
 }
 
-static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v, const Sequences *s,
-                              int heads, int head_dim) {
-    if (gpu.half)
-        attention_forward_bf16((bf16 *)o, lse, (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, s, heads, head_dim,
-                               gpu.stream);
-    else
-        attention_forward_f32((float *)o, lse, (const float *)q, (const float *)k, (const float *)v, s, heads, head_dim,
-                              gpu.stream);
-}
-
-static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k, const act *v,
-                               const act *o, const float *lse, const Sequences *s, int heads, int head_dim) {
-    if (gpu.half)
-        attention_backward_bf16((bf16 *)dq, (bf16 *)dk, (bf16 *)dv, (const bf16 *)dout, (const bf16 *)q,
-                                (const bf16 *)k, (const bf16 *)v, (const bf16 *)o, lse, s, heads, head_dim,
-                                gpu.stream);
-    else
-        attention_backward_f32((float *)dq, (float *)dk, (float *)dv, (const float *)dout, (const float *)q,
-                               (const float *)k, (const float *)v, (const float *)o, lse, s, heads, head_dim,
-                               gpu.stream);
+static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
+                               const act *v, const act *o, const float *lse, const Sequences *s, int heads,
+                               int head_dim) {
+    BY_TYPE(backward_passes((A *)dq, (A *)dk, (A *)dv, (const A *)dout, (const A *)q, (const A *)k,
+                            (const A *)v, (const A *)o, lse, s, heads, head_dim));
 }

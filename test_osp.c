@@ -867,8 +867,8 @@ static float *golden_adapter(const Lora *l, int i, const char *prefix) {
 }
 
 // One case of clip and β: the figures of each video and the gradient of every adapter.
-static void check_policy_case(Run *r, const char *which, const float *x, const float *x_next, const double *sigma,
-                              Text cond, Text uncond) {
+// p: the step, its advantages and old log-probabilities still to come.
+static void check_policy_case(Run *r, const char *which, PolicyBatch p) {
     size_t n = r->B * latent_size(r);
     Lora *l = r->m->lora;
     PolicyOptions o;
@@ -876,11 +876,11 @@ static void check_policy_case(Run *r, const char *which, const float *x, const f
     memset(&o, 0, sizeof o);
     o.guidance = number("guidance"), o.clip = number(fmt("%sclip", which)), o.beta = number(fmt("%sbeta", which));
     float *ratio = golden(fmt("%sratio", which)), *policy = golden(fmt("%spolicy_loss", which));
-    float *clipped = golden(fmt("%sclipped", which)), *kl = golden("kl_loss"), *ref = up_golden("mean_ref");
-    double *advantage = wide_golden("advantages"), *logp_old = wide_golden(fmt("%slogp_old", which));
+    float *clipped = golden(fmt("%sclipped", which)), *kl = golden("kl_loss");
+    p.mean_ref = up_golden("mean_ref");
+    p.advantage = wide_golden("advantages"), p.logp_old = wide_golden(fmt("%slogp_old", which));
     zero(l->dw, l->n * sizeof(float));
-    double loss = policy_step(r, out, spoiled(n), spoiled(n), x, x_next, ref, sigma[0], sigma[1], cond, uncond,
-                              advantage, logp_old, &o);
+    double loss = policy_step(r, out, spoiled(n), spoiled(n), &p, &o, 1);
     lora_backward(r->m);
     note("loss", fabs(loss - *golden(fmt("%sloss", which))));
     for (int i = 0; i < r->B; i++) {
@@ -910,20 +910,102 @@ static void check_grpo(void) {
     schedule(all, S, 1);
     SdeStep step = sde_step(sigma[0], sigma[1]);
     note_golden("sigmas", rounded(all, S + 1)), note("std", fabs(step.std / *golden("std") - 1));
+    PolicyBatch p = {sigma[0], sigma[1], cond, uncond, x, NULL, NULL, NULL, NULL};
     l->scale = 0, weights_prepare(r->m);
-    policy_mean(r, mean, x, sigma[0], sigma[1], cond, uncond, g), note_float("mean_ref", mean);
+    policy_mean(r, mean, &p, g), note_float("mean_ref", mean);
     l->scale = scale, weights_prepare(r->m);
-    policy_mean(r, mean, x, sigma[0], sigma[1], cond, uncond, g), note_float("mean", mean);
+    policy_mean(r, mean, &p, g), note_float("mean", mean);
     lincomb(next, 1, mean, (float)step.std, up_golden("z"), n), note_float("x_next", next);
     worst_row(1e-5, "sigmas, std, mean, mean_ref, x_next,");
-    next = up_golden("x_next");
+    p.x_next = next = up_golden("x_next");
     for (size_t i = 0, one = n / G; i < (size_t)G; i++)
         note("logp", fabs(log_probability(next + i * one, mean + i * one, step.std, one) - logp[i]));
     worst_row(5e-6, "log-probability,");
-    check_policy_case(r, "case0.", x, next, sigma, cond, uncond);
-    check_policy_case(r, "case1.", x, next, sigma, cond, uncond);
+    check_policy_case(r, "case0.", p);
+    check_policy_case(r, "case1.", p);
     note_advantages(""), note_advantages("adv_big."), note_advantages("adv_flat.");
     worst_row(1e-6, "advantages,");
+}
+
+// Rows video[b], step i of W, of a golden [videos, W, ...], on the device.
+static float *golden_videos(const char *name, const int *video, int B, int i, int W, size_t one) {
+    float *all = golden(name), *x = (float *)xalloc(B * one, sizeof(float));
+    for (int b = 0; b < B; b++) memcpy(x + b * one, all + ((size_t)video[b] * W + i) * one, one * sizeof(float));
+    return up(x, B * one);
+}
+
+// Two micro-batches, an AdamW step each, of videos of two captions.
+static void check_grpo_micro(void) {
+    if (tally.half) { skip("the old log-probabilities are float64's: bfloat16 leaves the clip's range"); return; }
+    int B = (int)number("micro"), W = (int)number("window"), S = (int)number("S"), G = (int)number("group");
+    Run *r = golden_run(B, true, -1);
+    Lora *l = r->m->lora;
+    size_t one = latent_size(r), n = B * one, text = (size_t)r->m->c.text_len * r->m->c.text_dim;
+    float *order = golden("order"), *texts = golden("text_cond"), *old = golden("logp_old"), *A = golden("advantages");
+    float *mean = spoiled(n), *dmean = spoiled(n), *fresh = floats(l->n), *want = floats(l->n), scale = l->scale;
+    double sigma[64], loss, advantage[8], logp_old[8];
+    Surrogate out[8];
+    Optimizer opt;
+    PolicyOptions o;
+    TrainOptions t;
+    memset(&o, 0, sizeof o), memset(&t, 0, sizeof t);
+    o.guidance = number("guidance"), o.clip = number("clip"), o.beta = number("beta");
+    t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps"), t.clip = number("max_norm");
+    t.weight_decay = number("weight_decay");
+    schedule(sigma, S, 1);
+    for (int i = 0; i < 2 * l->count; i++)
+        upload(l->param[i].w, golden_adapter(l, i, "lora."), l->param[i].count * sizeof(float));
+    optimizer_init(&opt, l->w, l->dw, l->n);
+    float *start = down(l->w, l->n);
+    for (int N = 0; N < 2; N++) {
+        int video[8];
+        float *rows = floats(B * text);
+        double total = 0;
+        for (int b = 0; b < B; b++) {
+            video[b] = (int)order[N * B + b];
+            memcpy(rows + b * text, texts + video[b] / G * text, text * sizeof(float));
+            advantage[b] = A[video[b]];
+        }
+        for (int i = 0; i < W; i++) {
+            PolicyBatch p = {sigma[i], sigma[i + 1], {NULL, rows}, {NULL, repeated(golden("text_uncond"), text, B)},
+                             golden_videos("x", video, B, i, W, one), golden_videos("x_next", video, B, i, W, one), mean,
+                             advantage, logp_old};
+            l->scale = 0, weights_prepare(r->m);
+            float *ref = spoiled(n);
+            policy_mean(r, ref, &p, o.guidance), p.mean_ref = ref;
+            near("mean_ref", ref, down(golden_videos("mean_ref", video, B, i, W, one), n), n);
+            l->scale = scale, weights_prepare(r->m);
+            for (int b = 0; b < B; b++) logp_old[b] = old[video[b] * W + i];
+            total += loss = policy_step(r, out, mean, dmean, &p, &o, 1.0 / W) / W;
+            for (int b = 0; b < B; b++) {
+                note("ratio", 2 * fabs(out[b].ratio - golden(fmt("micro%d.ratio", N))[b * W + i]));
+                note("policy_loss", 2 * fabs(out[b].policy_loss - golden(fmt("micro%d.policy_loss", N))[b * W + i]));
+                note("clipped", out[b].clipped != (golden(fmt("micro%d.clipped", N))[b * W + i] != 0));
+                note("kl_loss", fabs(out[b].kl / golden(fmt("micro%d.kl_loss", N))[b * W + i] - 1));
+            }
+        }
+        note("loss", 2 * fabs(total - *golden(fmt("micro%d.loss", N))));
+        worst_row(1e-5, fmt("micro-batch %d: mean_ref, ratio, policy_loss, clipped, kl_loss, loss,", N));
+        lora_backward(r->m);
+        for (int i = 0; i < 2 * l->count; i++) {
+            const Param *q = &l->param[i];
+            float *g = golden_adapter(l, i, fmt("micro%d.grad.lora.", N));
+            near(q->name, q->dw, g, q->count);
+            memcpy(want + q->offset, g, q->count * sizeof(float));
+        }
+        worst_row(5e-4, fmt("micro-batch %d: each gradient,", N));
+        row(relative(down(l->dw, l->n), want, l->n), 1e-4, fmt("micro-batch %d: all gradients as one vector", N));
+        double norm = optimizer_step(&opt, &alone, &t, number("lr"));
+        row(fabs(norm / *golden(fmt("micro%d.norm", N)) - 1), 1e-5, fmt("micro-batch %d: norm before clipping", N));
+        for (int i = 0; i < 2 * l->count; i++) {
+            const Param *q = &l->param[i];
+            memcpy(want + q->offset, golden_adapter(l, i, fmt("micro%d.lora.", N)), q->count * sizeof(float));
+        }
+        memcpy(fresh, down(l->w, l->n), l->n * sizeof(float));
+        for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= want[i] == 0 && start[i] == 0 ? 0 : start[i];
+        row(relative(fresh, want, l->n), 3e-4, fmt("micro-batch %d: the adapter's whole change", N));
+        weights_prepare(r->m);
+    }
 }
 
 static void check_golden(const char *folder) {
@@ -937,7 +1019,7 @@ static void check_golden(const char *folder) {
         if (file_find(&gold, "decode")) check_hif8_file();
         else if (file_meta(&gold, "cases")) check_skiparse_file();
         else if (file_find(&gold, "ema.1")) check_adamw_file();
-        else if (file_find(&gold, "micro0.ratio")) skip("micro-batches come next");
+        else if (file_find(&gold, "micro0.ratio")) check_grpo_micro();
         else if (file_find(&gold, "rewards")) check_grpo();
         else if (file_find(&gold, "x.1")) check_sampler();
         else if (file_find(&gold, "output")) check_dit();
@@ -1109,7 +1191,7 @@ static void check_batch_fill(void) {
 }
 
 static TrainOptions small_training(void) {
-    TrainOptions o = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 4};
+    TrainOptions o = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
     return o;
 }
 static void train_some(Model *m, Optimizer *opt, int from, int to) {
@@ -1620,7 +1702,7 @@ static void whole_block(Run *r, int i, int back) { if (back) block_backward(r, i
 // A forward, or a training step with AdamW and all.
 static struct { float *x, *target, *dout; Optimizer opt; } trial;
 static void whole_step(Run *r, int i, int training) {
-    static const TrainOptions o = {1, 1, 0, 1e-5, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0, 1};
+    static const TrainOptions o = {1, 1, 0, 1e-5, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0, 1, 1};
     double t = 500;
     Batch a = {NULL, NULL, NULL, &t};
     (void)i;
@@ -1935,7 +2017,7 @@ enum { MOST_LOGS = 8, FIELDS = 5 };
 typedef struct { int n; double *step, *field[FIELDS]; } Log;
 
 // Lines "HEAD 10/600 .. KEY number ..". Field k: the key, then how sscanf finds the number after it.
-static Log read_log(const char *path, const char *head, const char *const (*field)[2], int count) {
+static Log read_log(const char *path, const char *head, const char *const (*field)[2], int count, bool must) {
     enum { ROOM = 1 << 16 };
     char line[1024];
     FILE *file = fopen(path, "r");
@@ -1951,7 +2033,7 @@ static Log read_log(const char *path, const char *head, const char *const (*fiel
         l.n += ok;
     }
     fclose(file);
-    if (!l.n) die("%s: no line like \"%s10/600 ..%s..\"; give osp's standard output", path, head, field[0][0]);
+    if (!l.n && must) die("%s: no line like \"%s10/600 ..%s..\"; give osp's standard output", path, head, field[0][0]);
     return l;
 }
 
@@ -1966,9 +2048,9 @@ static double *smoothed(const double *y, int n) {        // the mean of a window
 }
 
 // One panel: field `mean` of each log; the band between fields low and high, or, where these are the mean, smoothed.
-static void show_curves(double y, double h, bool log_y, const Log *logs, int count, int mean, int low, int high,
+static Plot show_curves(double y, double h, bool log_y, const Log *logs, int count, int mean, int low, int high,
                         const char *title) {
-    Plot a = {80, y, 880, h, INFINITY, -INFINITY, INFINITY, -INFINITY, log_y};
+    Plot a = {80, y, 880, h, 0, -INFINITY, INFINITY, -INFINITY, log_y};
     for (const Log *l = logs; l < logs + count; l++)
         for (int j = 0; j < l->n; j++) {
             a.x0 = fmin(a.x0, l->step[j]), a.x1 = fmax(a.x1, l->step[j]);
@@ -1983,21 +2065,34 @@ static void show_curves(double y, double h, bool log_y, const Log *logs, int cou
         curve(&a, l->step, l->field[low], low == mean ? NULL : l->field[high], l->n, OTHER_COLOR[i], 1, 0.3);
         curve(&a, l->step, middle, NULL, l->n, OTHER_COLOR[i], 2.5, 1);
     }
+    return a;
+}
+
+// What osp grpo --eval prints, on the panel of the rewards.
+static void show_held_out(Plot a, const char *const *paths, int count) {
+    static const char *const SCORE[][2] = {{": ", "%lf"}};
+    for (int i = 0; i < count; i++) {
+        Log l = read_log(paths[i], "held out after ", SCORE, 1, false);
+        for (int j = 0; j < l.n; j++) l.field[0][j] /= 100;
+        curve(&a, l.step, l.field[0], NULL, l.n, OTHER_COLOR[i], 1.5, 1);
+        for (int j = 0; j < l.n; j++) dot(at_x(&a, l.step[j]), at_y(&a, l.field[0][j]), 5, OTHER_COLOR[i]);
+    }
 }
 
 static void show_logs(const char *const *paths, int count, bool reward) {
     static const char *const LOSS[][2] = {{" loss ", "%lf"}}, *const REWARD[][2] = {
         {" reward ", "%lf"}, {" kl ", "%lf"}, {" ratio ", "%lf"}, {" ratio ", "%*f %lf"}, {" ratio ", "%*f %*f %lf"}};
-    Log l[MOST_LOGS];
+    Log l[MOST_LOGS] = {{0, NULL, {NULL}}};
     picture(1000, reward ? 960 : 560, reward ? "Mix-GRPO, by update" : "Flow matching, by training step", "");
     for (int i = 0; i < count; i++) {
         const char *slash = strrchr(paths[i], '/'), *name = slash ? slash + 1 : paths[i];
-        l[i] = reward ? read_log(paths[i], "update ", REWARD, 5) : read_log(paths[i], "step ", LOSS, 1);
+        l[i] = reward ? read_log(paths[i], "update ", REWARD, 5, true) : read_log(paths[i], "step ", LOSS, 1, true);
         label(960 - 120 * (count - 1 - i), 74, 13, 'e', OTHER_COLOR[i], "%.*s", (int)strcspn(name, "."), name);
     }
     if (!reward) show_curves(120, 390, true, l, count, 0, 0, 0, "loss: mean (v − (noise − data))², and its running mean");
     if (!reward) return;
-    show_curves(120, 320, false, l, count, 0, 0, 0, "reward: mean of an update's videos, and its running mean");
+    show_held_out(show_curves(120, 320, false, l, count, 0, 0, 0, "reward of an update's videos (thin), its running mean, "
+                              "and the held-out score (dots)"), paths, count);
     show_curves(520, 150, false, l, count, 1, 1, 1, "KL to the model without its adapter, and its running mean");
     show_curves(750, 150, false, l, count, 3, 2, 4, "ratio: mean, least and largest of an update");
 }
@@ -2203,6 +2298,46 @@ static void show_ranks(const Config *c, const char *name, int R) {
     label(830, 682, 13, 's', INK, "%.0f %% less in all", 100 * (1 - all[0] / all[1]));
 }
 
+// ---- grpo: one noise, a window of SDE steps, a group that fans out, and what its rewards push -------------
+static void show_grpo(void) {
+    enum { G = 5, S = 8, WINDOW = 2 };
+    static const double END[G] = {-125, -60, 5, 70, 125}, REWARD[G] = {0.35, 0.62, 0.88, 0.71, 0.44};
+    double advantage[G], sigma[S + 1];
+    picture(1000, 470, "Mix-GRPO: a group of videos of one caption, from one noise",
+            "chance spreads the group in the window; a reward above the group's mean makes that chance likelier");
+    schedule(sigma, S, 1);
+    advantages(advantage, REWARD, G);
+    for (int i = 0; i <= S; i++) {
+        double x = 70 + 560 * i / S;
+        line(x, 120, x, 430, FAINT, 1);
+        label(x, 452, 12, 'm', SOFT, "σ %.3g", sigma[i]);
+    }
+    box(70, 108, 560.0 * WINDOW / S, 26, PATTERN_COLOR[2], 0.9);
+    label(70 + 280.0 * WINDOW / S, 126, 13, 'm', PAPER, "window: SDE");
+    box(70 + 560.0 * WINDOW / S, 108, 560.0 * (S - WINDOW) / S, 26, PATTERN_COLOR[0], 0.9);
+    label(350 + 280.0 * WINDOW / S, 126, 13, 'm', PAPER, "ODE: no noise, no gradient");
+    for (int v = 0; v < G; v++) {
+        double x = 70, y = 280;
+        for (int i = 1; i <= S; i++) {                   // chance spreads them, then each goes its way
+            double part = i <= WINDOW ? 0.55 * i / WINDOW : 0.55 + 0.45 * (i - WINDOW) / (S - WINDOW);
+            double jump = i == 1 ? 14 * sin(3.0 * v + 1) : 0, next = 280 + END[v] * part + jump;
+            line(x, y, 70 + 560 * i / S, next, PATTERN_COLOR[i <= WINDOW ? 2 : 0], i <= WINDOW ? 2.5 : 1.5);
+            x = 70 + 560 * i / S, y = next;
+            dot(x, y, i <= WINDOW ? 4 : 2.5, PATTERN_COLOR[i <= WINDOW ? 2 : 0]);
+        }
+        const char *color = OTHER_COLOR[advantage[v] > 0 ? 0 : 2];
+        box(650, y - 11, 150 * REWARD[v], 22, RIM, 0.6);
+        label(656, y + 5, 13, 's', INK, "reward %.2f", REWARD[v]);
+        label(880, y + 5, 15, 'e', color, "%+.2f", advantage[v]);
+        label(892, y + 5, 13, 's', color, "%s", advantage[v] > 0 ? "likelier" : "less likely");
+    }
+    dot(70, 280, 7, INK);
+    label(62, 260, 13, 'e', INK, "noise");
+    label(650, 104, 15, 's', INK, "reward");
+    label(880, 104, 15, 'e', INK, "advantage");
+    label(960, 452, 12, 'e', SOFT, "advantage = (reward − mean) / std");
+}
+
 // ---- the command -----------------------------------------------------------------------------------------
 typedef struct { const char *out, *preset; Captions words; int P, R; } ShowOptions;
 
@@ -2211,10 +2346,11 @@ static void draw_picture(const ShowOptions *o) {
     const char *name = o->preset ? o->preset : "toy";
     int count = o->words.count - 1;
     Config c = shape_config(name);
-    one_of("show", kind, "skiparse|model|hif8|ranks|loss|reward:");
+    one_of("show", kind, "skiparse|model|hif8|ranks|grpo|loss|reward:");
     if (!strcmp(kind, "skiparse")) show_skiparse(o->P);
     else if (!strcmp(kind, "model")) show_model(&c, name);
     else if (!strcmp(kind, "hif8")) show_hif8();
+    else if (!strcmp(kind, "grpo")) show_grpo();
     else if (!strcmp(kind, "ranks")) show_ranks(&c, name, o->R);
     else if (count < 1 || count > MOST_LOGS) die("%d logs, expected 1 to %d: show %s LOG..", count, MOST_LOGS, kind);
     else show_logs(o->words.text + 1, count, !strcmp(kind, "reward"));
