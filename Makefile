@@ -1,9 +1,11 @@
 # make          builds osp, after saying what was found here and what was left out
 # make demo     a clip from your sentence        make test    all checks          make verify  the paper's claims
 # make bench    time of every part               make mutate  proves that the tests can fail
+# make figures  the README's pictures             make grpo-tiny  the rise of its reinforcement learning
 # make sanitize tests and bad input under AddressSanitizer and UBSan              make fuzz    the file reader
 # make osp_mpi, make osp_cuda                    other builds, where mpicc and nvcc work
-# OMP=0 leaves OpenMP out; CC=clang, NATIVE=0 (no -march=native), GOLDEN=dir, ARCH=90a (CUDA), MPI=1 (osp_cuda with ranks)
+# OMP=0 leaves OpenMP out; CC=clang, NATIVE=0 (no -march=native), GOLDEN=dir, ARCH="80 90a" (the cards of osp_cuda),
+# MPI=1 (osp_cuda with ranks)
 
 CC     ?= cc
 NATIVE ?= 1
@@ -19,18 +21,18 @@ probe   = $(shell printf '%s\n' '$(2)' | $(1) -x c - -o /dev/null 2>/dev/null &&
 HAS_OMP := $(if $(filter 1,$(OMP)),$(call probe,$(CC) -fopenmp,int main(void) { return 0; }))
 HAS_STB := $(shell printf '\043if __has_include(<stb/stb_image_write.h>)\n\043include <stb/stb_image_write.h>\n\043else\n\043include <stb_image_write.h>\n\043endif\nint main(void) { return 0; }\n' | $(CC) -x c - -o /dev/null 2>/dev/null && echo yes)
 HAS_MPI := $(call probe,mpicc,int main(void) { return 0; })
-HAS_NVCC := $(shell nvcc --version >/dev/null 2>&1 && echo yes)
+HAS_NVCC := $(shell nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1 \2/p' | awk '$$1 * 100 + $$2 >= 1205 { print "yes" }')
 FLAGS    = -std=gnu11 $(CFLAGS) -fno-math-errno $(if $(filter 1,$(NATIVE)),-march=native) $(if $(HAS_OMP),-fopenmp,-Wno-unknown-pragmas) $(WARN)
 LIBS     = -lm -ldl
 
-.PHONY: all report demo train-tiny test verify bench mutate sanitize sanitize_mpi fuzz test_mpi test_cuda test-weights clean
+.PHONY: all report demo train-tiny grpo-tiny figures torture test verify bench mutate sanitize sanitize_mpi fuzz test_mpi test_cuda test-weights clean
 all: report osp
 
 report:
 	@echo "$(if $(HAS_STB),✓ stb_image_write,✗ stb_image_write is missing and needed: apt-get install -y libstb-dev)"
 	@echo "$(if $(HAS_OMP),✓ OpenMP,→ without OpenMP: one thread (gcc has it; for clang: apt-get install -y libomp-dev))"
 	@echo "$(if $(HAS_MPI),✓ MPI: make osp_mpi,→ without MPI: no ranks (apt-get install -y libopenmpi-dev openmpi-bin))"
-	@echo "$(if $(HAS_NVCC),✓ nvcc: make osp_cuda,→ without nvcc: no GPU program (install the CUDA Toolkit))"
+	@echo "$(if $(HAS_NVCC),✓ nvcc: make osp_cuda,→ without nvcc: no GPU program (install the CUDA Toolkit, 12.5 or newer))"
 
 osp: osp.c
 	$(CC) $(FLAGS) osp.c -o $@ $(LIBS)
@@ -41,11 +43,13 @@ osp_mpi: osp.c
 test_osp_mpi: test_osp.c osp.c
 	OMPI_CC=$(CC) mpicc -DOSP_MPI $(FLAGS) test_osp.c -o $@ $(LIBS)
 
-# ---- GPU: the card found, or ARCH (80, 89, 90a, ...); without a card sm_80 and sm_90a
-ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
-gencode = -gencode=arch=compute_$(1),code=sm_$(1)
-NVFLAGS = -std=c++17 -O3 $(if $(ARCH),$(call gencode,$(ARCH)),$(call gencode,80) $(call gencode,90a)) -Xcompiler -fopenmp,-march=native \
-          $(if $(MPI),-DOSP_MPI $(filter -I%,$(shell mpicc --showme:compile)))
+# ---- GPU: machine code for the card found, or for those in ARCH (80, 86, 89, 90a, 120, ..; sm_90a means 90a), or for
+# 80 and 90a where there is neither; and PTX, which any other card from 8.0 on compiles when the program first starts
+ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/p' | sort -u)
+CARDS   = $(patsubst 90,90a,$(patsubst sm_%,%,$(or $(strip $(ARCH)),80 90a)))
+NVFLAGS = -std=c++17 -O3 $(foreach c,$(CARDS),-gencode=arch=compute_$(c),code=sm_$(c)) -gencode=arch=compute_80,code=compute_80 \
+          -Xcompiler -fopenmp,-Wall,-Wextra $(if $(filter 1,$(NATIVE)),-Xcompiler -march=native) \
+          $(if $(MPI),-DOSP_MPI -DOMPI_SKIP_MPICXX $(filter -I%,$(shell mpicc --showme:compile)))
 HAS_NCCL := $(if $(MPI),$(shell printf '\043include <nccl.h>\nint main(void) { return 0; }\n' | nvcc -x cu - -lnccl -o /dev/null 2>/dev/null && echo yes))
 NVLIBS   = -lcublasLt $(if $(HAS_NCCL),-lnccl) $(if $(MPI),$(filter -L% -l%,$(shell mpicc --showme:link)))
 osp_cuda: osp_cuda.cu osp.c
@@ -72,16 +76,37 @@ OSP ?= ./osp_cuda
 TOY ?= .
 EVAL = $(OSP) eval -n 256 --batch 64 --json
 train-toy:
-	$(OSP) train --preset toy --full --size 16 --batch 128 --steps 3000 -o $(TOY)/toy_16.safetensors >$(TOY)/toy_16.log
+	$(OSP) train --preset toy --full --height 16 --width 16 --batch 128 --steps 3000 -o $(TOY)/toy_16.safetensors >$(TOY)/toy_16.log
 	$(EVAL) -w $(TOY)/toy_16.safetensors
-	$(OSP) train --preset toy --init $(TOY)/toy_16.safetensors --size 32 --steps 2500 --lr 1e-3 -o $(TOY)/toy_full.safetensors >$(TOY)/toy_full.log
+	$(OSP) train --preset toy --init $(TOY)/toy_16.safetensors --height 32 --width 32 --steps 2500 --lr 1e-3 -o $(TOY)/toy_full.safetensors >$(TOY)/toy_full.log
 	$(EVAL) -w $(TOY)/toy_full.safetensors
 	$(OSP) train --preset toy --init $(TOY)/toy_full.safetensors --full-blocks 4 --steps 1500 --lr 5e-4 -o $(TOY)/toy_hybrid.safetensors >$(TOY)/toy_hybrid.log
 	$(EVAL) -w $(TOY)/toy_hybrid.safetensors
 	$(OSP) train --preset toy --init $(TOY)/toy_hybrid.safetensors --hif8 --dtype hif8 --steps 800 --lr 2e-4 -o $(TOY)/toy.safetensors >$(TOY)/toy.log
 	$(EVAL) -w $(TOY)/toy.safetensors
-	$(OSP) grpo --init $(TOY)/toy_hybrid.safetensors --lr 3e-4 --steps 40 -n 12 --window 5 -g 4 -o $(TOY)/toy_lora.safetensors >$(TOY)/toy_grpo.log
-	$(EVAL) -w $(TOY)/toy_hybrid.safetensors --lora $(TOY)/toy_lora.safetensors
+
+# ---- reinforcement learning with room to gain: tiny on two cores (a base of a minute, then four); a young toy on a GPU
+SEED ?= 1
+grpo-tiny: report osp
+	./osp train --preset tiny --steps 700 --warmup 50 -o tiny_700.safetensors
+	./osp grpo --init tiny_700.safetensors --seed $(SEED) --eval 10 -o tiny_lora.safetensors | tee tiny_grpo.log
+	./osp eval -w tiny_700.safetensors -n 192 --batch 32 --steps 12 --soft
+	./osp eval -w tiny_700.safetensors --lora tiny_lora.safetensors -n 192 --batch 32 --steps 12 --soft
+grpo-toy:
+	$(OSP) train --preset toy --full --height 16 --width 16 --batch 128 --steps 450 -o $(TOY)/toy_450.safetensors >$(TOY)/toy_450.log
+	$(OSP) grpo --init $(TOY)/toy_450.safetensors --seed $(SEED) --steps 60 --micro 4 -o $(TOY)/toy_lora.safetensors >$(TOY)/toy_grpo.log
+	$(EVAL) -w $(TOY)/toy_450.safetensors
+	$(EVAL) -w $(TOY)/toy_450.safetensors --lora $(TOY)/toy_lora.safetensors
+
+# ---- the README's pictures, from files in the repository
+figures: test_osp
+	./test_osp show skiparse -o assets/skiparse.svg
+	./test_osp show model -o assets/model.svg
+	./test_osp show ranks -R 4 -o assets/ranks.svg
+	./test_osp show hif8 -o assets/hif8.svg
+	./test_osp show grpo -o assets/grpo.svg
+	./test_osp show reward assets/grpo_seed1.log assets/grpo_seed2.log assets/grpo_seed3.log -o assets/reward.svg
+	./test_osp show loss assets/float.log assets/float_float.log assets/float_hif8.log -o assets/loss.svg
 
 # ---- proof
 test: osp test_osp
@@ -107,7 +132,7 @@ test_cuda: test_osp_cuda
 # needs about 6 GB: torch, transformers and diffusers in a virtual environment
 test-weights: osp
 	@echo "this installs torch, transformers and diffusers (about 6 GB) into .venv"
-	python3 -m venv .venv && .venv/bin/pip install -q numpy safetensors torch transformers diffusers sentencepiece imageio-ffmpeg
+	python3 -m venv .venv && .venv/bin/pip install -q numpy safetensors ftfy torch transformers diffusers sentencepiece imageio-ffmpeg
 	.venv/bin/python weights_export.py test --all --osp ./osp --golden $(GOLDEN)
 SAN = -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer $(if $(HAS_OMP),-fopenmp) $(WARN)
 sanitize_mpi:

@@ -336,6 +336,7 @@ static void   device_start(const char *dtype, int rank);  // first; f32, bf16, o
 static void   wait_device(void);                          // until all that was asked for is done
 static void  *device_alloc(size_t bytes);      // zeroed; dies with the number of bytes where there is no room
 static void   device_free(void *p);
+static double device_memory(void);                      // bytes that device_alloc may give in all
 static size_t act_size(void);  // bytes of one act
 static void   zero(void *p, size_t bytes);
 static void   copy(void *dst, const void *src, size_t bytes);      // device to device
@@ -1556,6 +1557,11 @@ static void *scratch(size_t bytes) {                   // working memory, not ze
 }
 static void  *device_alloc(size_t bytes) { return memset(scratch(bytes), 0, bytes); }
 static void   device_free(void *p) { free(p); }
+static double device_memory(void) {
+    struct rlimit limit;
+    double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    return getrlimit(RLIMIT_AS, &limit) ? machine : fmin(machine, (double)limit.rlim_cur);
+}
 static size_t act_size(void) { return sizeof(act); }
 static void   zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 static void   copy(void *dst, const void *src, size_t bytes) { if (bytes) memmove(dst, src, bytes); }
@@ -3120,15 +3126,17 @@ static void output_abandon(void);            // what was being written is remove
 
 // One line that says what, where and what to do; exit code 2 (bad use or bad input).
 static void die(const char *format, ...) {
+    char line[8192];
     va_list args;
     wait_for_rank_0();                                // on many ranks the first one says what all have to say
     output_abandon();
     va_start(args, format);
     fflush(stdout);
-    fputs("osp: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, format, args);
     va_end(args);
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < ' ') *c = ' ';               // one line, whatever an argument holds
+    fprintf(stderr, "osp: %s\n", line);
     abort_ranks();
     exit(2);
 }
@@ -3328,6 +3336,7 @@ static void parse_header(File *f) {
     json_take(f, "{");
     do {
         Entry *e = &f->entry[f->count];
+        if (json_try(f, "\"__metadata__\":{}")) continue;
         metadata |= json_try(f, "\"__metadata__\":{");
         e->name = json_string(f);
         if (file_find(f, e->name) || f->count++ == 10000) expected(f, "a new name, one of at most 10000");
@@ -3936,7 +3945,7 @@ static void config_override(Config *c, const Options *o) {
 // What a run will take, said and refused before any of it is asked for.
 static void plan_memory(Run *plan) {
     const Model *m = plan->m;
-    double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / ranks_here();
+    double machine = device_memory() / ranks_here();
     double weights = (double)model_bytes(m, plan->training), run = (double)run_place(plan, NULL);
     struct rlimit limit;
     if (plan->training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);     // moments, average
@@ -3990,7 +3999,8 @@ static void stop(int number) {                        // a second one ends the p
     bool wait = learning && !stopped;
     stopped = number;
     if (wait) return;
-    output_abandon();
+    for (Output *o = outputs; o < outputs + 4; o++)
+        if (o->file) unlink(o->temp);
     _exit(128 + number);
 }
 

@@ -169,6 +169,11 @@ static void *device_alloc(size_t bytes) {
 }
 
 static void device_free(void *p) { cuda_check(cudaFree(p)); }
+static double device_memory(void) {                       // of the cards of this machine's ranks
+    size_t unused, all;
+    cuda_check(cudaMemGetInfo(&unused, &all));
+    return (double)all * (gpu.shared ? 1 : ranks_here());
+}
 static size_t act_size(void) { return gpu.half ? sizeof(bf16) : sizeof(float); }
 static cudaDataType_t act_type(void) { return gpu.half ? CUDA_R_16BF : CUDA_R_32F; }
 

@@ -18,8 +18,10 @@ __attribute__((noreturn)) static void caught_exit(int code) {
 #define exit caught_exit
 #ifdef TEST_CUDA
 #include "osp_cuda.cu"
+enum { ON_GPU = 1 };
 #else
 #include "osp.c"
+enum { ON_GPU = 0 };
 #endif
 #undef exit
 #include <dlfcn.h>
@@ -511,6 +513,128 @@ static void check_elementwise(void) {
     note("squared distance", fabs(sum_squares(x.f, z.f, n) / distance - 1));
     note("mse", fabs(mse(d, x.f, z.f, n) * (double)n / distance - 1)), near("d mse", d, dmse, n);
     worst_row(1e-6, "lincomb, sums, mse,");
+}
+
+static double off(const float *device, const float *want, int n) { return relative(down(device, n), want, n); }
+static double off_act(const act *device, const float *want, int n) { return relative(down_act(device, n), want, n); }
+
+// ---- the sizes that a GPU has kernels of its own for; the same checks hold on a CPU ----------------------
+// Wide rows, modulated: norm, residual, gather and all gradients; the sums over a row in four passes.
+static void check_wide_norm(int D, bool modulated) {
+    enum { B = 2, N = 150, R = B * N };
+    int s[] = {B, N, D, modulated, true}, all = R * D, few = B * D, map[R];
+    Rows rows = {B, N, D};
+    Given x = given(1, all, 1), y = given(2, all, 1), gate = given(3, few, 1), shift = given(4, few, 1);
+    Given scale = given(5, few, 1), dh = given(6, all, 1), plus = given(7, all, 1);
+    double *in[] = {x.wide, y.wide, gate.wide, shift.wide, scale.wide}, *sum[3];
+    float *want = value_of(norm_formula, s, in, 2 * all), *w_x = want + all, *w_dx = floats(all), *w_dy = floats(all);
+    for (int i = 0; i < 3; i++) sum[i] = widened(plus.h, few);
+    for (int r = 0; r < R; r++) {
+        int b = r / N * D, at = modulated ? b : 0;
+        double mean = 0, var = 3e-4, g_sum = 0, gu_sum = 0;
+        for (int i = 0; i < 4 * D; i++) {
+            int pass = i / D, d = i % D, j = r * D + d;
+            double u = (w_x[j] - mean) / sqrt(var), g = dh.wide[j] * (modulated + scale.wide[at + d]);
+            if (pass == 0) mean += (double)w_x[j] / D;
+            if (pass == 1) var += (w_x[j] - mean) * (w_x[j] - mean) / D;
+            if (pass == 2) g_sum += g / D, gu_sum += g * u / D;
+            if (pass < 3) continue;
+            w_dx[j] = (float)(plus.wide[j] + (g - g_sum - u * gu_sum) / sqrt(var));
+            w_dy[j] = gate.h[b + d] * w_dx[j], sum[0][b + d] += w_dx[j] * y.wide[j];
+            sum[1][at + d] += dh.wide[j], sum[2][at + d] += dh.wide[j] * u;
+        }
+    }
+    for (int r = 0; r < R; r++) map[r] = r * 7 % R;
+    PerSample g = per_sample(gate.h, B, D, true), dg = per_sample(plus.h, B, D, true);
+    Affine a = {per_sample(shift.h, B, D, modulated), per_sample(scale.h, B, D, modulated), (float)modulated};
+    Affine d = {per_sample(plus.h, B, D, modulated), per_sample(plus.h, B, D, modulated), 0};
+    float *x_out = spoiled(all), *moved = spoiled(all), *stat = spoiled(2 * R);
+    act *h = spoiled_act(all), *dy = spoiled_act(all);
+    residual_norm_forward(x_out, h, stat, x.f, y.a, g, a, rows, 3e-4f);
+    residual_gather_forward(moved, x.f, y.a, g, to_device(map, R), R, rows);
+    norm_backward(plus.f, d, dh.a, x_out, stat, a, rows);
+    gate_backward(dy, dg, plus.f, y.a, g, rows);
+    note("x_out", off(x_out, w_x, all)), note("h", off_act(h, want, all)), note("dx", off(plus.f, w_dx, all));
+    for (int r = 0; r < R; r++) note("gather", off(moved + r * D, w_x + map[r] * D, D));
+    note("dy", off_act(dy, w_dy, all)), note("dgate", off_each(dg, rounded(sum[0], few), B, D));
+    note("dshift", off_each(d.shift, rounded(sum[1], few), B, D));
+    note("dscale", off_each(d.scale, rounded(sum[2], few), B, D));
+    worst_row(5e-6, fmt("rows of %d, %s norm,", D, modulated ? "modulated" : "affine"));
+}
+
+// The gradients from one row's sums: with g = dy turned back, dw += g·x/rms, dx = (g·w − x·Σ g·w·x/rms²/D)/rms.
+static void check_wide_rmsnorm(int D, int heads) {
+    enum { B = 2, N = 150, R = B * N };
+    int all = R * D, hd = D / heads, s[] = {B, N, D, heads, 1};
+    Rows rows = {B, N, D};
+    Given x = given(1, all, 1), w = given(2, D, 1), dy = given(4, all, 1), plus = given(5, D, 1);
+    float *turn = noise(3, N * hd, 1), *rstd = spoiled(R), *w_dx = floats(all);
+    for (int i = 0; i < N * hd; i += 2) turn[i + 1] = sinf(turn[i]), turn[i] = cosf(turn[i]);
+    double *in[] = {x.wide, w.wide, widened(turn, N * hd)}, *w_dw = widened(plus.h, D);
+    for (int r = 0; r < R; r++) {
+        double squares = 1e-3, gx = 0;
+        for (int i = 0; i < 3 * D; i++) {
+            int pass = i / D, d = i % D, j = r * D + d, pair = r * D + (d & ~1);
+            double *at = &in[2][r % N * hd + (d & ~1) % hd], v0 = dy.wide[pair], v1 = dy.wide[pair + 1];
+            double g = d % 2 ? v1 * at[0] - v0 * at[1] : v0 * at[0] + v1 * at[1];
+            if (pass == 0) squares += x.wide[j] * x.wide[j] / D;
+            if (pass == 1) gx += g * w.wide[d] * x.wide[j] / squares / D, w_dw[d] += g * x.wide[j] / sqrt(squares);
+            if (pass == 2) w_dx[j] = (float)((g * w.wide[d] - x.wide[j] * gx) / sqrt(squares));
+        }
+    }
+    act *y = spoiled_act(all), *dx = spoiled_act(all);
+    float *table = up(turn, N * hd);
+    rmsnorm_rope_forward(y, rstd, x.a, w.f, table, rows, heads, 1e-3f);
+    rmsnorm_rope_backward(dx, plus.f, dy.a, x.a, rstd, w.f, table, rows, heads);
+    note("y", off_act(y, value_of(rms_formula, s, in, all), all)), note("dx", off_act(dx, w_dx, all));
+    note("dw", off(plus.f, rounded(w_dw, D), D));
+    worst_row(5e-6, fmt("rows of %d, rmsnorm + rope,", D));
+}
+
+// Scores that try a softmax: queries and keys lifted apart (scores far below 0), keys that grow from first to last,
+// spikes. Query 5 is NaN: it must stay so, alone.
+static void check_logits(const char *kind, float apart, float first, float last, float spike, int hd) {
+    enum { Q = 70, K = 700 };
+    int start[] = {0, Q, 0, K};
+    float *x[] = {noise(1, Q * hd, 1), noise(2, K * hd, 1), noise(3, K * hd, 1)};
+    for (int i = 0; i < Q * hd; i++) x[0][i] = x[0][i] * (i % 997 ? 1 : spike) + apart / sqrtf(sqrtf((float)hd));
+    for (int i = 0; i < K * hd; i++) {
+        float grown = first + (last - first) * (float)(i / hd) / K;
+        x[1][i] = x[1][i] * grown * (i % 991 ? 1 : spike) - apart / sqrtf(sqrtf((float)hd));
+    }
+    for (int i = 0; i < 3; i++) x[i] = as_act(x[i], i ? K * hd : Q * hd);
+    Attended t = {doubles(Q * hd), doubles(Q * hd), doubles(K * hd), doubles(K * hd), doubles(Q), x[0], x[1], x[2],
+                  x[0], 1, hd};
+    for (int a = 0; a < Q; a++) attention_formula(&t, a, 0, 0, K);
+    for (int i = 5 * hd; i < 6 * hd; i++) x[0][i] = NAN;
+    Sequences s = {1, start, start + 2, to_device(start, 2), to_device(start + 2, 2)};
+    act *o = spoiled_act(Q * hd);
+    float *lse = spoiled(Q), *want = rounded(t.o, Q * hd);
+    attention_forward(o, lse, up_act(x[0], Q * hd), up_act(x[1], K * hd), up_act(x[2], K * hd), &s, 1, hd);
+    float *got = down_act(o, Q * hd), *sums = down(lse, Q);
+    for (int i = 5 * hd; i < 6 * hd; i++) got[i] = isnan(got[i]) && isnan(sums[5]) ? want[i] : INFINITY;
+    sums[5] = (float)t.lse[5];
+    note("o", relative(got, want, Q * hd)), note("lse", relative(sums, rounded(t.lse, Q), Q));
+    worst_row(1e-5, fmt("attention, %s, head_dim %d,", kind, hd));
+}
+
+static void check_kernels(void) {
+    static const int ROWS[][2] = {{128, 4}, {512, 4}, {1536, 12}, {5120, 40}}, HEAD_DIM[] = {32, 64, 128};
+    static const int PRODUCT[][3] = {{64, 127, 255}, {515, 8, 1}, {2050, 136, 24}, {4500, 512, 8}};
+    static const int OTHER[] = {16, 24, 48, 72, 136, 256}, self[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733};
+    static const int q[] = {0, 300, 300, 430, 431}, k[] = {0, 12, 524, 524, 1036}, few[] = {0, 37, 117};
+    for (int i = 0; i < 4; i++) {
+        check_wide_norm(ROWS[i][0], true), check_wide_norm(ROWS[i][0], false);
+        check_wide_rmsnorm(ROWS[i][0], ROWS[i][1]);
+        check_linear(PRODUCT[i][0], PRODUCT[i][1], PRODUCT[i][2]);
+    }
+    for (int i = 0; i < 3; i++) {
+        check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, HEAD_DIM[i], 1);
+        check_attention("cross, 12, 512, 0, 512 keys", 4, q, k, 2, HEAD_DIM[i], 1);
+        check_logits("scores far below 0", 8, 1, 1, 1, HEAD_DIM[i]), check_logits("spikes", 0, 1, 1, 30, HEAD_DIM[i]);
+        check_logits("growing", 0, 0, 24, 1, HEAD_DIM[i]), check_logits("shrinking", 0, 24, 0, 1, HEAD_DIM[i]);
+    }
+    for (int i = 0; i < 6; i++) check_attention("37 and 80 tokens", 2, few, few, 2, OTHER[i], 1);
 }
 
 static void check_ops(void) {
@@ -1399,6 +1523,7 @@ static int run_tests(const char *folder, bool ops_only) {
     char scratch[] = "/tmp/osp_test_XXXXXX";
     if (!tally.silent) printf("%-88s %9s %9s\n", "check", "measured", "limit");
     check_ops();
+    if (ON_GPU || ops_only) check_kernels();                 // 20 s on a CPU
     if (!ops_only) {
         if (!mkdtemp(scratch)) die("%s: %s; make room there", scratch, strerror(errno));
         const char *path = fmt("%s/file", scratch);
