@@ -3835,6 +3835,7 @@ static void option_store(const Option *o, void *values, const char *text) {
     if (o->kind == 'c') one_of(o->name, text, o->help);
     if (o->kind == 'c' || o->kind == 's') *(const char **)field = text;
     if (o->kind != 'm' || !text) return;
+    if (!text[strspn(text, " \t\n")]) die("%s: an empty caption; say what to draw", o->name);
     if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
     captions->text[captions->count++] = text;
 }
@@ -3869,6 +3870,8 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
         if (r == rows) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
         bool value = *argv[i] == '-' && table[r].kind != 'b';
         if (value && ++i == argc) die("%s needs a value; -h lists the options", table[r].name);
+        if (!value && table[r].kind == 's' && text[r] != table[r].standard)
+            die("\"%.60s\": only one %s is taken; -h lists the options", argv[i], table[r].name);
         text[r] = table[r].kind == 'b' ? "1" : argv[i];
         option_store(&table[r], values, text[r]);
     }

@@ -1,8 +1,8 @@
 // ==========================================================================================================
 // test_osp.c: the proof of osp.c, its timings and its pictures
 // ==========================================================================================================
-// Three kinds of judges: golden/ (an independent float64 implementation), double-precision formulas with central
-// differences for the gradients, and exact rules (bits, permutations). Errors are relative, |a − b| / |b| over
+// Three kinds of judges: golden/ (an independent float64 implementation), double-precision formulas with
+// central differences for the gradients, and exact rules (bits, permutations). Errors: |a − b| / |b| over
 // one tensor. What an operation must write is filled with NaN first. The tests free little.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -54,7 +54,7 @@ static char *shell(int *code, const char *command) {
 // half: act is bfloat16. subject: what the rows are about, such as a file's name.
 static struct { int passed, failed, skipped; bool silent, half; const char *subject; } tally;
 
-// A check: what was measured may not exceed the limit. bfloat16 keeps 8 bits: what is exact stays so, the rest
+// A check: what was measured may not exceed the limit. bfloat16: what is exact stays so, the rest
 // gets room.
 static void row(double measured, double limit, const char *what) {
     if (tally.half && limit > 0 && limit <= 1e-2) limit = limit <= 1e-5 ? 2e-2 : 1e-1;
@@ -74,7 +74,8 @@ static void skip(const char *why) {
 }
 
 static int tally_print(void) {
-    if (!tally.silent) printf("%d passed, %d failed, %d skipped\n", tally.passed, tally.failed, tally.skipped);
+    if (!tally.silent)
+        printf("%d passed, %d failed, %d skipped\n", tally.passed, tally.failed, tally.skipped);
     return tally.failed;
 }
 
@@ -212,8 +213,8 @@ static float *value_of(Formula f, const int *s, double **in, size_t n) {
 }
 
 // plus (may be NULL) + d (Σ dy·y) / d in[which], by central differences.
-static float *slope_of(Formula f, const int *s, double **in, int which, size_t count, const float *dy, size_t n,
-                       const float *plus) {
+static float *slope_of(Formula f, const int *s, double **in, int which, size_t count, const float *dy,
+                       size_t n, const float *plus) {
     double *high = doubles(n), *low = doubles(n), h = 1e-5;
     float *g = floats(count);
     for (size_t i = 0; i < count; i++) {
@@ -391,7 +392,8 @@ static void rms_formula(double *y, double *const *in, const int *s) {
     }
 }
 static void check_rmsnorm_rope(bool rope) {
-    int B = 2, n = 9, D = 18, heads = 3, s[] = {B, n, D, heads, rope}, all = B * n * D, angles = n * D / heads;
+    int B = 2, n = 9, D = 18, heads = 3, s[] = {B, n, D, heads, rope}, all = B * n * D,
+        angles = n * D / heads;
     Rows rows = {B, (size_t)n, D};
     Given x = given(1, all, 0.1), w = given(2, D, 1), dy = given(4, all, 1), plus = given(5, D, 1);
     float *turn = noise(3, angles, 1);
@@ -499,7 +501,8 @@ static void check_words(void) {
 static void check_elementwise(void) {
     size_t n = 10007;
     Given x = given(1, n, 1), z = given(2, n, 1);
-    float *want = floats(n), *only = floats(n), *dmse = floats(n), *y = spoiled(n), *y2 = spoiled(n), *d = spoiled(n);
+    float *want = floats(n), *only = floats(n), *dmse = floats(n), *y = spoiled(n), *y2 = spoiled(n),
+          *d = spoiled(n);
     double squares = 0, distance = 0;
     for (size_t i = 0; i < n; i++) {
         double apart = x.wide[i] - z.wide[i];
@@ -515,8 +518,12 @@ static void check_elementwise(void) {
     worst_row(1e-6, "lincomb, sums, mse,");
 }
 
-static double off(const float *device, const float *want, int n) { return relative(down(device, n), want, n); }
-static double off_act(const act *device, const float *want, int n) { return relative(down_act(device, n), want, n); }
+static double off(const float *device, const float *want, int n) {
+    return relative(down(device, n), want, n);
+}
+static double off_act(const act *device, const float *want, int n) {
+    return relative(down_act(device, n), want, n);
+}
 
 // ---- the sizes that a GPU has kernels of its own for; the same checks hold on a CPU ----------------------
 // Wide rows, modulated: norm, residual, gather and all gradients; the sums over a row in four passes.
@@ -527,7 +534,8 @@ static void check_wide_norm(int D, bool modulated) {
     Given x = given(1, all, 1), y = given(2, all, 1), gate = given(3, few, 1), shift = given(4, few, 1);
     Given scale = given(5, few, 1), dh = given(6, all, 1), plus = given(7, all, 1);
     double *in[] = {x.wide, y.wide, gate.wide, shift.wide, scale.wide}, *sum[3];
-    float *want = value_of(norm_formula, s, in, 2 * all), *w_x = want + all, *w_dx = floats(all), *w_dy = floats(all);
+    float *want = value_of(norm_formula, s, in, 2 * all), *w_x = want + all, *w_dx = floats(all),
+          *w_dy = floats(all);
     for (int i = 0; i < 3; i++) sum[i] = widened(plus.h, few);
     for (int r = 0; r < R; r++) {
         int b = r / N * D, at = modulated ? b : 0;
@@ -578,7 +586,8 @@ static void check_wide_rmsnorm(int D, int heads) {
             double *at = &in[2][r % N * hd + (d & ~1) % hd], v0 = dy.wide[pair], v1 = dy.wide[pair + 1];
             double g = d % 2 ? v1 * at[0] - v0 * at[1] : v0 * at[0] + v1 * at[1];
             if (pass == 0) squares += x.wide[j] * x.wide[j] / D;
-            if (pass == 1) gx += g * w.wide[d] * x.wide[j] / squares / D, w_dw[d] += g * x.wide[j] / sqrt(squares);
+            if (pass == 1)
+                gx += g * w.wide[d] * x.wide[j] / squares / D, w_dw[d] += g * x.wide[j] / sqrt(squares);
             if (pass == 2) w_dx[j] = (float)((g * w.wide[d] - x.wide[j] * gx) / sqrt(squares));
         }
     }
@@ -597,14 +606,15 @@ static void check_logits(const char *kind, float apart, float first, float last,
     enum { Q = 70, K = 700 };
     int start[] = {0, Q, 0, K};
     float *x[] = {noise(1, Q * hd, 1), noise(2, K * hd, 1), noise(3, K * hd, 1)};
-    for (int i = 0; i < Q * hd; i++) x[0][i] = x[0][i] * (i % 997 ? 1 : spike) + apart / sqrtf(sqrtf((float)hd));
+    for (int i = 0; i < Q * hd; i++)
+        x[0][i] = x[0][i] * (i % 997 ? 1 : spike) + apart / sqrtf(sqrtf((float)hd));
     for (int i = 0; i < K * hd; i++) {
         float grown = first + (last - first) * (float)(i / hd) / K;
         x[1][i] = x[1][i] * grown * (i % 991 ? 1 : spike) - apart / sqrtf(sqrtf((float)hd));
     }
     for (int i = 0; i < 3; i++) x[i] = as_act(x[i], i ? K * hd : Q * hd);
-    Attended t = {doubles(Q * hd), doubles(Q * hd), doubles(K * hd), doubles(K * hd), doubles(Q), x[0], x[1], x[2],
-                  x[0], 1, hd};
+    Attended t = {doubles(Q * hd), doubles(Q * hd), doubles(K * hd), doubles(K * hd), doubles(Q),
+                  x[0], x[1], x[2], x[0], 1, hd};
     for (int a = 0; a < Q; a++) attention_formula(&t, a, 0, 0, K);
     for (int i = 5 * hd; i < 6 * hd; i++) x[0][i] = NAN;
     Sequences s = {1, start, start + 2, to_device(start, 2), to_device(start + 2, 2)};
@@ -631,8 +641,10 @@ static void check_kernels(void) {
     for (int i = 0; i < 3; i++) {
         check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, HEAD_DIM[i], 1);
         check_attention("cross, 12, 512, 0, 512 keys", 4, q, k, 2, HEAD_DIM[i], 1);
-        check_logits("scores far below 0", 8, 1, 1, 1, HEAD_DIM[i]), check_logits("spikes", 0, 1, 1, 30, HEAD_DIM[i]);
-        check_logits("growing", 0, 0, 24, 1, HEAD_DIM[i]), check_logits("shrinking", 0, 24, 0, 1, HEAD_DIM[i]);
+        check_logits("scores far below 0", 8, 1, 1, 1, HEAD_DIM[i]),
+            check_logits("spikes", 0, 1, 1, 30, HEAD_DIM[i]);
+        check_logits("growing", 0, 0, 24, 1, HEAD_DIM[i]),
+            check_logits("shrinking", 0, 24, 0, 1, HEAD_DIM[i]);
     }
     for (int i = 0; i < 6; i++) check_attention("37 and 80 tokens", 2, few, few, 2, OTHER[i], 1);
 }
@@ -641,7 +653,8 @@ static void check_ops(void) {
     static const int LINEAR[][3] = {{1, 1, 1}, {7, 5, 3}, {37, 70, 29}, {131, 33, 517}, {300, 64, 64}};
     static const int self[] = {0, 5, 5, 38, 39, 203}, q[] = {0, 70, 70, 71, 81}, k[] = {0, 9, 13, 13, 210};
     static const int one[] = {0, 300};
-    float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1), *wide = noise(1, 5003, 1);
+    float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1),
+          *wide = noise(1, 5003, 1);
     for (int i = 0; i < 5003; i++) wide[i] *= expf(4 * rng_normal(78, 1, i));
     check_hif8(wide, 5003, 15), check_hif8(wide, 5003, 224), check_hif8(tiny, 3, 15);
     absmax(m, up_act(bad, 5), 5);
@@ -663,7 +676,7 @@ static void check_ops(void) {
 // ==========================================================================================================
 // One driver: forward, loss, backward
 // ==========================================================================================================
-// A batch on the host (text: ids or rows), and what the model makes of it. dtext: d loss / d the rows of text.
+// A batch on the host (text: ids or rows), and what the model makes of it. dtext: d loss / d rows of text.
 typedef struct { const float *x, *target, *rows; const int *ids; const double *t; } Question;
 typedef struct { double loss; float *out, *grad, *dtext; } Answer;
 
@@ -724,7 +737,8 @@ static double *wide_golden(const char *name) { return widened(golden(name), entr
 
 static double number(const char *key) {
     const char *text = file_meta(&gold, key);
-    if (!text) die("%s: no \"%s\" in its metadata, which a file of this kind has; make it again", gold.path, key);
+    if (!text)
+        die("%s: no \"%s\" in its metadata, which a file of this kind has; make it again", gold.path, key);
     return atof(text);
 }
 
@@ -732,10 +746,14 @@ static double number(const char *key) {
 static void note_golden(const char *name, const float *got) {
     note(name, relative(got, golden(name), entry(name)->count));
 }
-static void note_float(const char *name, const float *got) { note_golden(name, down(got, entry(name)->count)); }
-static void note_act(const char *name, const act *got) { note_golden(name, down_act(got, entry(name)->count)); }
+static void note_float(const char *name, const float *got) {
+    note_golden(name, down(got, entry(name)->count));
+}
+static void note_act(const char *name, const act *got) {
+    note_golden(name, down_act(got, entry(name)->count));
+}
 
-// The file's model, with its adapters if it has some. quant: 1 linear layers, 2 attention, 3 both; -1: as it says.
+// The file's model, with its adapters. quant: 1 linear layers, 2 attention, 3 both; -1: as it says.
 static Run *golden_run(int B, bool training, int quant) {
     Config c = config_read(&gold);
     if (quant >= 0) c.quant = quant & 1, c.quant_attn = quant >> 1;
@@ -749,7 +767,8 @@ static Run *golden_run(int B, bool training, int quant) {
 }
 
 static Answer golden_ask(Run *r) {
-    Question q = {golden("input.latent"), golden("target"), golden("input.text"), NULL, wide_golden("input.t")};
+    Question q = {golden("input.latent"), golden("target"), golden("input.text"), NULL,
+                  wide_golden("input.t")};
     return ask(r, &q);
 }
 
@@ -827,13 +846,15 @@ static void check_units(void) {
     size_t nx = entry("unit.linear.x")->count, nw = entry("unit.linear.w")->count;
     size_t ny = entry("unit.linear.y")->count, O = entry("unit.linear.b")->count;
     const Entry *eq = entry("unit.attn.q"), *ek = entry("unit.attn.k");
-    int heads = (int)eq->shape[1], hd = (int)eq->shape[2], qs[] = {0, (int)eq->shape[0]}, ks[] = {0, (int)ek->shape[0]};
+    int heads = (int)eq->shape[1], hd = (int)eq->shape[2], qs[] = {0, (int)eq->shape[0]},
+        ks[] = {0, (int)ek->shape[0]};
     Sequences s = {1, qs, ks, to_device(qs, 2), to_device(ks, 2)};
     act *x = golden_quantized("linear", "x", "xq", 15), *w = golden_quantized("linear", "w", "wq", 15);
     act *dy = golden_quantized("linear", "dy", "dyq", 224), *y = spoiled_act(ny), *dx = spoiled_act(nx);
     act *q = golden_quantized("attn", "q", "qq", 15), *k = golden_quantized("attn", "k", "kq", 15);
     act *v = golden_quantized("attn", "v", "vq", 15), *dout = up_act(golden("unit.attn.do"), eq->count);
-    act *o = spoiled_act(eq->count), *dq = spoiled_act(eq->count), *dk = spoiled_act(ek->count), *dv = spoiled_act(ek->count);
+    act *o = spoiled_act(eq->count), *dq = spoiled_act(eq->count), *dk = spoiled_act(ek->count),
+        *dv = spoiled_act(ek->count);
     float *dw = zeros(nw), *db = zeros(O);
     float *lse = spoiled(eq->count);
     golden_quantized("attn", "dq_raw", "dq", 224), golden_quantized("attn", "dk_raw", "dk", 224);
@@ -876,7 +897,8 @@ static void check_dit(void) {
 
 static void check_hif8_file(void) {
     size_t n = entry("x")->count;
-    float *decode = golden("decode"), *x = golden("x"), *code = golden("code"), *want = golden("y"), y, fifteen = 15;
+    float *decode = golden("decode"), *x = golden("x"), *code = golden("code"), *want = golden("y"), y,
+          fifteen = 15;
     for (int i = 0; i < 256; i++) y = hif8_decode((uint8_t)i), note("decode", !same_bits(&y, &decode[i], 1));
     for (size_t i = 0; i < n; i++) {
         y = hif8_round(x[i]);
@@ -919,9 +941,11 @@ static void check_skiparse_case(int T, int H, int W, int P) {
         float *order = golden(fmt("%s.%s_order", prefix, KIND[i])), *inverse = floats(N);
         float *length = golden(fmt("%s.%s_lens", prefix, KIND[i]));
         float *other = golden(fmt("%s.%s_to_%s", prefix, KIND[i], KIND[3 - i]));
-        for (size_t j = 0; j < N; j++) note("order", p[i].order[j] != (int)order[j]), inverse[(int)order[j]] = (float)j;
+        for (size_t j = 0; j < N; j++)
+            note("order", p[i].order[j] != (int)order[j]), inverse[(int)order[j]] = (float)j;
         for (int s = 0; s < P * P; s++) note("lengths", p[i].start[s + 1] - p[i].start[s] != (int)length[s]);
-        note("entry", differing(move[FULL][i].pack, order, N)), note("exit", differing(move[i][FULL].pack, inverse, N));
+        note("entry", differing(move[FULL][i].pack, order, N));
+        note("exit", differing(move[i][FULL].pack, inverse, N));
         note("count", p[i].count != P * P), note("exchange", differing(move[i][3 - i].pack, other, N));
     }
     worst_row(0, fmt("%s,", prefix));
@@ -983,11 +1007,24 @@ static void note_advantages(const char *prefix) {
     note_golden(fmt("%sadvantages", prefix), rounded(got, n));
 }
 
-// The golden tensor of an adapter's A or B; prefix: "lora." or "caseN.grad.lora.".
-static float *golden_adapter(const Lora *l, int i, const char *prefix) {
-    const char *layer = l->target[i / 2]->name;
-    int length = (int)(strlen(layer) - strlen(".weight"));
-    return golden(fmt("%s%.*s.%c", prefix, length, layer, "AB"[i % 2]));
+// The golden adapters as one arena; prefix: "lora." or "caseN.grad.lora.".
+static float *golden_adapters(const Lora *l, const char *prefix) {
+    float *all = floats(l->n);
+    for (int i = 0; i < 2 * l->count; i++) {
+        const char *layer = l->target[i / 2]->name;
+        int length = (int)(strlen(layer) - strlen(".weight"));
+        const float *x = golden(fmt("%s%.*s.%c", prefix, length, layer, "AB"[i % 2]));
+        memcpy(all + l->param[i].offset, x, l->param[i].count * sizeof(float));
+    }
+    return all;
+}
+
+// Notes the gradient of each adapter; returns that of all as one vector.
+static double note_adapters(const Lora *l, const char *prefix) {
+    float *want = golden_adapters(l, prefix);
+    for (const Param *p = l->param; p < l->param + 2 * l->count; p++)
+        near(p->name, p->dw, want + p->offset, p->count);
+    return relative(down(l->dw, l->n), want, l->n);
 }
 
 // One case of clip and β: the figures of each video and the gradient of every adapter.
@@ -998,7 +1035,8 @@ static void check_policy_case(Run *r, const char *which, PolicyBatch p) {
     PolicyOptions o;
     Surrogate *out = (Surrogate *)xalloc(r->B, sizeof(Surrogate));
     memset(&o, 0, sizeof o);
-    o.guidance = number("guidance"), o.clip = number(fmt("%sclip", which)), o.beta = number(fmt("%sbeta", which));
+    o.guidance = number("guidance"), o.clip = number(fmt("%sclip", which)),
+    o.beta = number(fmt("%sbeta", which));
     float *ratio = golden(fmt("%sratio", which)), *policy = golden(fmt("%spolicy_loss", which));
     float *clipped = golden(fmt("%sclipped", which)), *kl = golden("kl_loss");
     p.mean_ref = up_golden("mean_ref");
@@ -1008,15 +1046,13 @@ static void check_policy_case(Run *r, const char *which, PolicyBatch p) {
     lora_backward(r->m);
     note("loss", fabs(loss - *golden(fmt("%sloss", which))));
     for (int i = 0; i < r->B; i++) {
-        note("ratio", fabs(out[i].ratio - ratio[i])), note("policy_loss", fabs(out[i].policy_loss - policy[i]));
+        note("ratio", fabs(out[i].ratio - ratio[i]));
+        note("policy_loss", fabs(out[i].policy_loss - policy[i]));
         note("clipped", out[i].clipped != (clipped[i] != 0));
         note("kl_loss", 0.5 * fabs(out[i].kl / kl[i] - 1));                  // 1e-5, relative
     }
     worst_row(5e-6, fmt("%sloss, ratio, policy_loss, clipped, kl,", which));
-    for (int i = 0; i < 2 * l->count; i++) {
-        const Param *p = &l->param[i];
-        near(p->name, p->dw, golden_adapter(l, i, fmt("%sgrad.lora.", which)), p->count);
-    }
+    note_adapters(l, fmt("%sgrad.lora.", which));
     worst_row(1e-4, fmt("%sgrad.lora.*", which));
 }
 
@@ -1026,11 +1062,11 @@ static void check_grpo(void) {
     size_t n = entry("x")->count, text = entry("text_cond")->count;
     Run *r = golden_run(G, true, -1);
     Lora *l = r->m->lora;
-    for (int i = 0; i < 2 * l->count; i++)
-        upload(l->param[i].w, golden_adapter(l, i, "lora."), l->param[i].count * sizeof(float));
+    upload(l->w, golden_adapters(l, "lora."), l->n * sizeof(float));
     Text cond = {NULL, repeated(golden("text_cond"), text, G)};
     Text uncond = {NULL, repeated(golden("text_uncond"), text, G)};
-    float *x = up_golden("x"), *mean = spoiled(n), *next = spoiled(n), *logp = golden("logp"), scale = l->scale;
+    float *x = up_golden("x"), *mean = spoiled(n), *next = spoiled(n), *logp = golden("logp");
+    float scale = l->scale;
     schedule(all, S, 1);
     SdeStep step = sde_step(sigma[0], sigma[1]);
     note_golden("sigmas", rounded(all, S + 1)), note("std", fabs(step.std / *golden("std") - 1));
@@ -1054,81 +1090,83 @@ static void check_grpo(void) {
 // Rows video[b], step i of W, of a golden [videos, W, ...], on the device.
 static float *golden_videos(const char *name, const int *video, int B, int i, int W, size_t one) {
     float *all = golden(name), *x = (float *)xalloc(B * one, sizeof(float));
-    for (int b = 0; b < B; b++) memcpy(x + b * one, all + ((size_t)video[b] * W + i) * one, one * sizeof(float));
+    for (int b = 0; b < B; b++)
+        memcpy(x + b * one, all + ((size_t)video[b] * W + i) * one, one * sizeof(float));
     return up(x, B * one);
+}
+
+// Notes step i of W of a micro-batch: loss, ratio, KL, whether clipped. Returns the loss.
+static double micro_step(Run *r, PolicyBatch p, const PolicyOptions *o, const char *name, int i, int W) {
+    size_t n = r->B * latent_size(r);
+    float *mean = spoiled(n), *ref = spoiled(n), *want = down(p.mean_ref, n), scale = r->m->lora->scale;
+    Surrogate out[8];
+    r->m->lora->scale = 0, weights_prepare(r->m);
+    policy_mean(r, ref, &p, o->guidance), near("mean_ref", ref, want, n);
+    r->m->lora->scale = scale, weights_prepare(r->m);
+    p.mean_ref = ref;
+    double loss = policy_step(r, out, mean, spoiled(n), &p, o, 1.0 / W) / W;
+    for (int b = 0; b < r->B; b++) {
+        const Surrogate *s = &out[b];
+        int at = b * W + i;
+        note("ratio", 2 * fabs(s->ratio - golden(fmt("%s.ratio", name))[at]));
+        note("policy_loss", 2 * fabs(s->policy_loss - golden(fmt("%s.policy_loss", name))[at]));
+        note("clipped", s->clipped != (golden(fmt("%s.clipped", name))[at] != 0));
+        note("kl_loss", fabs(s->kl / golden(fmt("%s.kl_loss", name))[at] - 1));
+    }
+    return loss;
 }
 
 // Two micro-batches, an AdamW step each, of videos of two captions.
 static void check_grpo_micro(void) {
-    if (tally.half) { skip("the old log-probabilities are float64's: bfloat16 leaves the clip's range"); return; }
+    if (tally.half) {
+        skip("the old log-probabilities are float64's: bfloat16 leaves the clip's range");
+        return;
+    }
     int B = (int)number("micro"), W = (int)number("window"), S = (int)number("S"), G = (int)number("group");
     Run *r = golden_run(B, true, -1);
     Lora *l = r->m->lora;
-    size_t one = latent_size(r), n = B * one, text = (size_t)r->m->c.text_len * r->m->c.text_dim;
-    float *order = golden("order"), *texts = golden("text_cond"), *old = golden("logp_old"), *A = golden("advantages");
-    float *mean = spoiled(n), *dmean = spoiled(n), *fresh = floats(l->n), *want = floats(l->n), scale = l->scale;
-    double sigma[64], loss, advantage[8], logp_old[8];
-    Surrogate out[8];
+    size_t one = latent_size(r), text = (size_t)r->m->c.text_len * r->m->c.text_dim;
+    float *order = golden("order"), *texts = golden("text_cond"), *rows = floats(B * text);
+    float *start = golden_adapters(l, "lora.");
+    double sigma[64], advantage[8], logp_old[8];
     Optimizer opt;
     PolicyOptions o;
     TrainOptions t;
     memset(&o, 0, sizeof o), memset(&t, 0, sizeof t);
     o.guidance = number("guidance"), o.clip = number("clip"), o.beta = number("beta");
-    t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps"), t.clip = number("max_norm");
-    t.weight_decay = number("weight_decay");
+    t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps");
+    t.clip = number("max_norm"), t.weight_decay = number("weight_decay");
     schedule(sigma, S, 1);
-    for (int i = 0; i < 2 * l->count; i++)
-        upload(l->param[i].w, golden_adapter(l, i, "lora."), l->param[i].count * sizeof(float));
+    upload(l->w, start, l->n * sizeof(float));
     optimizer_init(&opt, l->w, l->dw, l->n);
-    float *start = down(l->w, l->n);
     for (int N = 0; N < 2; N++) {
+        const char *name = fmt("micro%d", N);
         int video[8];
-        float *rows = floats(B * text);
-        double total = 0;
+        double loss = 0;
         for (int b = 0; b < B; b++) {
-            video[b] = (int)order[N * B + b];
+            video[b] = (int)order[N * B + b], advantage[b] = golden("advantages")[video[b]];
             memcpy(rows + b * text, texts + video[b] / G * text, text * sizeof(float));
-            advantage[b] = A[video[b]];
         }
         for (int i = 0; i < W; i++) {
-            PolicyBatch p = {sigma[i], sigma[i + 1], {NULL, rows}, {NULL, repeated(golden("text_uncond"), text, B)},
-                             golden_videos("x", video, B, i, W, one), golden_videos("x_next", video, B, i, W, one), mean,
-                             advantage, logp_old};
-            l->scale = 0, weights_prepare(r->m);
-            float *ref = spoiled(n);
-            policy_mean(r, ref, &p, o.guidance), p.mean_ref = ref;
-            near("mean_ref", ref, down(golden_videos("mean_ref", video, B, i, W, one), n), n);
-            l->scale = scale, weights_prepare(r->m);
-            for (int b = 0; b < B; b++) logp_old[b] = old[video[b] * W + i];
-            total += loss = policy_step(r, out, mean, dmean, &p, &o, 1.0 / W) / W;
-            for (int b = 0; b < B; b++) {
-                note("ratio", 2 * fabs(out[b].ratio - golden(fmt("micro%d.ratio", N))[b * W + i]));
-                note("policy_loss", 2 * fabs(out[b].policy_loss - golden(fmt("micro%d.policy_loss", N))[b * W + i]));
-                note("clipped", out[b].clipped != (golden(fmt("micro%d.clipped", N))[b * W + i] != 0));
-                note("kl_loss", fabs(out[b].kl / golden(fmt("micro%d.kl_loss", N))[b * W + i] - 1));
-            }
+            for (int b = 0; b < B; b++) logp_old[b] = golden("logp_old")[video[b] * W + i];
+            PolicyBatch p = {sigma[i], sigma[i + 1], {NULL, rows},
+                             {NULL, repeated(golden("text_uncond"), text, B)},
+                             golden_videos("x", video, B, i, W, one),
+                             golden_videos("x_next", video, B, i, W, one),
+                             golden_videos("mean_ref", video, B, i, W, one), advantage, logp_old};
+            loss += micro_step(r, p, &o, name, i, W);
         }
-        note("loss", 2 * fabs(total - *golden(fmt("micro%d.loss", N))));
-        worst_row(1e-5, fmt("micro-batch %d: mean_ref, ratio, policy_loss, clipped, kl_loss, loss,", N));
+        note("loss", 2 * fabs(loss - *golden(fmt("%s.loss", name))));
+        worst_row(1e-5, fmt("%s: mean_ref, ratio, policy_loss, clipped, kl_loss, loss,", name));
         lora_backward(r->m);
-        for (int i = 0; i < 2 * l->count; i++) {
-            const Param *q = &l->param[i];
-            float *g = golden_adapter(l, i, fmt("micro%d.grad.lora.", N));
-            near(q->name, q->dw, g, q->count);
-            memcpy(want + q->offset, g, q->count * sizeof(float));
-        }
-        worst_row(5e-4, fmt("micro-batch %d: each gradient,", N));
-        row(relative(down(l->dw, l->n), want, l->n), 1e-4, fmt("micro-batch %d: all gradients as one vector", N));
+        double error = note_adapters(l, fmt("%s.grad.lora.", name));
+        worst_row(5e-4, fmt("%s: each gradient,", name));
+        row(error, 1e-4, fmt("%s: all gradients as one vector", name));
         double norm = optimizer_step(&opt, &alone, &t, number("lr"));
-        row(fabs(norm / *golden(fmt("micro%d.norm", N)) - 1), 1e-5, fmt("micro-batch %d: norm before clipping", N));
-        for (int i = 0; i < 2 * l->count; i++) {
-            const Param *q = &l->param[i];
-            memcpy(want + q->offset, golden_adapter(l, i, fmt("micro%d.lora.", N)), q->count * sizeof(float));
-        }
-        memcpy(fresh, down(l->w, l->n), l->n * sizeof(float));
-        for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= want[i] == 0 && start[i] == 0 ? 0 : start[i];
-        row(relative(fresh, want, l->n), 3e-4, fmt("micro-batch %d: the adapter's whole change", N));
-        weights_prepare(r->m);
+        row(fabs(norm / *golden(fmt("%s.norm", name)) - 1), 1e-5, fmt("%s: norm before clipping", name));
+        float *fresh = down(l->w, l->n), *want = golden_adapters(l, fmt("%s.lora.", name));
+        for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= start[i];
+        row(relative(fresh, want, l->n), 3e-4, fmt("%s: the adapter's whole change", name));
     }
 }
 
@@ -1257,7 +1295,7 @@ static void check_repetition(int quant) {
     worst_row(0, fmt("output and gradients, run to run, bit for bit%s,", quant ? ", HiF8" : ""));
 }
 
-// HiF8 in attention alone: nothing after it would round dv again, so what was left unrounded shows. Rounding once
+// HiF8 in attention alone: nothing rounds dv again, so what was left unrounded shows. Rounding once
 // more must change nothing (but the last bit of the scale).
 static void check_attention_alone(void) {
     static const char *const NAME[] = {"q", "k", "v", "dv"};
@@ -1296,7 +1334,8 @@ static void check_batch_fill(void) {
         if (!b) batch_fill(&a, r, &o, k / B);
         training_caption(text, 9, k);
         int caption = -1;
-        while (strcmp(known, text) && ++caption < CAPTIONS) caption_text(known, sizeof known, scene_of(caption));
+        while (strcmp(known, text) && ++caption < CAPTIONS)
+            caption_text(known, sizeof known, scene_of(caption));
         wrong += caption == CAPTIONS, held += held_out(caption);
         draw_clip(x0, scene_of(caption), 9, k, c.T, c.H_l, c.W_l);
         double sigma = shift_sigma(1 / (1 + exp(-rng_normal(9, SIGMA_STREAM, k))), train_shift(60));
@@ -1311,7 +1350,8 @@ static void check_batch_fill(void) {
         wrong += memcmp(ids, a.ids + b * 12, sizeof ids) != 0;
     }
     worst_row(1e-5, "training's samples: sigma, x = sigma·noise + (1 − sigma)·clip, target,");
-    row(wrong + held + (dropped < 15 || dropped > 45), 0, "training's samples: captions, none held out, half dropped");
+    row(wrong + held + (dropped < 15 || dropped > 45), 0,
+        "training's samples: captions, none held out, half dropped");
 }
 
 static TrainOptions small_training(void) {
@@ -1342,7 +1382,8 @@ static void check_resume(const char *path, int quant) {
     note("saved", state_save(path, &opt[1], "this run") != NULL);
     note("loaded", !state_load(path, &opt[2], "this run"));
     train_some(m[2], &opt[2], 3, 6);
-    float *a[] = {opt[0].w, opt[0].m, opt[0].v, opt[0].ema}, *b[] = {opt[2].w, opt[2].m, opt[2].v, opt[2].ema};
+    float *a[] = {opt[0].w, opt[0].m, opt[0].v, opt[0].ema},
+          *b[] = {opt[2].w, opt[2].m, opt[2].v, opt[2].ema};
     for (int i = 0; i < 4; i++) note("weights and moments", !same_bits(down(a[i], n), down(b[i], n), n));
     note("step", opt[2].step != 6);
     worst_row(0, fmt("6 training steps = 3, saved, resumed, 3, bit for bit%s,", quant ? ", HiF8" : ""));
@@ -1374,13 +1415,14 @@ static void check_optimizer(void) {
 }
 
 // ---- files -----------------------------------------------------------------------------------------------
-// What a tensor must be after a file that keeps it so: HiF8 codes, bfloat16 to the nearest (ties to even), or itself.
+// What a tensor must be after a file: HiF8 codes, bfloat16 to the nearest (ties to even), or itself.
 static float *as_stored(const float *x, size_t n, enum Dtype dtype) {
     float *y = floats(n);
     if (dtype == U8) return nearest_tensor(x, n, 15);
     for (size_t i = 0; i < n; i++) {
         uint32_t u = float_bits(x[i]) & 0xFFFF0000u;
-        double below = fabs((double)x[i] - bits_float(u)), above = fabs((double)bits_float(u + 0x10000u) - x[i]);
+        double below = fabs((double)x[i] - bits_float(u)),
+               above = fabs((double)bits_float(u + 0x10000u) - x[i]);
         bool lower = below < above || (below == above && !(u >> 16 & 1));
         y[i] = dtype == BF16 ? bits_float(lower ? u : u + 0x10000u) : x[i];
     }
@@ -1419,6 +1461,29 @@ static void check_checkpoint(const char *path, const char *kind) {
         fmt("a %s checkpoint's output and gradients under HiF8 = its origin's, bit for bit", kind));
 }
 
+// A whole update of Mix-GRPO in one micro-batch, which dies where a ratio is not 1; then who is learned from.
+static void check_policy_update(void) {
+    enum { V = 4, W = 2 };
+    Config c = small_config(VOCAB, 0);
+    Model *m = model_layout(&c);
+    PolicyOptions o = {1, 2, 2, V, 4, W, 3, 1, 5e-3, 0.004, "all"};
+    TrainOptions t = small_training();
+    Optimizer opt;
+    int video[V];
+    lora_new(m, 4, 8, 1), model_allocate(m, true);
+    for (int i = 0; i < m->params; i++) param_set(m, &m->param[i], noise(900 + i, m->param[i].count, 0.2));
+    upload(m->lora->w, noise(5, m->lora->n, 0.1), m->lora->n * sizeof(float));
+    optimizer_init(&opt, m->lora->w, m->lora->dw, m->lora->n);
+    weights_prepare(m);
+    Policy *p = policy_new(run_of(m, V, false), run_of(m, V, true), &o, &t);
+    PolicyFigures f = policy_update(p, &opt);
+    row(f.steps != 1 || f.count != V * W || !(f.kl > 1e-12 && f.norm > 0), 0,
+        "GRPO: one AdamW step of all videos, whose reference has no adapter");
+    p->advantage[0] = p->advantage[2] = 0;
+    int count = shuffled_videos(video, p, 7);
+    row(count != 2 || video[0] * video[1] != 3, 0, "GRPO: videos without an advantage are dropped");
+}
+
 static void check_adapter_file(const char *path) {
     Config c = small_config(VOCAB, 0);
     Model *m = small_model(&c, 700), *other = small_model(&c, 700);
@@ -1443,7 +1508,8 @@ static int held_units(int *unit, const Pattern *p, int layout, int r, int R, int
     int N = order->start[order->count], count = 0;
     for (int b = 0; b < B; b++)
         for (int j = all ? 0 : order->first[r]; j < (all ? N : order->first[r + 1]); j++)
-            for (int s = dealt ? r : 0; s < (dealt ? r + 1 : R); s++) unit[count++] = (b * N + order->order[j]) * R + s;
+            for (int s = dealt ? r : 0; s < (dealt ? r + 1 : R); s++)
+                unit[count++] = (b * N + order->order[j]) * R + s;
     return count;
 }
 
@@ -1455,7 +1521,7 @@ static int wrong_places(const Pattern *p, int have, int want, int R, int B) {
     for (int r = 0; r < R; r++) exchange_init(&e[r], p, have, want, B, r, R);
     for (int r = 0; r < R; r++) {
         int arrived = 0, per = R / e[r].shares, n = held_units(expected, p, want, r, R, B) / per;
-        for (int s = 0; s < R; s++) {                    // rank s's packed units; those for r follow those before
+        for (int s = 0; s < R; s++) { // rank s's packed units; those for r follow those before
             held_units(unit, p, have, s, R, B);
             download(pack, e[s].pack, e[s].sent * sizeof(int));
             const int *at = pack;
@@ -1477,7 +1543,7 @@ static void check_exchanges(void) {
         for (int R = 1, P = CASES[i][3]; R <= P * P; R++) {
             if (P * P % R) continue;
             Pattern *p = patterns_of(CASES[i][0], CASES[i][1], CASES[i][2], P, R);
-            for (int move = 0; move < WHOLE * LAYOUTS; move++)               // from any layout but WHOLE to any
+            for (int move = 0; move < WHOLE * LAYOUTS; move++) // from any layout but WHOLE to any
                 note(fmt("%d ranks", R), wrong_places(p, move / LAYOUTS, move % LAYOUTS, R, 2));
         }
     worst_row(0, "exchanges between all layouts, batch 2, every token where it belongs,");
@@ -1494,11 +1560,12 @@ static void check_world(int T, int H, int W) {
         if (i % 4 == 0) draw_clip(x, s, 3, caption, T, H, W);
         shapes_score(score, x, strange ? other : s, T, H, W, soft);
         for (int k = 0; k < 2 * N_SCORES; k++)
-            mean[soft][strange][k < N_SCORES ? k : N_SCORES] += 100 * score[k % N_SCORES] / CAPTIONS / (k < N_SCORES ? 1 : N_SCORES);
+            mean[soft][strange][k < N_SCORES ? k : N_SCORES] +=
+                100 * score[k % N_SCORES] / CAPTIONS / (k < N_SCORES ? 1 : N_SCORES);
     }
     for (int soft = 0; soft < 2; soft++)
-        row(100 - mean[soft][0][N_SCORES], soft ? 10 : 1, fmt("ShapesBench%s, real clips of %dx%dx%d: 100 less the total",
-            soft ? " soft" : "", T, H, W));
+        row(100 - mean[soft][0][N_SCORES], soft ? 10 : 1,
+            fmt("ShapesBench%s, real clips of %dx%dx%d: 100 less the total", soft ? " soft" : "", T, H, W));
     for (int k = 0; k < 5; k++) note(SCORE_NAMES[k], fabs(mean[0][1][k] - 100 * chance[k]));
     worst_row(5, "ShapesBench, others' captions: points away from chance,");
     row(mean[1][1][N_SCORES], 80, "ShapesBench soft, others' captions");
@@ -1536,7 +1603,7 @@ static int run_tests(const char *folder, bool ops_only) {
         check_batch_fill();
         check_optimizer();
         for (int i = 0; i < (tally.half ? 2 : 3); i++) check_checkpoint(path, KIND[i]);  // bf16 rounds first
-        check_adapter_file(path);
+        check_adapter_file(path), check_policy_update();
         check_world(4, 16, 16), check_world(8, 32, 32);
         check_captions();
         unlink(path), rmdir(scratch);
@@ -1569,13 +1636,14 @@ static int hif8_values(double v[128]) {
     return n;
 }
 
-// Which tokens of a frame token (h0, w0) has heard after a token-wise and then a group-wise block: those of its group-
-// wise subsequence (2), and all that these heard in the block before (1). Returns how many; heard[H·W] may be NULL.
+// Which tokens of a frame (h0, w0) has heard after a token-wise and then a group-wise block: those of its
+// group-wise subsequence (2), all that these heard before (1). Returns how many; heard[H·W] may be NULL.
 static int heard_of(uint8_t *heard, int H, int W, int P, int h0, int w0) {
     int count = 0, mine = subsequence(GROUP_WISE, h0, w0, P);
     bool met[64] = {false};                              // token-wise subsequences
     for (int i = 0; i < H * W; i++)
-        if (subsequence(GROUP_WISE, i / W, i % W, P) == mine) met[subsequence(TOKEN_WISE, i / W, i % W, P)] = true;
+        if (subsequence(GROUP_WISE, i / W, i % W, P) == mine)
+            met[subsequence(TOKEN_WISE, i / W, i % W, P)] = true;
     for (int i = 0; i < H * W; i++) {
         bool through = met[subsequence(TOKEN_WISE, i / W, i % W, P)];
         if (heard) heard[i] = subsequence(GROUP_WISE, i / W, i % W, P) == mine ? 2 : through;
@@ -1642,7 +1710,8 @@ static Sent block_sent(const Config *c, const Pattern *p, int i, int rank, int R
     Sent s = {0, 0};
     if (!ulysses && k != next) s.after = bytes_sent(p, k, next, rank, R, row);
     if (!ulysses && k != FULL) return s;
-    s.inside = 3 * bytes_sent(p, FULL, HEADS + k, rank, R, row) + bytes_sent(p, HEADS + k, FULL, rank, R, row);
+    s.inside =
+        3 * bytes_sent(p, FULL, HEADS + k, rank, R, row) + bytes_sent(p, HEADS + k, FULL, rank, R, row);
     return s;
 }
 
@@ -1675,7 +1744,8 @@ static void verify_cost(const Config *c, const char *name, const char *paper) {
           "1/P^2 = 1/4", fmt("%.5f", most));
     claim(UNJUDGED, fmt("%s: TFLOP of one forward of 14B", name), "",
           fmt("full %.0f, hybrid %.0f, padded %.0f", full / 1e12, ragged / 1e12, padded / 1e12));
-    claim(full / padded > atof(paper), fmt("%s: speed-up of 14B; by FLOPs, the limit of what is measured", name), paper,
+    claim(full / padded > atof(paper),
+          fmt("%s: speed-up of 14B; by FLOPs, the limit of what is measured", name), paper,
           fmt("%.2fx padded as the paper, %.2fx here", full / padded, full / ragged));
 }
 
@@ -1707,14 +1777,17 @@ static void verify_ranks(void) {
         for (int R = 2; R <= 4; R *= 2) {
             const Config *c = &WAN[i].c;
             Pattern *p = config_patterns(c, R);
-            size_t ssp = block_sent(c, p, 10, 0, R, false).after, ulysses = block_sent(c, p, 10, 0, R, true).inside;
+            size_t ssp = block_sent(c, p, 10, 0, R, false).after,
+                   ulysses = block_sent(c, p, 10, 0, R, true).inside;
             double ratio = (double)ssp / (double)ulysses;
-            claim(fabs(ratio - 0.25) < (i == 1 ? 0.02 : 1e-9), fmt("%s, %d ranks: sent in a sparse block, SSP / Ulysses",
-                  WAN[i].name, R), "-75 %", fmt("%.4f (bytes where q, k, v, o have 16 bits: %.2f)", ratio, 2 * ratio));
+            claim(fabs(ratio - 0.25) < (i == 1 ? 0.02 : 1e-9),
+                  fmt("%s, %d ranks: sent in a sparse block, SSP / Ulysses", WAN[i].name, R), "-75 %",
+                  fmt("%.4f (bytes where q, k, v, o have 16 bits: %.2f)", ratio, 2 * ratio));
         }
     Config toy = PRESETS[1];
     Pattern *p = config_patterns(&toy, 4);
-    double ssp = (double)forward_sent(&toy, p, 0, 4, false), ulysses = (double)forward_sent(&toy, p, 0, 4, true);
+    double ssp = (double)forward_sent(&toy, p, 0, 4, false),
+           ulysses = (double)forward_sent(&toy, p, 0, 4, true);
     claim(UNJUDGED, "toy, 4 ranks: MB that a rank sends in a whole forward, float32", "",
           fmt("SSP %.2f, Ulysses %.2f: %.0f %% less", ssp / 1e6, ulysses / 1e6, 100 * (1 - ssp / ulysses)));
 }
@@ -1737,8 +1810,8 @@ static void verify_measured(Ranks *k) {
         size_t count = forward_sent(&c, config_patterns(&c, k->size), k->rank, k->size, k->ulysses);
         float bad = sent != count || calls != (k->ulysses ? 12 * 4 : 4 * 4 + 7 + 2), *any = up(&bad, 1);
         max_over_ranks(k, any);
-        const char *what = fmt("%dx%dx%d, %d ranks, %s, a forward of 12 blocks, 4 full", c.T, c.H_l / 2, c.W_l / 2, k->size,
-                               k->ulysses ? "Ulysses" : "SSP");
+        const char *what = fmt("%dx%dx%d, %d ranks, %s, a forward of 12 blocks, 4 full", c.T, c.H_l / 2,
+                               c.W_l / 2, k->size, k->ulysses ? "Ulysses" : "SSP");
         if (k->rank == 0)
             claim(*down(any, 1) == 0, what, k->ulysses ? "4 calls a block" : "1 call a block",
                   fmt("%zu calls, %zu bytes; counted %zu (all ranks)", calls, sent, count));
@@ -1784,7 +1857,7 @@ static double timed(Work work, Run *r, int i, int what) {
 // ---- what is timed ---------------------------------------------------------------------------------------
 // One call of each part of a block, on the run's own buffers, and how many such calls a block makes.
 enum { NORMS, LINEARS, ROPE, SELF_ATTENTION, CROSS_ATTENTION, FFN_UP, FFN_DOWN, REARRANGE, ROUNDING, PARTS };
-static const struct { const char *name; int calls; char unit; } PART[PARTS] = {                // F: FLOPs, B: bytes
+static const struct { const char *name; int calls; char unit; } PART[PARTS] = {        // F: FLOPs, B: bytes
     {"residual + norm + modulation", 3, 'B'}, {"linear q k v o, q o", 6, 'F'}, {"RMSNorm + RoPE", 3, 'B'},
     {"self-attention", 1, 'F'}, {"cross-attention", 1, 'F'}, {"ffn up + GELU", 1, 'F'}, {"ffn down", 1, 'F'},
     {"residual + rearrangement", 1, 'B'}, {"HiF8, if on", 9, 'B'}};
@@ -1803,10 +1876,14 @@ static void block_part(Run *r, int i, int part) {
     const float *rope = r->rope[s->layout];
     if (part == NORMS) residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, a->y, gate1, norm, rows, 1e-6f);
     if (part == LINEARS) linear(a->q_raw, s->h1, &w->self.q, n);
-    if (part == ROPE) rmsnorm_rope_forward(a->q, a->q_rstd, a->q_raw, w->self.norm_q->w, rope, rows, heads, 1e-6f);
-    if (part == SELF_ATTENTION) attention_forward(a->o, a->lse, a->q, a->k, a->v, &r->self[s->pattern], heads, hd);
-    if (part == CROSS_ATTENTION) attention_forward(b->o, b->lse, b->q, b->k, b->v, &r->cross[s->layout], heads, hd);
-    if (part == FFN_UP) linear_gelu_forward(s->f, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, n, c->ffn_dim, D);
+    if (part == ROPE)
+        rmsnorm_rope_forward(a->q, a->q_rstd, a->q_raw, w->self.norm_q->w, rope, rows, heads, 1e-6f);
+    if (part == SELF_ATTENTION)
+        attention_forward(a->o, a->lse, a->q, a->k, a->v, &r->self[s->pattern], heads, hd);
+    if (part == CROSS_ATTENTION)
+        attention_forward(b->o, b->lse, b->q, b->k, b->v, &r->cross[s->layout], heads, hd);
+    if (part == FFN_UP)
+        linear_gelu_forward(s->f, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, n, c->ffn_dim, D);
     if (part == FFN_DOWN) linear(s->y, s->f, &w->ffn2, n);
     if (part == REARRANGE) residual_gather_forward(next->x0, s->x2, s->y, gate2, map, n, rows);
     if (part == ROUNDING) quantize(r, s->h1, s->h1, n * D, 15);
@@ -1868,7 +1945,8 @@ static Timing model_timing(Run *r, int training) {
     Timing s = {{0}, 0, timed(whole_step, r, 0, training)};
     s.rest = s.all;
     for (int p = 0; p < PATTERNS; p++)
-        for (int back = 0; back <= training; back++) s.block[p] += timed(whole_block, r, block_of(r, p), back);
+        for (int back = 0; back <= training; back++)
+            s.block[p] += timed(whole_block, r, block_of(r, p), back);
     for (int i = 0; i < r->m->c.num_layers; i++) s.rest = fmax(0, s.rest - s.block[r->saved[i].pattern]);
     return s;
 }
@@ -1890,33 +1968,38 @@ static void print_parts(Run *r, const Timing *s) {
         printf("%-28s |", PART[part].name);
         for (int k = 0; k < 2; k++) {
             double t = PART[part].calls * timed(block_part, r, block[k], part);
-            printf("%15.3f %5.1f%% %9.1f %c%s", 1e3 * t, 100 * t / all[k], part_work(r, block[k], part) / t / 1e9,
-                   PART[part].unit, k ? "\n" : " |");
+            printf("%15.3f %5.1f%% %9.1f %c%s", 1e3 * t, 100 * t / all[k],
+                   part_work(r, block[k], part) / t / 1e9, PART[part].unit, k ? "\n" : " |");
         }
     }
-    printf("%-28s |%15.3f   F = GFLOP/s      |%15.3f   B = GB/s   (group-wise block %.3f ms)\n", "whole block",
-           1e3 * all[0], 1e3 * all[1], 1e3 * s->block[GROUP_WISE]);
+    printf("%-28s |%15.3f   F = GFLOP/s      |%15.3f   B = GB/s   (group-wise block %.3f ms)\n",
+           "whole block", 1e3 * all[0], 1e3 * all[1], 1e3 * s->block[GROUP_WISE]);
 }
 
 // passes: a forward's FLOPs count once, a training step's three times.
 static void print_speed(const Config *c, const char *what, double full, double hybrid, int passes) {
-    double work[2] = {passes * model_flops(c, false, false) / 1e9, passes * model_flops(c, true, false) / 1e9};
+    double work[2] = {passes * model_flops(c, false, false) / 1e9,
+                      passes * model_flops(c, true, false) / 1e9};
     printf("%-14s of %2d layers: full %9.1f ms, hybrid %9.1f ms: %.2fx   (%.0f and %.0f GFLOP/s)\n", what,
            c->num_layers, 1e3 * full, 1e3 * hybrid, full / hybrid, work[0] / full, work[1] / hybrid);
 }
 
-typedef struct { const char *what, *shape, *device, *blas; int layers, train, force, hif8, json; } BenchOptions;
+typedef struct {
+    const char *what, *shape, *device, *blas;
+    int layers, train, force, hif8, json;
+} BenchOptions;
 
 static void bench_model(const BenchOptions *o) {
-    Config whole = shape_config(o->shape), c = few_layers(whole, o->layers >= 0 ? o->layers : whole.vocab ? 0 : 1);
+    Config whole = shape_config(o->shape), c = few_layers(whole, o->layers >= 0 ? o->layers : !whole.vocab);
     int T = c.T, H = c.H_l / 2, W = c.W_l / 2;
     double full[2] = {0, 0};
     c.quant = c.quant_attn = o->hif8;
-    printf("%s: %d tokens (%dx%dx%d), dim %d, heads %d, ffn %d; %d layers run of %d; by FLOPs %.2fx\n", o->shape,
-           T * H * W, T, H, W, c.dim, c.num_heads, c.ffn_dim, c.num_layers, whole.num_layers,
+    printf("%s: %d tokens (%dx%dx%d), dim %d, heads %d, ffn %d; %d layers run of %d; by FLOPs %.2fx\n",
+           o->shape, T * H * W, T, H, W, c.dim, c.num_heads, c.ffn_dim, c.num_layers, whole.num_layers,
            model_flops(&whole, false, false) / model_flops(&whole, true, false));
     if (act_size() == sizeof(float) && !o->force && flops_sum(block_flops(&c, FULL, T, H, W)) > 2e12)
-        die("a forward takes %.0f TFLOP, too much for a CPU: --force runs it", model_flops(&whole, true, false) / 1e12);
+        die("a forward takes %.0f TFLOP, too much for a CPU: --force runs it",
+            model_flops(&whole, true, false) / 1e12);
     Model *m = random_model(&c, o->train, 1);
     printf("memory: weights %.2f GiB, activations %.2f GiB\n", (double)model_bytes(m, o->train) / 0x1p30,
            (double)run_place(run_plan(m, &alone, 1, T, H, W, o->train), NULL) / 0x1p30);
@@ -1930,11 +2013,12 @@ static void bench_model(const BenchOptions *o) {
     for (int t = 0; t <= o->train; t++) {
         full[t] = timed(whole_step, r, 0, t);
         print_speed(&c, t ? "training step" : "forward", full[t], s[t].all, 1 + 2 * t);
-        print_speed(&whole, "from blocks", predicted(&s[t], &whole, true), predicted(&s[t], &whole, false), 1 + 2 * t);
+        print_speed(&whole, "from blocks", predicted(&s[t], &whole, true), predicted(&s[t], &whole, false),
+                    1 + 2 * t);
     }
     if (o->json)
-        printf("{\"forward\": %.6f, \"forward_full\": %.6f, \"step\": %.6f, \"step_full\": %.6f}\n", s[0].all, full[0],
-               s[1].all, full[1]);
+        printf("{\"forward\": %.6f, \"forward_full\": %.6f, \"step\": %.6f, \"step_full\": %.6f}\n", s[0].all,
+               full[0], s[1].all, full[1]);
 }
 
 static int threads_here(void) {
@@ -1946,7 +2030,8 @@ static int threads_here(void) {
 }
 
 // ---- against OpenBLAS, where it is installed: in turn, the same threads ----------------------------------
-typedef void (*Sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
+typedef void (*Sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float,
+                      float *, int);
 
 static void bench_linear(const char *path) {
     static const int SIZE[][3] = {{2048, 512, 128}, {2048, 128, 512}, {8192, 1536, 1536}};
@@ -1989,7 +2074,8 @@ static void bench_hif8(void) {
         copy(y, x, n * act_size()), wait_device(), t[3] = seconds();
         for (int k = 0; k < 3; k++) best[k] = fmin(best[k], t[k + 1] - t[k]);
     }
-    printf("HiF8, %zu numbers, %d threads, GB/s: maximum, read %.1f; round, read + written %.1f; copy (one thread) %.1f\n",
+    printf("HiF8, %zu numbers, %d threads, GB/s: maximum, read %.1f; round, read + written %.1f; copy (one "
+           "thread) %.1f\n",
            n, threads_here(), gigabytes / best[0], 2 * gigabytes / best[1], 2 * gigabytes / best[2]);
 }
 
@@ -2010,14 +2096,17 @@ static void bench_comm(const char *shape, Ranks *k) {
         for (int p = 0; p < PURPOSES; p++) moving[u] += k->time[p] / ROUNDS, sent[u] += (double)k->bytes[p];
     }
     for (int u = 0; u < 2 && k->rank == 0; u++)
-        printf("%s, %d ranks, %-7s: a forward %8.2f ms, %8.2f of it in transfers and waiting, %12.0f bytes sent\n", shape,
-               k->size, u ? "Ulysses" : "SSP", 1e3 * typical(time[u], ROUNDS), 1e3 * moving[u], sent[u]);
+        printf("%s, %d ranks, %-7s: a forward %8.2f ms, %8.2f of it in transfers and waiting, %12.0f bytes "
+               "sent\n",
+               shape, k->size, u ? "Ulysses" : "SSP", 1e3 * typical(time[u], ROUNDS), 1e3 * moving[u],
+               sent[u]);
 }
 
 static int bench(int argc, char **argv, Ranks *ranks) {
     #define AT(field) offsetof(BenchOptions, field)
     static const Option OPTION[] = {
-        {"", "WHAT", 's', AT(what), "model", 0, 0, "model; linear: against OpenBLAS; hif8; comm: under mpirun"},
+        {"", "WHAT", 's', AT(what), "model", 0, 0,
+         "model; linear: against OpenBLAS; hif8; comm: under mpirun"},
         {"", "--shape", 's', AT(shape), "toy", 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
         {"", "--layers", 'i', AT(layers), "-1", -1, 64,
          "run so many token-wise, as many group-wise, twice as many full blocks; 0: all; -1: 1 (toys: all)"},
@@ -2025,7 +2114,8 @@ static int bench(int argc, char **argv, Ranks *ranks) {
         {"", "--device-dtype", 's', AT(device), "bf16", 0, 0, "arithmetic on a GPU: f32 or bf16"},
         {"", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits"},
         {"", "--force", 'b', AT(force), "0", 0, 1, "run Wan's shapes on a CPU, for as long as it takes"},
-        {"", "--blas", 's', AT(blas), "libopenblas.so.0", 0, 0, "the library that bench linear compares with"},
+        {"", "--blas", 's', AT(blas), "libopenblas.so.0", 0, 0,
+         "the library that bench linear compares with"},
         {"", "--json", 'b', AT(json), "0", 0, 1, "seconds as one JSON object on the last line"},
     };
     #undef AT
@@ -2057,7 +2147,8 @@ static const char *const OTHER_COLOR[] = {"#0D9488", "#9333EA", "#DC2626", "#CA8
 
 static FILE *svg;                                        // the picture being drawn
 static void box(double x, double y, double w, double h, const char *fill, double opacity) {
-    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' fill-opacity='%.2f'/>\n",
+    fprintf(svg,
+            "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' fill-opacity='%.2f'/>\n",
             x, y, w, h, fmin(4, 0.12 * fmin(w, h)), fill, opacity);
 }
 static void rim(double x, double y, double w, double h, const char *color, double width) {
@@ -2065,8 +2156,10 @@ static void rim(double x, double y, double w, double h, const char *color, doubl
             "stroke-width='%.1f'/>\n", x, y, w, h, color, width);
 }
 static void line(double x0, double y0, double x1, double y1, const char *color, double width) {
-    fprintf(svg, "<path d='M%.1f %.1fL%.1f %.1f' stroke='%s' stroke-width='%.1f'/>\n", x0, y0, x1, y1, color, width);
+    fprintf(svg, "<path d='M%.1f %.1fL%.1f %.1f' stroke='%s' stroke-width='%.1f'/>\n", x0, y0, x1, y1, color,
+            width);
 }
+
 static void dot(double x, double y, double r, const char *color) {
     fprintf(svg, "<circle cx='%.1f' cy='%.1f' r='%.1f' fill='%s'/>\n", x, y, r, color);
 }
@@ -2076,8 +2169,8 @@ __attribute__((format(printf, 6, 7)))
 static void label(double x, double y, double size, char anchor, const char *color, const char *format, ...) {
     const char *where = anchor == 's' ? "start" : anchor == 'm' ? "middle" : "end";
     va_list args;
-    fprintf(svg, "<text x='%.1f' y='%.1f' font-size='%.1f' text-anchor='%s' fill='%s' font-weight='%s'>", x, y,
-            size, where, color, size >= 15 ? "bold" : "normal");
+    fprintf(svg, "<text x='%.1f' y='%.1f' font-size='%.1f' text-anchor='%s' fill='%s' font-weight='%s'>", x,
+            y, size, where, color, size >= 15 ? "bold" : "normal");
     va_start(args, format);
     vfprintf(svg, format, args);
     va_end(args);
@@ -2116,7 +2209,9 @@ static void frame(const Plot *a, const char *title) {
 static void axes(const Plot *a, const char *title) {
     for (int axis = 0; axis < 2; axis++) {
         double low = axis ? a->y0 : a->x0, high = axis ? a->y1 : a->x1, raw = (high - low) / (axis ? 5 : 8);
-        double power = pow(10, floor(log10(raw))), step = power * (raw <= 2 * power ? 2 : raw <= 5 * power ? 5 : 10);
+        double power = pow(10, floor(log10(raw))), step = power * (raw <= 2 * power   ? 2
+                                                                   : raw <= 5 * power ? 5
+                                                                                      : 10);
         double first = axis && a->log_y ? pow(10, floor(log10(low))) : ceil(low / step - 1e-9) * step;
         for (double v = first, next; v <= high * (1 + 1e-9); v = next) {
             double digit = round(v / pow(10, floor(log10(v) + 1e-9)));
@@ -2128,9 +2223,10 @@ static void axes(const Plot *a, const char *title) {
 }
 
 // A line through (x, y), or, where `back` is given, the band between y and back.
-static void curve(const Plot *a, const double *x, const double *y, const double *back, int n, const char *color,
-                  double width, double opacity) {
-    fprintf(svg, "<path fill='%s' fill-opacity='%.2f' stroke='%s' stroke-opacity='%.2f' stroke-width='%.1f' d='",
+static void curve(const Plot *a, const double *x, const double *y, const double *back, int n,
+                  const char *color, double width, double opacity) {
+    fprintf(svg,
+            "<path fill='%s' fill-opacity='%.2f' stroke='%s' stroke-opacity='%.2f' stroke-width='%.1f' d='",
             back ? color : "none", opacity, back ? "none" : color, opacity, width);
     for (int i = 0; i < n; i++) fprintf(svg, "%c%.1f %.1f", i ? 'L' : 'M', at_x(a, x[i]), at_y(a, y[i]));
     for (int i = n - 1; back && i >= 0; i--) fprintf(svg, "L%.1f %.1f", at_x(a, x[i]), at_y(a, back[i]));
@@ -2147,7 +2243,8 @@ static Log read_log(const char *path, const char *head, const char *const (*fiel
     char line[1024];
     FILE *file = fopen(path, "r");
     Log l = {0, doubles(ROOM), {NULL}};
-    if (!file) die("%s: %s; give the log of osp train or osp grpo (its standard output)", path, strerror(errno));
+    if (!file)
+        die("%s: %s; give the log of osp train or osp grpo (its standard output)", path, strerror(errno));
     for (int k = 0; k < count; k++) l.field[k] = doubles(ROOM);
     while (l.n < ROOM && fgets(line, sizeof line, file)) {
         bool ok = !strncmp(line, head, strlen(head)) && sscanf(line + strlen(head), "%lf", &l.step[l.n]) == 1;
@@ -2158,7 +2255,8 @@ static Log read_log(const char *path, const char *head, const char *const (*fiel
         l.n += ok;
     }
     fclose(file);
-    if (!l.n && must) die("%s: no line like \"%s10/600 ..%s..\"; give osp's standard output", path, head, field[0][0]);
+    if (!l.n && must)
+        die("%s: no line like \"%s10/600 ..%s..\"; give osp's standard output", path, head, field[0][0]);
     return l;
 }
 
@@ -2172,17 +2270,17 @@ static double *smoothed(const double *y, int n) {        // the mean of a window
     return s;
 }
 
-// One panel: field `mean` of each log; the band between fields low and high, or, where these are the mean, smoothed.
-static Plot show_curves(double y, double h, bool log_y, const Log *logs, int count, int mean, int low, int high,
-                        const char *title) {
-    Plot a = {80, y, 880, h, 0, -INFINITY, INFINITY, -INFINITY, log_y};
+// One panel: field `mean` of each log; the band from low to high, or, where these are the mean, smoothed.
+static Plot show_curves(double y, double h, bool log_y, const Log *logs, int count, int mean, int low,
+                        int high, const char *title) {
+    Plot a = {80, y, 880, h, 0, 1, INFINITY, -INFINITY, log_y};
     for (const Log *l = logs; l < logs + count; l++)
         for (int j = 0; j < l->n; j++) {
-            a.x0 = fmin(a.x0, l->step[j]), a.x1 = fmax(a.x1, l->step[j]);
+            a.x1 = fmax(a.x1, l->step[j]);
             a.y0 = fmin(a.y0, l->field[low][j]), a.y1 = fmax(a.y1, l->field[high][j]);
         }
     double room = log_y ? 0 : 0.06 * (a.y1 - a.y0) + 1e-6;
-    a.y0 -= room, a.y1 += room, a.x1 += a.x1 == a.x0;
+    a.y0 -= room, a.y1 += room;
     axes(&a, title);
     for (int i = 0; i < count; i++) {
         const Log *l = &logs[i];
@@ -2206,24 +2304,35 @@ static void show_held_out(Plot a, const char *const *paths, int count) {
 
 static void show_logs(const char *const *paths, int count, bool reward) {
     static const char *const LOSS[][2] = {{" loss ", "%lf"}}, *const REWARD[][2] = {
-        {" reward ", "%lf"}, {" kl ", "%lf"}, {" ratio ", "%lf"}, {" ratio ", "%*f %lf"}, {" ratio ", "%*f %*f %lf"}};
-    Log l[MOST_LOGS] = {{0, NULL, {NULL}}};
+                                                                  {" reward ", "%lf"},
+                                                                  {" kl ", "%lf"},
+                                                                  {" ratio ", "%lf"},
+                                                                  {" ratio ", "%*f %lf"},
+                                                                  {" ratio ", "%*f %*f %lf"}};
+    Log *l = (Log *)xalloc(MOST_LOGS, sizeof(Log));
     picture(1000, reward ? 960 : 560, reward ? "Mix-GRPO, by update" : "Flow matching, by training step", "");
     for (int i = 0; i < count; i++) {
         const char *slash = strrchr(paths[i], '/'), *name = slash ? slash + 1 : paths[i];
-        l[i] = reward ? read_log(paths[i], "update ", REWARD, 5, true) : read_log(paths[i], "step ", LOSS, 1, true);
-        label(960 - 120 * (count - 1 - i), 74, 13, 'e', OTHER_COLOR[i], "%.*s", (int)strcspn(name, "."), name);
+        l[i] = reward ? read_log(paths[i], "update ", REWARD, 5, true)
+                      : read_log(paths[i], "step ", LOSS, 1, true);
+        label(960 - 120 * (count - 1 - i), 74, 13, 'e', OTHER_COLOR[i], "%.*s", (int)strcspn(name, "."),
+              name);
     }
-    if (!reward) show_curves(120, 390, true, l, count, 0, 0, 0, "loss: mean (v − (noise − data))², and its running mean");
+    if (!reward)
+        show_curves(120, 390, true, l, count, 0, 0, 0,
+                    "loss: mean (v − (noise − data))², and its running mean");
     if (!reward) return;
-    show_held_out(show_curves(120, 320, false, l, count, 0, 0, 0, "reward of an update's videos (thin), its running mean, "
-                              "and the held-out score (dots)"), paths, count);
-    show_curves(520, 150, false, l, count, 1, 1, 1, "KL to the model without its adapter, and its running mean");
+    show_held_out(show_curves(120, 320, false, l, count, 0, 0, 0,
+                              "reward of an update's videos (thin), its running mean, "
+                              "and the held-out score (dots)"),
+                  paths, count);
+    show_curves(520, 150, false, l, count, 1, 1, 1,
+                "KL to the model without its adapter, and its running mean");
     show_curves(750, 150, false, l, count, 3, 2, 4, "ratio: mean, least and largest of an update");
 }
 
 // ---- skiparse: who attends with whom ---------------------------------------------------------------------
-// The tokens of a frame, each with the number of its subsequence; strong: that of the traced token (h0, w0). Below,
+// The tokens of a frame, with the number of their subsequence; strong: that of the traced (h0, w0). Below,
 // the sequence as it lies in memory.
 static void skiparse_panel(double x, double y, double cell, int kind, int H, int W, int P, int h0, int w0) {
     int mine = subsequence(kind, h0, w0, P);
@@ -2239,7 +2348,8 @@ static void skiparse_panel(double x, double y, double cell, int kind, int H, int
     rim(x + w0 * cell, y + h0 * cell, cell, cell, INK, 3);
     for (int s = 0; s < p->count; s++) {
         int n = p->start[s + 1] - p->start[s];
-        box(x + unit * p->start[s] + 1, below, unit * n - 2, 24, PATTERN_COLOR[kind], s == mine ? 0.95 : 0.14);
+        box(x + unit * p->start[s] + 1, below, unit * n - 2, 24, PATTERN_COLOR[kind],
+            s == mine ? 0.95 : 0.14);
         label(x + unit * (p->start[s] + n / 2.0), below + 17, 12, 'm', s == mine ? PAPER : SOFT, "%d", n);
     }
 }
@@ -2250,11 +2360,15 @@ static void heard_panel(double x, double y, double cell, int H, int W, int P, in
     int count = heard_of(heard, H, W, P, h0, w0);
     for (int i = 0; i < H * W; i++)
         box(x + i % W * cell + 1, y + i / W * cell + 1, cell - 2, cell - 2,
-            PATTERN_COLOR[heard[i] == 2 ? GROUP_WISE : TOKEN_WISE], heard[i] == 2 ? 0.95 : heard[i] ? 0.45 : 0.05);
+            PATTERN_COLOR[heard[i] == 2 ? GROUP_WISE : TOKEN_WISE],
+            heard[i] == 2 ? 0.95
+            : heard[i]    ? 0.45
+                          : 0.05);
     rim(x + w0 * cell, y + h0 * cell, cell, cell, INK, 3);
     label(x, y - 12, 15, 's', INK, "heard after both");
     label(x, y + H * cell + 24, 13, 's', PATTERN_COLOR[GROUP_WISE], "directly, in the group-wise block");
-    label(x, y + H * cell + 44, 13, 's', PATTERN_COLOR[TOKEN_WISE], "through these, in the token-wise block before");
+    label(x, y + H * cell + 44, 13, 's', PATTERN_COLOR[TOKEN_WISE],
+          "through these, in the token-wise block before");
     label(x, y + H * cell + 64, 13, 's', INK, "%d of %d tokens", count, H * W);
 }
 
@@ -2263,7 +2377,8 @@ static void show_skiparse(int P) {
     const char *token = PATTERN_COLOR[TOKEN_WISE], *group = PATTERN_COLOR[GROUP_WISE];
     int rows = 2 * P + 1, columns = 3 * P;
     picture(1060, 604 + 27 * rows, fmt("Skiparse-2D: which tokens attend together (P = %d)", P),
-            "Numbers: the token's subsequence. Strong: that of the traced token (framed). Bars: the rearranged sequence.");
+            "Numbers: the token's subsequence. Strong: that of the traced token (framed). Bars: the "
+            "rearranged sequence.");
     skiparse_panel(40, 130, 34, TOKEN_WISE, H, W, P, h0, w0);
     skiparse_panel(380, 130, 34, GROUP_WISE, H, W, P, h0, w0);
     heard_panel(720, 130, 34, H, W, P, h0, w0);
@@ -2282,18 +2397,21 @@ static void show_skiparse(int P) {
 // ---- model: the layout of the blocks, and one of them ----------------------------------------------------
 static void show_model(const Config *c, const char *name) {
     static const char *const BLOCK[][2] = {
-        {"x += gate1 · SelfAttention(LN(x)·(1 + scale1) + shift1)", "q, k, v, o; RMSNorm on q and k, rotary positions"},
+        {"x += gate1 · SelfAttention(LN(x)·(1 + scale1) + shift1)",
+         "q, k, v, o; RMSNorm on q and k, rotary positions"},
         {"x += CrossAttention(LN(x), text)", "q of x; k, v of the text; no positions, no mask"},
         {"x += gate2 · FFN(LN(x)·(1 + scale2) + shift2)", "up, GELU, down"},
-        {"shift, scale, gate = modulation + e0", "six vectors: the block's own table plus what the timestep says"}};
+        {"shift, scale, gate = modulation + e0",
+         "six vectors: the block's own table plus what the timestep says"}};
     int L = c->num_layers, H = c->H_l / 2, W = c->W_l / 2, count[PATTERNS] = {0, 0, 0}, N = c->T * H * W;
     double step = 960.0 / (L > 12 ? L : 12), wide = step * 0.8;
     const char *stage[] = {fmt("latent [%d, %d, %d, %d]", c->in_dim, c->T, 2 * H, 2 * W),
                            fmt("2x2 patches → x [%d, %d]", N, c->dim), fmt("%d blocks", L),
                            fmt("norm, head → [%d, %d]", N, 4 * c->out_dim),
                            fmt("velocity [%d, %d, %d, %d]", c->out_dim, c->T, 2 * H, 2 * W)};
-    picture(1040, 590, fmt("OSP-Next, %s", name), fmt("%d blocks, dim %d, %d heads, ffn %d; %d tokens: %d frames of %d x %d",
-            L, c->dim, c->num_heads, c->ffn_dim, N, c->T, H, W));
+    picture(1040, 590, fmt("OSP-Next, %s", name),
+            fmt("%d blocks, dim %d, %d heads, ffn %d; %d tokens: %d frames of %d x %d", L, c->dim,
+                c->num_heads, c->ffn_dim, N, c->T, H, W));
     for (int i = 0; i < L; i++) {
         int k = block_pattern(i, L, c->num_full_blocks);
         count[k]++;
@@ -2302,7 +2420,8 @@ static void show_model(const Config *c, const char *name) {
         label(40 + i * step + wide / 2, 142, fmin(16, wide * 0.7), 'm', PAPER, "%c", PATTERN_LETTER[k]);
     }
     for (int k = 0; k < PATTERNS; k++)
-        label(40 + 230 * k, 208, 14, 's', PATTERN_COLOR[k], "%c: %d %s", PATTERN_LETTER[k], count[k], PATTERN_NAME[k]);
+        label(40 + 230 * k, 208, 14, 's', PATTERN_COLOR[k], "%c: %d %s", PATTERN_LETTER[k], count[k],
+              PATTERN_NAME[k]);
     label(40, 262, 15, 's', INK, "The whole model");
     label(400, 262, 15, 's', INK, "One block: x is the residual stream [%d, %d]", N, c->dim);
     for (int i = 0; i < 5; i++) {
@@ -2318,7 +2437,7 @@ static void show_model(const Config *c, const char *name) {
 }
 
 // ---- hif8: the format beside others ----------------------------------------------------------------------
-// The positive finite values of a format with 7 − m exponent bits and m of mantissa, bias b, up to `most`; rising.
+// The positive finite values of a format with 7 − m exponent bits, m of mantissa, bias b, up to `most`.
 static int float8_values(double *v, int m, int b, double most) {
     int n = 0;
     for (int code = 1; code < 128; code++) {
@@ -2374,7 +2493,8 @@ static void rank_panels(const Config *c, const Pattern *p, int R) {
     for (int r = 0; r < R; r++) {
         int first = p[FULL].first[r], end = p[FULL].first[r + 1];
         box(40, 145 + unit * first, 280, unit * (end - first) - 2, OTHER_COLOR[r], 0.85);
-        label(180, 150 + unit * (first + end) / 2, 14, 'm', PAPER, "rank %d: tokens %d to %d", r, first, end - 1);
+        label(180, 150 + unit * (first + end) / 2, 14, 'm', PAPER, "rank %d: tokens %d to %d", r, first,
+              end - 1);
     }
 }
 
@@ -2386,7 +2506,8 @@ static void forward_bars(const Config *c, const Pattern *p, int R, bool ulysses,
         int k = block_pattern(i, L, c->num_full_blocks);
         Sent s = block_sent(c, p, i, 0, R, ulysses);
         double x = 40 + i * step, part = (double)s.inside / 4 * unit, after = (double)s.after * unit;
-        for (int j = 0; j < 4 && s.inside; j++) box(x, y - part * (j + 1), step * 0.5, part - 2, PATTERN_COLOR[k], 0.9);
+        for (int j = 0; j < 4 && s.inside; j++)
+            box(x, y - part * (j + 1), step * 0.5, part - 2, PATTERN_COLOR[k], 0.9);
         if (s.after) box(x + step * 0.62, y - after, step * 0.26, after - 2, RIM, 1);
         line(x, y, x + step * 0.5, y, PATTERN_COLOR[k], 3);
         label(x + step * 0.25, y + 18, 12, 'm', PATTERN_COLOR[k], "%c", PATTERN_LETTER[k]);
@@ -2399,13 +2520,14 @@ static void show_ranks(const Config *c, const char *name, int R) {
     Pattern *p = config_patterns(c, R);
     double sparse[2], all[2];
     picture(1000, 850, fmt("Sparse sequence parallelism: %s on %d ranks", name, R),
-            fmt("%d x %d x %d tokens, dim %d. Bytes: what rank 0 sends to the others in one forward, float32", c->T,
-                c->H_l / 2, c->W_l / 2, c->dim));
+            fmt("%d x %d x %d tokens, dim %d. Bytes: what rank 0 sends to the others in one forward, float32",
+                c->T, c->H_l / 2, c->W_l / 2, c->dim));
     rank_panels(c, p, R);
     label(40, 470, 15, 's', INK, "One sparse block");
-    label(340, 470, 12, 's', SOFT, "where q, k, v, o have 16 bits and x 32, SSP sends half of the bytes");
+    label(380, 470, 12, 's', SOFT, "where q, k, v, o have 16 bits and x 32, SSP sends half of the bytes");
     label(40, 580, 15, 's', INK, "The whole forward, block by block");
-    label(340, 580, 12, 's', SOFT, "stacks: q, k, v, o inside a block under Ulysses; gray: x between two layouts");
+    label(380, 580, 12, 's', SOFT,
+          "stacks: q, k, v, o inside a block under Ulysses; gray: x between two layouts");
     for (int u = 0; u < 2; u++) {
         Sent s = block_sent(c, p, F / 2, 0, R, u);
         const char *color = u ? PATTERN_COLOR[block_pattern(F / 2, c->num_layers, F)] : RIM;
@@ -2415,7 +2537,8 @@ static void show_ranks(const Config *c, const char *name, int R) {
             box(x + 100 * j, 486, 95, 30, color, 0.9);
             label(x + 47 + 100 * j, 506, 14, 'm', PAPER, "%c", u ? "qkvo"[j] : 'x');
         }
-        label(x, 536, 13, 's', INK, "%s, %.0f bytes", u ? "Ulysses: 4 all-to-alls" : "SSP: 1 all-to-all", sparse[u]);
+        label(x, 536, 13, 's', INK, "%s, %.0f bytes", u ? "Ulysses: 4 all-to-alls" : "SSP: 1 all-to-all",
+              sparse[u]);
         forward_bars(c, p, R, u, 690 + 126 * u);
         label(830, 660 + 126 * u, 15, 's', INK, u ? "Ulysses: %.2f MB" : "SSP: %.2f MB", all[u] / 1e6);
     }
@@ -2429,7 +2552,7 @@ static void show_grpo(void) {
     static const double END[G] = {-125, -60, 5, 70, 125}, REWARD[G] = {0.35, 0.62, 0.88, 0.71, 0.44};
     double advantage[G], sigma[S + 1];
     picture(1000, 470, "Mix-GRPO: a group of videos of one caption, from one noise",
-            "chance spreads the group in the window; a reward above the group's mean makes that chance likelier");
+            "a sketch: chance spreads the group; a reward above the mean makes that chance likelier");
     schedule(sigma, S, 1);
     advantages(advantage, REWARD, G);
     for (int i = 0; i <= S; i++) {
@@ -2477,18 +2600,21 @@ static void draw_picture(const ShowOptions *o) {
     else if (!strcmp(kind, "hif8")) show_hif8();
     else if (!strcmp(kind, "grpo")) show_grpo();
     else if (!strcmp(kind, "ranks")) show_ranks(&c, name, o->R);
-    else if (count < 1 || count > MOST_LOGS) die("%d logs, expected 1 to %d: show %s LOG..", count, MOST_LOGS, kind);
+    else if (count < 1 || count > MOST_LOGS)
+        die("%d logs, expected 1 to %d: show %s LOG..", count, MOST_LOGS, kind);
     else show_logs(o->words.text + 1, count, !strcmp(kind, "reward"));
 }
 
 static int show(int argc, char **argv) {
     #define AT(field) offsetof(ShowOptions, field)
     static const Option OPTION[] = {
-        {"", "KIND", 'm', AT(words), NULL, 0, 0, "skiparse, model, hif8, ranks; loss or reward, then logs"},
+        {"", "KIND", 'm', AT(words), NULL, 0, 0,
+         "skiparse, model, hif8, ranks, grpo; loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
         {"", "-P", 'i', AT(P), "2", 1, 8, "sparse ratio (skiparse)"},
         {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
-        {"", "--preset", 's', AT(preset), NULL, 0, 0, "tiny, toy, 1.3b-480p, 14b-720p, 14b-768p (model, ranks)"},
+        {"", "--preset", 's', AT(preset), NULL, 0, 0,
+         "tiny, toy, 1.3b-480p, 14b-720p, 14b-768p (model, ranks)"},
     };
     #undef AT
     const char *said[5], *why;
@@ -2513,7 +2639,52 @@ static int show(int argc, char **argv) {
 // ==========================================================================================================
 // A mutant whose text is not found exactly once, or that does not compile, is an error of this table.
 static const struct { const char *name, *find, *replace; } MUTANTS[] = {
-    {"none", "none", "none"}
+    {"HiF8: overflow beyond 40960, not at it", "a >= 0x47200000u", "a > 0x47200000u"},
+    {"HiF8: ties towards zero", "(a + (1u << (drop - 1)))", "(a + (1u << (drop - 1)) - 1u)"},
+    {"HiF8: the exponent's sign in a code", "negative ? -size : size", "negative ? size : -size"},
+    {"HiF8: the embeddings and the head quantized", "p->block_matrix = block >= 0 &&", "p->block_matrix ="},
+    {"HiF8: weights scaled to 14", "p->compute, p->count, 15,", "p->compute, p->count, 14,"},
+    {"HiF8: dy scaled to 15", "rows * out, 224)", "rows * out, 15)"},
+    {"HiF8: dq, dk, dv not quantized", "numbers(j ? a.kv : a.q), 224)", "0, 224)"},
+    {"HiF8: q, k, v not quantized", "c->quant_attn; j++) quantize(r, qkv", "0; j++) quantize(r, qkv"},
+    {"HiF8: o not quantized", "s->oq : s->o, numbers(a.q), 15)", "s->oq : s->o, 0, 15)"},
+    {"HiF8: the text not quantized", "r->context, rows * m->c.dim, 15", "r->context, 0, 15"},
+    {"Skiparse: token-wise and group-wise exchanged", "i % 2 == 0 ? TOKEN_WISE", "i % 2 ? TOKEN_WISE"},
+    {"Skiparse: groups one token wide", "h / P % P;", "h % P;"},
+    {"Skiparse: one full block too many", "i < F / 2 ||", "i <= F / 2 ||"},
+    {"exchange: forward, have and want exchanged", "s->layout, next)->pack", "next, s->layout)->pack"},
+    {"exchange: backward, have and want exchanged", "r->dx, have, want,", "r->dx, want, have,"},
+    {"exchange: ranks unpack in order of arrival", "= arrival[holder[unit[i]]]++", "= (int)i"},
+    {"sampling: o not into oq in sparse blocks", "s->self.oq = s->self.o;", "s->self.oq = first->self.y;"},
+    {"RoPE: h and w exchanged", "token / W % H, token % W}", "token % W, token / W % H}"},
+    {"RoPE: not turned back in backward", "head_dim, -1.0f, heads", "head_dim, 1.0f, heads"},
+    {"RMSNorm: no eps", "sqrtf(squares / (float)D + eps)", "sqrtf(squares / (float)D)"},
+    {"modulation: shift is scale", "of_row(e, row, rows, D)", "of_row(e, row + 1, rows, D)"},
+    {"norm backward: one term 1 % off", "sum_gx /= (float)D", "sum_gx *= 1.01f / (float)D"},
+    {"GELU backward: 2 for 3", "1.0f + 3.0f * cube", "1.0f + 2.0f * cube"},
+    {"attention backward: without the mean", "s[j] * (dp[j] - delta[j])", "s[j] * dp[j]"},
+    {"text: its gradient from k alone", "&a.w->v, count_of(a.kv), true", "&a.w->v, count_of(a.kv), false"},
+    {"text: dtext not from the loss", "dw, r->dtext", "dw, r->text"},
+    {"text: no GELU in backward", "r->text_pre, rows", "r->text_pre, 0 * rows"},
+    {"patches: pw for ph", "2 * h + patch / 2", "2 * h + patch % 2"},
+    {"time backward: nothing from the head", "r->small, 1, r->de_e", "r->small, 0, r->de_e"},
+    {"sampling: steps the wrong way", "(float)(sigma[i + 1] - sigma[i])", "(float)(sigma[i] - sigma[i + 1])"},
+    {"guidance: both sides exchanged", "(float)(1 - g), v, (float)g", "(float)g, v, (float)(1 - g)"},
+    {"training: the target's sign", "target[i] = noise - x0", "target[i] = x0 - noise"},
+    {"training: sees the captions that eval asks", "while (held_out(caption));", "while (0);"},
+    {"AdamW: beta2 is beta1", "t->beta1, t->beta2, young", "t->beta1, t->beta1, young"},
+    {"GRPO: advantages not clipped", "a > 5 ? 5", "a > 50 ? 50"},
+    {"GRPO: gradient of clipped ratios", "clipped ? 0 : -A * ratio", "-A * ratio"},
+    {"GRPO: KL's gradient reversed", "(float)(k - w), mean_i", "(float)(-k - w), mean_i"},
+    {"GRPO: the SDE's mean without its drift", "s = {1 + eta * eta /", "s = {1 + 0 * eta /"},
+    {"GRPO: no guidance in the gradient", "share * s.b * o->guidance", "share * s.b"},
+    {"GRPO: sum over the window, not mean", "double chain = share *", "double chain ="},
+    {"GRPO: learns from one video for all", "p->x, i + 1, video[b]", "p->x, i + 1, video[0]"},
+    {"GRPO: videos without an advantage not dropped", "if (p->advantage[v] != 0) video", "video"},
+    {"GRPO: the reference has the adapter", "r->m->lora->scale = 0, weights_prepare", "weights_prepare"},
+    {"LoRA: merged without alpha/rank", "lincomb(scaled, l->scale", "lincomb(scaled, 1"},
+    {"files: the step lost on resuming", "o->step = (int)", "o->step = 0 * (int)"},
+    {"files: a HiF8 weight is off by its scale", "(uint8_t)code) / k", "(uint8_t)code) * k"},
 };
 enum { MUTANT_COUNT = sizeof MUTANTS / sizeof MUTANTS[0] };
 
@@ -2527,7 +2698,8 @@ typedef struct { char *data; size_t size; } Raw;
 static Raw get_file(const char *path) {
     struct stat s;
     FILE *f = fopen(path, "rb");
-    if (!f || fstat(fileno(f), &s)) die("%s: %s; run in the folder of osp.c and test_osp.c", path, strerror(errno));
+    if (!f || fstat(fileno(f), &s))
+        die("%s: %s; run in the folder of osp.c and test_osp.c", path, strerror(errno));
     Raw r = {(char *)xalloc(s.st_size + 1, 1), (size_t)s.st_size};
     if (fread(r.data, 1, r.size, f) != r.size) die("%s: cannot be read", path);
     fclose(f);
@@ -2550,20 +2722,24 @@ static Raw edited(Raw r, const char *from, const char *to, bool once) {
 // Compiles and tests one copy in a folder of its own. line: the last that was said.
 enum { CAUGHT, MISSED, NOT_FOUND, NOT_COMPILED };
 static int run_copy(Raw source, const char *folder, const char *golden_path, char **line) {
-    const char *cc = getenv("CC"), *compile = "-std=gnu11 -O1 -w -DSTOP_AT_FIRST -o t test_osp.c -lm -ldl 2>&1";
+    const char *cc = getenv("CC"),
+               *compile = "-std=gnu11 -O1 -w -DSTOP_AT_FIRST -o t test_osp.c -lm -ldl 2>&1";
     int code;
     mkdir(folder, 0777);
     put_file(fmt("%s/osp.c", folder), source.data, source.size);
     *line = shell(&code, fmt("cp test_osp.c %s; cd %s; %s %s", folder, folder, cc ? cc : "cc", compile));
     if (code) return NOT_COMPILED;
-    *line = shell(&code, fmt("cd %s; ulimit -t 300; OMP_NUM_THREADS=1 ./t --golden '%s' >log 2>&1; c=$?; tail -1 log; "
-                             "exit $c", folder, golden_path));
+    *line = shell(
+        &code, fmt("cd %s; ulimit -t 300; OMP_NUM_THREADS=1 ./t --golden '%s' >log 2>&1; c=$?; tail -1 log; "
+                   "exit $c",
+                   folder, golden_path));
     return code ? CAUGHT : MISSED;
 }
 
-// All mutants (or those whose names have the word `only`), two at a time, after an unchanged copy, which must pass.
+// All mutants (or those named `only`), two at a time, after an unchanged copy, which must pass.
 static int mutate(const char *golden_folder, const char *only) {
-    static const char *const WHAT[] = {"caught: ", "MISSED ", "ERROR, not there exactly once ", "ERROR, does not compile "};
+    static const char *const WHAT[] = {"caught: ", "MISSED ", "ERROR, not there exactly once ",
+                                       "ERROR, does not compile "};
     char scratch[] = "/tmp/osp_mutate_XXXXXX", *golden_path = realpath(golden_folder, NULL), *said;
     Raw source = get_file("osp.c");
     int caught_ones = 0, ran = 0, code;
@@ -2585,7 +2761,7 @@ static int mutate(const char *golden_folder, const char *only) {
     return ran - caught_ones;
 }
 
-// ---- bad input: each case must end in one line and exit code 2, in time, and touch nothing ------------------
+// ---- bad input: each case must end in one line and exit code 2, in time, and touch nothing --------------
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define PATIENCE "5"                                     // seconds
 #else
@@ -2604,11 +2780,13 @@ static bool one_line(const char *said) {
 static void try_case(const char *name, const char *arguments, const char *before) {
     static const char *const LOOK = "ls -lAin --full-time";
     int code, ignored;
-    char *run = fmt("%s timeout -s KILL " PATIENCE " %s %s 2>&1 >/dev/null </dev/null", before, bad.osp, arguments);
+    char *run =
+        fmt("%s timeout -s KILL " PATIENCE " %s %s 2>&1 >/dev/null </dev/null", before, bad.osp, arguments);
     char *files = shell(&code, LOOK), *said = shell(&code, run);
     if (code == 137) said = shell(&code, run);               // once more: the machine may be busy
     bool same = !strcmp(shell(&ignored, LOOK), files), ok = code == 2 && one_line(said) && same;
-    printf("%-44.44s exit %3d%s %s %s", name, code, same ? "" : ", FILES CHANGED", ok ? "ok " : "FAILED\n", said);
+    printf("%-44.44s exit %3d%s %s %s", name, code, same ? "" : ", FILES CHANGED", ok ? "ok " : "FAILED\n",
+           said);
     fflush(stdout);
     bad.cases++, bad.failed += !ok;
 }
@@ -2645,20 +2823,30 @@ static void try_value(const char *file, const char *tensor, float value, bool co
 }
 
 static void try_hostile_files(void) {
-    static const char *const EDIT[][14] = {              // file, form, what stands in its header, what replaces it
-        {"base.st", "\"dim\":\"%s\"", "64", "0", "-64", "99999999999", "wide", "32"}, {"base.st", "\"num_heads\":\"%s\"", "4", "3"},
-        {"base.st", "\"num_layers\":\"%s\"", "8", "9", "1000"}, {"base.st", "\"num_full_blocks\":\"%s\"", "4", "6"},
-        {"base.st", "\"sparse_ratio\":\"%s\"", "2", "0"}, {"base.st", "\"H_l\":\"%s\"", "16", "15"},
-        {"base.st", "\"eps\":\"%s\"", "1e-06", "nan"}, {"base.st", "\"vocab\":\"%s\"", "27", "927"},
-        {"lora.st", "\"lora_rank\":\"%s\"", "8", "99"}, {"lora.st", "\"lora_alpha\":\"%s\"", "16", "x"},
-        {"base.st", "\"%s\":\"64\"", "dim", "mid", "eps"}, {"base.st", "%s", "\"64\"", "64", "{}"},
-        {"base.st", "%s", "\"F32\"", "\"F64\"", "\"I32\"", "\"U8\"", "32"}, {"lora.st", "%s", "lora_A", "lora_C"},
-        {"base.st", "%s", "patch_embedding.weight", "patch_embedding.height", "patch_embedding.bias", "__metadata__", "\n"},
-        {"base.st", "%s", "[64, 3, 1, 2, 2]", "[3,64,1,2,2]", "[1,1,1,1,1,64,3,2,2]", "[4294967296,4294967296,3]", "[-64,3,1,2,2]",
-         "[[64, 3, 1, 2, 2]]", "768", "null"},
-        {"base.st", "%s", "[0,3072]", "[0,3071]", "[3072,0]", "[0,3072,3072]", "[0]", "[0,3072,]", "[0,3072.0]", "[1,3073]",
-         "[99999999999,100000002671]", "[18446744073709551615,3071]"},
-        {"base.st", "%s", "\"shape\"", "\"dtype\"", ""}, {"base.st", "%s", "},", "}},", "},,"},
+    static const char *const EDIT[][14] = {
+        // file, form, what stands in its header, what replaces it
+        {"base.st", "\"dim\":\"%s\"", "64", "0", "-64", "99999999999", "wide", "32"},
+        {"base.st", "\"num_heads\":\"%s\"", "4", "3"},
+        {"base.st", "\"num_layers\":\"%s\"", "8", "9", "1000"},
+        {"base.st", "\"num_full_blocks\":\"%s\"", "4", "6"},
+        {"base.st", "\"sparse_ratio\":\"%s\"", "2", "0"},
+        {"base.st", "\"H_l\":\"%s\"", "16", "15"},
+        {"base.st", "\"eps\":\"%s\"", "1e-06", "nan"},
+        {"base.st", "\"vocab\":\"%s\"", "27", "927"},
+        {"lora.st", "\"lora_rank\":\"%s\"", "8", "99"},
+        {"lora.st", "\"lora_alpha\":\"%s\"", "16", "x"},
+        {"base.st", "\"%s\":\"64\"", "dim", "mid", "eps"},
+        {"base.st", "%s", "\"64\"", "64", "{}"},
+        {"base.st", "%s", "\"F32\"", "\"F64\"", "\"I32\"", "\"U8\"", "32"},
+        {"lora.st", "%s", "lora_A", "lora_C"},
+        {"base.st", "%s", "patch_embedding.weight", "patch_embedding.height", "patch_embedding.bias",
+         "__metadata__", "\n"},
+        {"base.st", "%s", "[64, 3, 1, 2, 2]", "[3,64,1,2,2]", "[1,1,1,1,1,64,3,2,2]",
+         "[4294967296,4294967296,3]", "[-64,3,1,2,2]", "[[64, 3, 1, 2, 2]]", "768", "null"},
+        {"base.st", "%s", "[0,3072]", "[0,3071]", "[3072,0]", "[0,3072,3072]", "[0]", "[0,3072,]",
+         "[0,3072.0]", "[1,3073]", "[99999999999,100000002671]", "[18446744073709551615,3071]"},
+        {"base.st", "%s", "\"shape\"", "\"dtype\"", ""},
+        {"base.st", "%s", "},", "}},", "},,"},
         {"hif8.st", "self_attn.q.weight.%s", "scale", "stale"}};
     static const char *const K = "blocks.0.self_attn.q.weight.scale", *const CODES = "blocks.1.ffn.2.weight";
     Raw base = get_file("base.st");
@@ -2667,13 +2855,18 @@ static void try_hostile_files(void) {
     try_file("a header of 2^62 bytes", noise, 8, false);
     for (int i = 0; i < 64; i++) noise[i] = rng_bits(9, 9, i);
     for (int i = 0; i < 6; i++) try_file(fmt("%zu bytes", cut[i]), base.data, cut[i], false);
-    try_file("text", "This is no checkpoint, only text.\n", 34, false), try_file("noise", noise, sizeof noise, false);
-    try_file("an empty header", "\2\0\0\0\0\0\0\0{}", 10, false), try_file("half a header", "\1\0\0\0\0\0\0\0{", 9, false);
+    try_file("text", "This is no checkpoint, only text.\n", 34, false);
+    try_file("noise", noise, sizeof noise, false);
+    try_file("an empty header", "\2\0\0\0\0\0\0\0{}", 10, false);
+    try_file("half a header", "\1\0\0\0\0\0\0\0{", 9, false);
     try_file("brackets", "\14\0\0\0\0\0\0\0{\"a\":[[[[[[[", 20, false);
     for (size_t i = 0; i < sizeof EDIT / sizeof EDIT[0]; i++)
-        for (const char *const *to = &EDIT[i][3]; *to; to++) try_header(EDIT[i][0], fmt(EDIT[i][1], EDIT[i][2]), fmt(EDIT[i][1], *to));
-    try_value("base.st", "blocks.3.ffn.0.weight", NAN, false), try_value("base.st", "head.head.bias", INFINITY, false);
-    try_value("hif8.st", K, 0, false), try_value("hif8.st", K, -1, false), try_value("hif8.st", K, NAN, false);
+        for (const char *const *to = &EDIT[i][3]; *to; to++)
+            try_header(EDIT[i][0], fmt(EDIT[i][1], EDIT[i][2]), fmt(EDIT[i][1], *to));
+    try_value("base.st", "blocks.3.ffn.0.weight", NAN, false);
+    try_value("base.st", "head.head.bias", INFINITY, false);
+    try_value("hif8.st", K, 0, false), try_value("hif8.st", K, -1, false);
+    try_value("hif8.st", K, NAN, false);
     try_value("hif8.st", CODES, 0x80, true), try_value("hif8.st", CODES, 0x6F, true);
     try_value("lora.st", "blocks.0.self_attn.q.lora_B.weight", NAN, false);
 }
@@ -2683,26 +2876,28 @@ static void try_hostile_files(void) {
 static const char *const OPTIONS_BAD[][32] = {
     {"info", "text", "missing", "base.st hif8.st"},
     {"sample -w", "missing" SHORT, "folder" SHORT, "pipe" SHORT, "lora.st" SHORT, "other.st.resume" SHORT},
-    {"sample", "--colour red", "-w", "-p a -o keep.png", "-w base.st -o keep.png", "-w base.st -o keep.png -p ''"},
-    {"sample -w base.st -o keep.png -p", "'a purple circle'", "'a a a a a a a a a a a a a a a a a a a a a a a a a a a'",
+    {"sample", "--colour red", "-w", "-p a -o keep.png", "-w base.st -o keep.png",
+     "-w base.st -o keep.png -p ''"},
+    {"sample -w base.st -o keep.png -p", "'a purple circle'",
+     "'a a a a a a a a a a a a a a a a a a a a a a a a a a a'",
      "a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a -p a"},
-    {"sample -w base.st" SHORT, "-n 0", "-n -3", "-n 1e30", "-n 2.5", "-n 5x", "-n ''", "-g nan", "-g inf", "--shift 0",
-     "--seed -1", "--seed 18446744073709551616", "--height 15", "--frames 0", "--frames 4096 --height 16384 --width 16384",
-     "--sp magic", "--noise base.st", "-o nowhere/out.png", "-o folder.png", "-o /proc/out.png", "-o out.gif", "-o ''",
-     "-o -", "-o full.png", "--lora missing", "--lora base.st"},
+    {"sample -w base.st" SHORT, "-n 0", "-n -3", "-n 1e30", "-n 2.5", "-n 5x", "-n ''", "-g nan", "-g inf",
+     "--shift 0", "--seed -1", "--seed 18446744073709551616", "--height 15", "--frames -1", "--sp magic",
+     "--frames 4096 --height 16384 --width 16384", "--noise base.st", "-o nowhere/out.png", "-o folder.png",
+     "-o /proc/out.png", "-o out.gif", "-o ''", "-o -", "-o full.png", "--lora missing", "--lora base.st"},
     {"train", "--preset tiny", "--steps"},
     {"train -o new.st", "--preset big", "--steps -1", "--batch 0", "--lr nan", "--dtype fp4", "--init text",
      "--init missing", "--steps 0 -o folder", "--steps 0 -o /dev/full", "--batch 65536 --frames 4096",
      "--steps 5 -o other.st", "--steps 5 -o torn.st", "--steps 5 -o old.st"},
     {"eval -w base.st", "-n 0", "-w text", "--batch -2", "-w ''", "--steps 0"},
     {"grpo", "-o new.st", "--init base.st"},
-    {"grpo -o new.st --init base.st", "--init missing", "--group 1", "-n 5 --window 5", "--rank 64", "--rank 0",
-     "--clip 0", "--reward nothing", "--dtype fp4", "-o grpo.st --group 2 --prompts 1"},
+    {"grpo -o new.st --init base.st", "--init missing", "--group 1", "-n 5 --window 5", "--rank 64",
+     "--rank 0", "--clip 0", "--reward nothing", "--dtype fp4", "-o grpo.st --group 2 --prompts 1"},
 };
 
 static void try_options(void) {
-    static const char *const ALONE[] = {"", "paint", "--seed 1", "info", "eval", "train", "grpo"};
-    for (int i = 0; i < 7; i++) try_case(ALONE[i], ALONE[i], "");
+    static const char *const ALONE[] = {"paint", "--seed 1", "info", "eval", "train", "grpo"};
+    for (int i = 0; i < 6; i++) try_case(ALONE[i], ALONE[i], "");
     for (size_t i = 0; i < sizeof OPTIONS_BAD / sizeof OPTIONS_BAD[0]; i++)
         for (const char *const *tail = OPTIONS_BAD[i] + 1; *tail; tail++)
             try_case(*tail, fmt("%s %s", OPTIONS_BAD[i][0], *tail), "");
@@ -2733,10 +2928,13 @@ static int bad_input(const char *osp) {
     model_allocate(m, true), model_random(m, 1);
     model_save("base.st", m, m->w, "f32"), model_save("hif8.st", m, m->w, "hif8");
     lora_new(m, 8, 16, 1), lora_save("lora.st", m->lora, m->lora->w);
-    put_state("other.st.resume", "preset tiny of another kind"), put_state("grpo.st.resume", "grpo of another kind");
+    put_state("other.st.resume", "preset tiny of another kind");
+    put_state("grpo.st.resume", "grpo of another kind");
     put_file("keep.png", "kept", 4), put_file("keep.st", "kept", 4), put_file("text", "no checkpoint", 13);
-    put_file("torn.st.resume", "torn", 4), put_file("old.st.resume", get_file("base.st").data, get_file("base.st").size);
-    if (mkdir("folder", 0777) || mkdir("folder.png", 0777) || symlink("/dev/full", "full.png") || mkfifo("pipe", 0666))
+    put_file("torn.st.resume", "torn", 4);
+    put_file("old.st.resume", get_file("base.st").data, get_file("base.st").size);
+    if (mkdir("folder", 0777) || mkdir("folder.png", 0777) || symlink("/dev/full", "full.png") ||
+        mkfifo("pipe", 0666))
         die("cannot make test files in %s", scratch);
     try_hostile_files();
     try_options();
@@ -2745,8 +2943,8 @@ static int bad_input(const char *osp) {
     return bad.failed;
 }
 
-// ---- ranks: R processes against one, in the same run (mpirun -np R ./test_osp_mpi) --------------------------
-// Every rank computes the one-rank answer by itself as well, and compares. The golden files' models have 2 heads; these
+// ---- ranks: R processes against one, in the same run (mpirun -np R ./test_osp_mpi) ----------------------
+// Every rank also computes the one-rank answer by itself, and compares. golden/'s models have 2 heads; these
 // have 4, for up to 4 ranks, on grids that P² and R divide and on grids that they do not.
 static Config ranked_config(const int *grid, int quant) {
     Config c = small_config(0, quant);
@@ -2761,8 +2959,8 @@ static void ranks_against_one(Ranks *k, const int *grid, int quant) {
     Answer want = ask(run_of(m, 2, true), &q);
     size_t count = 2 * c.in_dim * c.T * c.H_l * c.W_l;
     for (int ulysses = 0; ulysses < 2; ulysses++) {
-        char *what = fmt("%d ranks, %dx%dx%d, %s%s", k->size, grid[0], grid[1], grid[2], ulysses ? "Ulysses" : "SSP",
-                         quant ? ", HiF8" : "");
+        char *what = fmt("%d ranks, %dx%dx%d, %s%s", k->size, grid[0], grid[1], grid[2],
+                         ulysses ? "Ulysses" : "SSP", quant ? ", HiF8" : "");
         k->ulysses = ulysses;
         Answer got = ask(run_on(k, m, 2, true), &q);
         note("output", relative(got.out, want.out, count)), note("loss", fabs(got.loss / want.loss - 1));
@@ -2785,7 +2983,8 @@ static void ranks_sample(Ranks *k, const int *grid) {
     float *x[2] = {up(q.x, count), up(q.x, count)};
     for (int i = 0; i < 2; i++) sample(run_on(i ? k : &alone, m, 1, false), x[i], cond, uncond, 50, 7, 5);
     near("x", x[1], down(x[0], count), count);
-    worst_row(1e-6, fmt("%d x %d ranks, %dx%dx%d, 50 guided steps,", k->halves, k->size, grid[0], grid[1], grid[2]));
+    worst_row(1e-6, fmt("%d x %d ranks, %dx%dx%d, 50 guided steps,", k->halves, k->size, grid[0], grid[1],
+                        grid[2]));
 }
 
 static int run_ranks(Ranks *world, bool small) {         // small: under the sanitizers
@@ -2809,13 +3008,14 @@ static int lose_rank(Ranks *k) {
     return 0;
 }
 
-// ---- fuzz: the reader of safetensors against mutated files -------------------------------------------------
-// A small valid file is mutated a few times; what is nasty stands in its metadata, for pieces of the header are
+// ---- fuzz: the reader of safetensors against mutated files ----------------------------------------------
+// A small valid file is mutated; what is nasty stands in its metadata, for pieces of the header are
 // copied about. What is accepted must keep every promise of the reader; what is refused ends in die.
 typedef struct { char text[4096]; size_t length, bytes; uint8_t data[64]; uint64_t header; } FuzzCase;
 static FuzzCase fuzz_base(void) {
     static const char *const HEADER =
-        "{\"__metadata__\":{\"dim\":\"64\",\"note\":\"a\\n\\u00e9\\ud800 -1 1.5 007 null [[[[ {{ }} ]] :, 4294967296 "
+        "{\"__metadata__\":{\"dim\":\"64\",\"note\":\"a\\n\\u00e9\\ud800 -1 1.5 007 null [[[[ {{ }} ]] :, "
+        "4294967296 "
         "9223372036854775807 18446744073709551615 18446744073709551616 I32 F99 w.scale \\u0000 \\\\\"},"
         "\"w\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"BF16\",\"shape\":[4],\"data_offsets\":[24,32]},"
@@ -2849,7 +3049,7 @@ static void fuzz_mutate(FuzzCase *c) {
     if (kind == 2) c->bytes = 32 + below(20), c->data[below(41)] = (uint8_t)below(256);
     if (kind == 3) c->header = below(2) ? c->length + 8 - below(16) : (uint64_t)below(SIZE_MAX) >> below(64);
     if (kind == 4) old = below(20);                      // a stretch left out
-    if (kind >= 5) n = token(c->text + from);            // a piece repeated elsewhere, mostly in another's place
+    if (kind >= 5) n = token(c->text + from); // a piece repeated elsewhere, mostly in another's place
     if (kind >= 6) old = token(c->text + to);
     if (kind < 4 || to + old > c->length || from + n > c->length || c->length + n > sizeof c->text) return;
     char *piece = fmt("%.*s", (int)n, c->text + from);
@@ -2881,7 +3081,8 @@ static const char *broken_promise(File *f) {
         for (int d = 0; d < t->rank; d++) count *= t->shape[d];
         if (t->text) continue;
         if (t->rank > 8 || count != t->count || t->bytes != count * DTYPE_BYTES[t->dtype]) return "shape";
-        if (t->data < f->data || t->bytes > f->bytes || t->data + t->bytes > f->data + f->bytes) return "bounds";
+        if (t->data < f->data || t->bytes > f->bytes || t->data + t->bytes > f->data + f->bytes)
+            return "bounds";
         bool ok = survives(f, NULL, t, &out);
         for (size_t j = 0; ok && j < count; j++) if (!isfinite(out[j])) return "NaN or Inf read";
         free(out);
@@ -2901,8 +3102,10 @@ static int fuzz_reader(long runs) {
         File f;
         uint8_t whole[8 + sizeof c.text + sizeof c.data];
         fuzz.index = 0;
-        for (size_t n = fuzz.run ? 1 + below(4) : 0; n; n--) fuzz_mutate(&c);        // the first file is the valid one
-        size_t all = 8 + c.length + c.bytes, size = fuzz.run && below(32) == 0 ? below(all) : all;   // or cut anywhere
+        for (size_t n = fuzz.run ? 1 + below(4) : 0; n; n--)
+            fuzz_mutate(&c); // the first file is the valid one
+        size_t all = 8 + c.length + c.bytes,
+               size = fuzz.run && below(32) == 0 ? below(all) : all; // or cut anywhere
         memcpy(whole, &c.header, 8), memcpy(whole + 8, c.text, c.length);
         memcpy(whole + 8 + c.length, c.data, c.bytes);
         if (ftruncate(fd, 0) || pwrite(fd, whole, size, 0) != (ssize_t)size) die("fuzz: %s", strerror(errno));
@@ -2925,13 +3128,149 @@ static const char *option(int argc, char **argv, const char *name, const char *s
     return standard;
 }
 
+// ==========================================================================================================
+// torture: kills, full disks, hostile files, ranks that die or differ, on the whole program
+// ==========================================================================================================
+static const char *const LEARN[] = { // short, and its state is saved after every step
+    "train --preset tiny --steps 40 --batch 4 --save 0",
+    "train --preset tiny --steps 30 --batch 4 --hif8 --save 0",
+    "grpo --init base.st --prompts 1 --group 4 --steps 8 -n 4 --save 0"};
+
+// A shell script, $1.. in it filled by the caller; 0: as wanted.
+static int failed_script(const char *script) {
+    int code;
+    char *said = shell(&code, fmt("cd torture && { %s; } 2>&1", script));
+    if (code) printf("    %.300s\n    exit %d: %.300s\n", script, code, said);
+    return code != 0;
+}
+
+// Runs that are killed up to 3 times and then left alone must end as an unbroken one does, and leave nothing else.
+static void torture_kills(const char *osp, const char *signal, int kills, uint64_t seed) {
+    int failed = 0;
+    for (int i = 0; i < kills; i += 3) {
+        const char *run = LEARN[i / 3 % 3], *want = fmt("want%d.st", i / 3 % 3);
+        double t[3];
+        for (int k = 0; k < 3; k++) t[k] = 0.05 + 0.9 * rng_uniform(seed, 1, i + k);
+        failed += failed_script(fmt(
+            "rm -f it*; p=; for t in %.3f %.3f %.3f; do timeout -s %s $t %s %s -o it.st >it.log 2>it.err; "
+            "c=$?; sleep 0.1; "
+            "case $c in 0|124|130|137|143) ;; *) exit 1;; esac; "
+            "if [ -n \"$p\" ] && grep -q resumed it.err; then grep -q \"at step $p$\" it.err || exit 2; fi; "
+            "n=`sed -n 's/^stopped at step \\([0-9]*\\);.*/\\1/p' it.log`; [ -n \"$n\" ] && p=$n; [ $c = 0 ] "
+            "&& p=; done; "
+            "%s %s -o it.st >it.log 2>it.err && cmp it.st %s && rm it.log it.err it.st && test -z \"`ls it* "
+            "2>/dev/null`\"",
+            t[0], t[1], t[2], signal, osp, run, osp, run, want));
+    }
+    row(failed, 0,
+        fmt("SIG%s at %d random moments: the same bytes at the end, nothing left behind", signal, kills));
+}
+
+// A limit between the sizes of output and state: saving warns, the run ends. One below the output: the old file stays.
+static void torture_disk(const char *osp) {
+    int failed = 0;
+    for (int i = 0; i < 20; i++) {
+        bool fits = i % 2;
+        int limit = fits ? 4800 + (int)(9000 * rng_uniform(5, 2, i)) : 1 + (int)(4400 * rng_uniform(5, 2, i));    // 512 bytes each
+        failed += failed_script(fmt("rm -f it*; cp base.st it.st; (ulimit -f %d; %s %s -o it.st >it.log "
+                                    "2>&1); test $? = %d && cmp it.st %s",
+                                    limit, osp, LEARN[0], fits ? 0 : 2, fits ? "want0.st" : "base.st"));
+    }
+    row(failed, 0, "20 full disks: no run ends that need not, old files stay whole");
+}
+
+// Random bytes, digits and lengths in real files, through every command that reads one.
+static void torture_files(const char *osp, int count) {
+    static const char *const FILE_OF[] = {"base.st", "lora.st", "clip.safetensors", "it.st.resume"};
+    static const char *const USE[] = {
+        "info bad",
+        "sample -w bad -n 1 -p 'a small red circle standing still on a navy background' -o it.png",
+        "sample -w base.st --lora bad -n 1 -p 'a small red circle standing still on a navy background' -o "
+        "it.png",
+        "sample -w base.st --noise bad -n 1 -p 'a small red circle standing still on a navy background' -o "
+        "it.png",
+        "train --preset tiny --steps 1 --batch 1 -o bad.st"};
+    int failed = 0;
+    for (int i = 0; i < count; i++) {
+        Raw r = get_file(fmt("torture/%s", FILE_OF[i % 4 == 3 ? 0 : i % 4]));
+        uint64_t header = 0;
+        memcpy(&header, r.data, 8);
+        for (int k = 0, n = 1 + (int)(rng_bits(7, 1, i) % 4); k < n; k++) {
+            size_t at = rng_bits(7, 2, 9 * i + k) % (8 + header + 16), kind = rng_bits(7, 3, 9 * i + k) % 4;
+            r.data[at] = kind == 0   ? (char)rng_bits(7, 4, 9 * i + k)
+                         : kind == 1 ? '9'
+                         : kind == 2 ? '"'
+                                     : r.data[at / 2];
+        }
+        if (rng_bits(7, 5, i) % 8 == 0) r.size = rng_bits(7, 6, i) % r.size;
+        put_file("torture/bad", r.data, r.size), free(r.data);
+        int use = i % 4 == 3 ? 4 : i % 4 == 0 ? (int)(i / 4 % 2) : i % 4 + 1;
+        failed += failed_script(fmt(
+            "rm -f it.png* bad.st*; %s (ulimit -v 1000000; timeout 5 %s %s >it.log); test $? = 0 -o $? = 2",
+            use == 4 ? "cp bad bad.st.resume;" : "", osp, USE[use]));
+    }
+    row(failed, 0, fmt("%d hostile files: exit 0 or 2 within 5 s and 1 GB of addresses", count));
+}
+
+// Two ranks told different things must stop with a message, and a killed rank must end the other.
+static void torture_ranks(const char *osp) {
+    static const char *const DIFFER[] = {"--seed 2", "-n 3", "-p 'a large blue square standing still on a gray background'",
+                                         "--lora lora.st", "--noise clip.safetensors", "--shift 4"};
+    const char *mpi = fmt("%s_mpi", osp), *mpirun = "OMP_NUM_THREADS=1 timeout 30 mpirun --oversubscribe -q";
+    int failed = 0;
+    if (access(fmt("torture/%s", mpi), X_OK)) { skip("ranks: make osp_mpi first"); return; }
+    for (int i = 0; i < 6; i++) {
+        const char *run = fmt(
+            "%s sample -w base.st -n 2 -p 'a small red circle standing still on a navy background' -o it.png",
+            mpi);
+        failed += failed_script(fmt("%s -np 1 %s : -np 1 %s %s >it.log 2>&1; c=$?; test $c != 0 -a $c != 124 "
+                                    "&& grep -q 'osp: rank' it.log",
+                                    mpirun, run, run, DIFFER[i]));
+    }
+    row(failed, 0, "6 inputs that differ on one of two ranks are named");
+    failed = 0;
+    for (int i = 0; i < 20; i++)
+        failed += failed_script(
+            fmt("rm -f it*; %s -np 2 %s %s -o it.st >it.log 2>&1 & p=$!; sleep %.2f; pkill -KILL -n -f '%s "
+                "train' ; "
+                "for k in 1 2 3 4 5 6 7 8 9 10 11; do kill -0 $p 2>/dev/null || break; sleep 1; done; "
+                "kill -0 $p 2>/dev/null && exit 1; %s -np 2 %s %s -o it.st >it.log 2>&1 && cmp it.st "
+                "want_ranks.st",
+                mpirun, mpi, LEARN[0], 0.4 + rng_uniform(8, 1, i), mpi, mpirun, mpi, LEARN[0]));
+    row(failed, 0, "20 ranks killed: the others gone within 10 s, the next run ends the same");
+}
+
+static int torture(const char *program) {
+    const char *osp = fmt("../%s", program);
+    int code;
+    shell(&code, "rm -rf torture; mkdir torture");
+    int failed = failed_script(fmt("%s train --preset tiny --steps 0 -o base.st && %s grpo --init base.st "
+                                   "--prompts 1 --group 2 --micro 2 "
+                                   "--steps 1 -n 3 --window 1 -o lora.st && %s sample -w base.st -n 1 -p 'a "
+                                   "small red circle standing still "
+                                   "on a navy background' -o clip.safetensors",
+                                   osp, osp, osp));
+    for (int i = 0; i < 3; i++) failed += failed_script(fmt("%s %s -o want%d.st", osp, LEARN[i], i));
+    if (!access(fmt("torture/%s_mpi", osp), X_OK))
+        failed += failed_script(fmt(
+            "OMP_NUM_THREADS=1 mpirun --oversubscribe -q -np 2 %s_mpi %s -o want_ranks.st", osp, LEARN[0]));
+    row(failed, 0, "the files to begin with");
+    torture_kills(osp, "KILL", 99, 1), torture_kills(osp, "TERM", 15, 2), torture_kills(osp, "INT", 15, 3);
+    torture_disk(osp);
+    torture_files(osp, 2000);
+    torture_ranks(osp);
+    return tally_print();
+}
+
 static int help(void) {
     puts("test_osp [--golden DIR]          every check; test_osp ops: of the operations only\n"
          "test_osp verify                  the paper's claims\n"
          "test_osp bench [-h]              times: of a model; linear, hif8, comm\n"
-         "test_osp show KIND -o FILE.svg   pictures: skiparse, model, hif8, ranks, loss, reward\n"
+         "test_osp show KIND -o FILE.svg   pictures: skiparse, model, hif8, ranks, grpo, loss, reward\n"
          "test_osp ranks, test_osp lose    under mpirun: R ranks against one; a rank dies\n"
          "test_osp badinput ./osp          hostile files and options\n"
+         "test_osp torture ./osp           kills, full disks, thousands of hostile files, ranks that die: 10 "
+         "minutes\n"
          "test_osp fuzz N                  the file reader\n"
          "test_osp mutate [--only WORD]    breaks single terms of osp.c and looks whether the checks notice");
     return 2;
@@ -2941,17 +3280,23 @@ int main(int argc, char **argv) {
     Ranks k;
     memset(&k, 0, sizeof k);
     ranks_start(&k, &argc, &argv);
-    const char *command = argc > 1 && argv[1][0] != '-' ? argv[1] : argc > 1 && argv[1][1] == 'h' ? "help" : "";
+    const char *word = argc > 1 ? argv[1] : "", *command = *word != '-' ? word : word[1] == 'h' ? "help" : "";
     const char *folder = option(argc, argv, "--golden", "golden"), *more = argc > 2 ? argv[2] : "";
-    #define IS(word) (!strcmp(command, word))
+    #define IS(name) (!strcmp(command, name))
     if (IS("osp")) return osp_main(argc - 1, argv + 1);
     if (!IS("mutate")) device_start(option(argc, argv, "--device-dtype", IS("bench") ? NULL : "f32"), k.rank);
     tally.half = !IS("mutate") && act_size() != sizeof(float), tally.silent = k.rank, tally.subject = "";
-    int failed = IS("") || IS("ops") ? run_tests(folder, IS("ops")) : IS("verify") ? verify(&k)
-        : IS("bench") ? bench(argc - 2, argv + 2, &k) : IS("show") ? show(argc - 2, argv + 2)
-        : IS("ranks") ? run_ranks(&k, !strcmp(more, "small")) : IS("lose") ? lose_rank(&k)
-        : IS("badinput") ? bad_input(more) : IS("fuzz") ? fuzz_reader(atol(more))
-        : IS("mutate") ? mutate(folder, option(argc, argv, "--only", NULL)) : help();
+    int failed = IS("") || IS("ops") ? run_tests(folder, IS("ops"))
+                 : IS("verify")      ? verify(&k)
+                 : IS("bench")       ? bench(argc - 2, argv + 2, &k)
+                 : IS("show")        ? show(argc - 2, argv + 2)
+                 : IS("ranks")       ? run_ranks(&k, !strcmp(more, "small"))
+                 : IS("lose")        ? lose_rank(&k)
+                 : IS("badinput")    ? bad_input(more)
+                 : IS("torture")     ? torture(more)
+                 : IS("fuzz")        ? fuzz_reader(atol(more))
+                 : IS("mutate")      ? mutate(folder, option(argc, argv, "--only", NULL))
+                                     : help();
     ranks_end();
     return failed > 0;
 }
