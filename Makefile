@@ -108,6 +108,7 @@ figures: test_osp
 	./test_osp show hif8 -o assets/hif8.svg
 	./test_osp show grpo -o assets/grpo.svg
 	./test_osp show reward assets/grpo_seed1.log assets/grpo_seed2.log assets/grpo_seed3.log -o assets/reward.svg
+	./test_osp show reward assets/grpo_red.log -o assets/red.svg
 	./test_osp show loss assets/float.log assets/float_float.log assets/float_hif8.log -o assets/loss.svg
 
 # ---- proof
