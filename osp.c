@@ -2563,7 +2563,8 @@ static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, 
 
 static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const TrainOptions *train) {
     Policy *p = (Policy *)xalloc(1, sizeof(Policy));
-    size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window, V = (size_t)o->prompts * o->group;
+    size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window;
+    size_t V = (size_t)o->prompts * o->group;
     size_t one = latent_size(make) * sizeof(float);
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
     p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
@@ -3565,7 +3566,8 @@ static const char *state_save(const char *path, const Optimizer *o, const char *
     Param p[4];
     char *metadata = (char *)xalloc(strlen(run) + 128, 1);
     state_params(p, o);
-    sprintf(metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\",\"best\":\"%.17g\"", run, o->step, o->update, o->best);
+    sprintf(metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\",\"best\":\"%.17g\"", run,
+            o->step, o->update, o->best);
     const char *why = file_write(path, metadata, p, 4, NULL, "f32");
     free(metadata);
     return why;
@@ -3733,7 +3735,8 @@ typedef struct {                             // what a command is told
     const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device;
     char state[PATH_MAX + 16];               // the file that a stopped run resumes from
     Captions captions;
-    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, scale, fps, json;
+    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, scale, fps;
+    int json;
     double guidance, shift, alpha, save;
     uint64_t seed;
     TrainOptions train;
@@ -3768,7 +3771,7 @@ static const Option OPTIONS[] = {
     {"g", "-g", 'd', AT(policy.guidance), "3", 0, 100, "guidance (paper: 5)"},
     {"se", "--shift", 'd', AT(shift), "3", 0.01, 100, "shift of the schedule (paper: 7)"},
     {"g", "--shift", 'd', AT(policy.shift), "1", 0.01, 100, "shift of the schedule (paper: 1)"},
-    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (their code: 5e-3; 14B recipe: 1e-4)"},
+    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (their code: 5e-3, 14B: 1e-4)"},
     {"g", "--beta", 'd', AT(policy.beta), "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
     {"g", "--reward", 'c', AT(policy.reward), "all", 0, 0,
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
@@ -3776,13 +3779,13 @@ static const Option OPTIONS[] = {
     {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
     {"t", "--lr", 'd', AT(train.lr), "3e-3", 0, 10, "learning rate"},
     {"T", "--lr", 'd', AT(train.lr), "2e-3", 0, 10, "learning rate"},
-    {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate, falls to a twentieth (paper: 2e-5, constant)"},
+    {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate at first, cosine (paper: 2e-5)"},
     {"t", "--warmup", 'i', AT(train.warmup), "100", 0, 1e8, "steps of rising learning rate"},
     {"T", "--warmup", 'i', AT(train.warmup), "200", 0, 1e8, "steps of rising learning rate"},
     {"t", "--ema", 'd', AT(train.ema), "0.99", 0, 1, "decay of the weights' average, which is written"},
     {"T", "--ema", 'd', AT(train.ema), "0.999", 0, 1, "decay of the weights' average, which is written"},
     {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
-    {"g", "--ema-warmup", 'b', AT(train.ema_warmup), "0", 0, 1, "a short run's average leaves its beginning out"},
+    {"g", "--ema-warmup", 'b', AT(train.ema_warmup), "0", 0, 1, "a short average leaves its beginning out"},
     {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
     {"stTge", "--seed", 'u', AT(seed), "1", 0, 9e15, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
@@ -3796,8 +3799,8 @@ static const Option OPTIONS[] = {
     // From -o on nothing changes what a run learns: it may be resumed with other values.
     {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
     {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"g", "--eval", 'i', AT(every), "0", 0, 1000000, "held-out captions are scored every so many updates; 0: never"},
-    {"g", "--best", 'b', AT(best), "0", 0, 1, "write the adapter that scored best, not the last (needs --eval)"},
+    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
+    {"g", "--best", 'b', AT(best), "0", 0, 1, "write the best by --eval, not the last"},
     {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
     {"s", "--scale", 'i', AT(scale), "0", 0, 64, "pixels of the picture per pixel of the clip; 0: to fit"},
@@ -3896,7 +3899,7 @@ static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing on
     return seed;
 }
 
-// The options up to -o and the captions, as one line; of --init not the name but a hash of what the file holds.
+// The options up to -o and the captions, as one line; of --init a hash of what the file holds.
 static char *settings_of(const Options *o) {
     char *text;
     size_t size;
@@ -4226,7 +4229,7 @@ static void cmd_train(const Options *o, Ranks *k) {
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
-// The soft score on 64 clips of captions never trained on, with the adapter's average, which is what is written.
+// The soft score on 64 clips of captions never trained on, with the adapter's average.
 static Bench held_out_score(Run *r, const Optimizer *opt, const Options *o) {
     float *now = (float *)device_alloc(opt->n * sizeof(float));
     copy(now, opt->w, opt->n * sizeof(float));
@@ -4271,8 +4274,8 @@ static void cmd_grpo(const Options *o, Ranks *k) {
         PolicyFigures f = policy_update(policy, &l.opt);
         double rest = seconds() - began - f.rollout_time;
         if (speaks(k))
-            printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e grad %.3e steps %d "
-                   "rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward, f.spread, f.ratio_min,
+            printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
+                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward, f.spread, f.ratio_min,
                    f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time, rest);
         if (o->every && l.opt.update % o->every == 0) policy_evaluate(make, &l.opt, o, speaks(k));
         fflush(stdout);

@@ -814,7 +814,7 @@ def test_osp(t):
     program("sample", "2.safetensors", *sample, t.at("h"))
     base, osps, ours = (read_safetensors(t.at(f"{i}.safetensors"))[0]["latent"].array() for i in range(3))
     off, moved = abs(ours - osps).max(), abs(base - osps).max()
-    t.check("osp's adapter, merged: the clip that osp draws with it", off <= 1e-3 * moved, f"{off:.1e} of {moved:.1e}")
+    t.check("osp's adapter, merged, draws osp's clip", off <= 1e-3 * moved, f"{off:.1e} of {moved:.1e}")
 
 
 def test_torch(t):
