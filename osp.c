@@ -3771,7 +3771,7 @@ static const Option OPTIONS[] = {
     {"g", "-g", 'd', AT(policy.guidance), "3", 0, 100, "guidance (paper: 5)"},
     {"se", "--shift", 'd', AT(shift), "3", 0.01, 100, "shift of the schedule (paper: 7)"},
     {"g", "--shift", 'd', AT(policy.shift), "1", 0.01, 100, "shift of the schedule (paper: 1)"},
-    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (their code: 5e-3, 14B: 1e-4)"},
+    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
     {"g", "--beta", 'd', AT(policy.beta), "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
     {"g", "--reward", 'c', AT(policy.reward), "all", 0, 0,
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
@@ -4275,7 +4275,8 @@ static void cmd_grpo(const Options *o, Ranks *k) {
         double rest = seconds() - began - f.rollout_time;
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
-                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward, f.spread, f.ratio_min,
+                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward,
+                   f.spread, f.ratio_min,
                    f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time, rest);
         if (o->every && l.opt.update % o->every == 0) policy_evaluate(make, &l.opt, o, speaks(k));
         fflush(stdout);
