@@ -3206,10 +3206,10 @@ static void torture_files(const char *osp, int count) {
         put_file("torture/bad", r.data, r.size), free(r.data);
         int use = i % 4 == 3 ? 4 : i % 4 == 0 ? (int)(i / 4 % 2) : i % 4 + 1;
         failed += failed_script(fmt(
-            "rm -f it.png* bad.st*; %s (ulimit -v 1000000; timeout 5 %s %s >it.log); test $? = 0 -o $? = 2",
+            "rm -f it.png* bad.st*; %s (ulimit -v 400000; timeout 5 %s %s >it.log); test $? = 0 -o $? = 2",
             use == 4 ? "cp bad bad.st.resume;" : "", osp, USE[use]));
     }
-    row(failed, 0, fmt("%d hostile files: exit 0 or 2 within 5 s and 1 GB of addresses", count));
+    row(failed, 0, fmt("%d hostile files: exit 0 or 2 within 5 s and 400 MB of addresses", count));
 }
 
 // Two ranks told different things must stop with a message, and a killed rank must end the other.
