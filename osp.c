@@ -3838,7 +3838,7 @@ static void option_store(const Option *o, void *values, const char *text) {
     if (o->kind == 'c') one_of(o->name, text, o->help);
     if (o->kind == 'c' || o->kind == 's') *(const char **)field = text;
     if (o->kind != 'm' || !text) return;
-    if (!text[strspn(text, " \t\n")]) die("%s: an empty caption; say what to draw", o->name);
+    if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
     if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
     captions->text[captions->count++] = text;
 }
