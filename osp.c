@@ -323,6 +323,17 @@ typedef struct { int B, C, T, H, W; } Grid;         // latents x[B, C, T, 2H, 2W
 // and scale go.
 typedef struct { PerSample shift, scale; float one; } Affine;
 
+// What a product or attention reads: x[rows, columns] as act. Under HiF8 a backend whose tensor cores multiply
+// 8-bit numbers keeps codes of the rounded x beside it, each worth *unit; elsewhere code is NULL and x itself
+// is rounded.
+typedef struct {
+    act *x;
+    uint8_t *code;                      // [rows, columns]
+    uint8_t *turned;                    // [columns, rows to a multiple of 16], for backward (NULL: not wanted)
+    float *unit;                        // on the device, at a multiple of 16 bytes
+} Factor;
+static Factor plain(const act *x) { Factor f = {(act *)x, NULL, NULL, NULL}; return f; }
+
 // Ragged sequences that attend within themselves: sequence s has query rows [q[s], q[s+1]) and key rows
 // [k[s], k[s+1]).
 typedef struct {
@@ -347,14 +358,14 @@ static void   to_float(float *y, const act *x, size_t n);          // y = x
 
 // ---- matrix products: y[rows, out] = x[rows, in] · w[out, in]^T + b[out] ---------------------------------
 // b may be NULL.
-static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in);
+static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in);
 // dx[rows, in] (=, or += where accumulate) dy[rows, out] · w;  dw[out, in] += dy^T · x;  db[out] += Σ_rows
 // dy. Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
-static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w,
-                            size_t rows, int out, int in, bool accumulate);
+static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows, int out,
+                            int in, bool accumulate);
 // y = gelu(pre), pre = x·w^T + b (NULL: not kept); gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))).
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows,
-                                int out, int in);
+static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
+                                int in);
 static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);  // dx may be dy
 static void silu_forward(act *y, const act *x, size_t n);                     // y = x·sigmoid(x)
 static void silu_backward(act *dx, const act *dy, const act *x, size_t n);    // dx may be dy
@@ -364,9 +375,10 @@ static void silu_backward(act *dx, const act *dy, const act *x, size_t n);    //
 static void modulation_forward(float *out, const float *mod, const float *e, int B, int J, int Je, int dim);
 static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim);
 // x_out = x + gate·y (gate.p NULL: gate 1), the end of one branch, and the norm that begins the next: h =
-// (x_out − mean)·rstd·(one + scale) + shift, rstd = 1/√(var + eps). stat[rows, 2] keeps mean, rstd. x_out may
-// be x. Without a branch (y NULL) x itself is normalised and x_out is not written.
-static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y,
+// (x_out − mean)·rstd·(one + scale) + shift, rstd = 1/√(var + eps). stat[rows, 2] keeps mean, rstd; amax[1]
+// (NULL: not wanted) becomes max |h|. x_out may be x. Without a branch (y NULL) x itself is normalised and
+// x_out is not written.
+static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
                                   PerSample gate, Affine a, Rows r, float eps);
 // From dh: dx += through the norm; d.shift += Σ dh, d.scale += Σ dh·x̂ over the rows of a sample (over all,
 // stride 0).
@@ -383,9 +395,10 @@ static void residual_gather_forward(float *x_out, const float *x, const act *y, 
 // dst[j] = src[map[j]], rows of row_bytes each.
 static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes);
 // y = x·rstd·w over the whole dim (rstd = 1/√(mean x² + eps) kept in rstd[rows]), then, where rope is not
-// NULL, pair (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2].
-static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, Rows r,
-                                 int heads, float eps);
+// NULL, pair (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2]. amax
+// as above.
+static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x, const float *w,
+                                 const float *rope, Rows r, int heads, float eps);
 // dx written (may be dy), dw +=.
 static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd,
                                   const float *w, const float *rope, Rows r, int heads);
@@ -394,16 +407,20 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // q, o [q rows, heads·head_dim]; k, v [k rows, heads·head_dim]; lse[q rows, heads] = log Σ exp(scores), for
 // backward (NULL: not wanted). Blockwise softmax: no N x N matrix is ever stored. A query whose sequence has
 // no keys gets 0.
-static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v,
-                              const Sequences *s, int heads, int head_dim);
+static void attention_forward(act *o, float *lse, Factor q, Factor k, const act *v, const Sequences *s,
+                              int heads, int head_dim);
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim);
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
-// m[1] = max |x| (device; NaN counts as 0); y = Q(x; s) with max|x| = *m, y may be x.
+// m[1] = max |x| (device; NaN counts as 0); y = Q(x; s) with max|x| = *m, in y's codes where it has room for
+// them, else in y.x, which may be x.
 static void absmax(float *m, const act *x, size_t n);
-static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m);
+static void hif8_tensor(Factor y, const act *x, size_t rows, int columns, float s, const float *m);
+// Does this backend multiply codes: in linear layers of these sizes; q·k^T in heads of head_dim?
+static bool codes_multiply(int dim, int ffn_dim);
+static bool codes_attend(int head_dim);
 
 // ---- pixels, words, time ---------------------------------------------------------------------------------
 // Rows of 2x2 patches. rows[B, n, 4·C] of tokens first..first+n-1 <- x[B, C, T, 2H, 2W]. And back, all
@@ -449,13 +466,14 @@ typedef struct {
 } Config;
 
 // One tensor of weights. w is the master copy; `compute` is what products read: w as act, with a LoRA merged,
-// rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked.
+// rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. Where HiF8 is
+// codes, compute.x is only room to make them, one for all matrices.
 typedef struct {
     char name[64];
     int rank;
     size_t shape[5], count, offset;          // offset: floats into the arenas
     float *w, *dw;                           // w NULL: only `compute` is kept (sampling with copies)
-    act *compute;
+    Factor compute;
     bool product;                    // a matrix that products read, not a vector or a table
     bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
@@ -546,17 +564,19 @@ static Model *model_layout(const Config *c) {
 
 // Products read a copy of a weight only where it differs from the master: bfloat16, HiF8 or a LoRA.
 static bool needs_work(const Model *m) { return act_size() != sizeof(float) || m->c.quant || m->lora; }
+// Do the products of this model's blocks read codes?
+static bool coded(const Model *m) { return m->c.quant && codes_multiply(m->c.dim, m->c.ffn_dim); }
 
 static void lora_merge(Model *m, Param *p);  // in Mix-GRPO
 
 // Master weight w[count] -> p->compute: cast, LoRA merged, rounded to HiF8.
 static void param_prepare(Model *m, Param *p, const float *w) {
     if (!p->product || !needs_work(m)) return;
-    to_act(p->compute, w, p->count);
+    to_act(p->compute.x, w, p->count);
     if (m->lora) lora_merge(m, p);
-    if (!m->c.quant || !p->block_matrix || (p->codes && !m->lora)) return;
-    absmax(m->amax, p->compute, p->count);
-    hif8_tensor(p->compute, p->compute, p->count, 15, m->amax);
+    if (!m->c.quant || !p->block_matrix || (p->codes && !m->lora && !p->compute.code)) return;
+    absmax(m->amax, p->compute.x, p->count);
+    hif8_tensor(p->compute, p->compute.x, p->shape[0], (int)p->shape[1], 15, m->amax);
 }
 
 // After every change of the weights.
@@ -601,8 +621,8 @@ static void max_over_ranks(Ranks *k, float *m);
 // What one attention layer keeps for its backward pass. q, k, v and o are as attention sees them: where heads
 // are dealt out over ranks, all tokens and the rank's heads; else the rank's own tokens, as everywhere below.
 typedef struct {
-    act *q_raw, *k_raw, *q, *k, *v, *o;
-    act *oq, *y;                                 // what the o matrix reads: o moved back, rounded; its output
+    act *q_raw, *k_raw, *v, *o, *y;              // y: the layer's output
+    Factor q, k, oq;                             // oq: what the o matrix reads, o moved back and rounded
     float *q_rstd, *k_rstd, *lse;
 } SavedAttention;
 
@@ -611,8 +631,8 @@ typedef struct {
     int pattern, layout;                          // who attends with whom; the layout of the block's tokens
     float *x0, *x1, *x2, *stat1, *stat2, *stat3;
     float *e;                                     // [B, 6, dim]: shift, scale, gate; shift, scale, gate
-    act *h1, *h2, *h3;                            // the inputs of self-attention, cross-attention, ffn
-    act *f_pre, *f, *y;                           // inside ffn, before and after GELU; its output
+    Factor h1, h2, h3, f;                         // the inputs of self-attention, cross-attention, ffn, ffn.2
+    act *f_pre, *y;                               // inside ffn, before GELU; its output
     SavedAttention self, cross;
 } Saved;
 
@@ -631,7 +651,7 @@ typedef struct {
     act *sin, *t1, *t1s, *e_act, *es, *e0_act;    // the timestep's embedding, step by step (time_forward)
     float *e, *e0, *head_e;                       // [B, dim], [B, 6, dim], [B, 2, dim]
     act *text, *text_pre, *text_h, *context;      // [B·text_len, ...]
-    act *context_q;                               // what cross-attention reads: context, rounded
+    Factor context_q;                             // what cross-attention reads: context, rounded
     int *ids;                                     // [B·text_len] words, −1 padding
     float *word_pos;                              // [text_len, text_dim]
     act *patches, *tokens, *h, *y, *y_all;        // h: the head's input; y: its output; y_all: of all ranks
@@ -639,6 +659,7 @@ typedef struct {
     float *dx, *dx2;                              // gradient of the residual stream; the other to exchange
     float *de, *de0, *de_e, *dhead_e, *small;     // gradients of the modulations
     act *d1, *dout, *dq, *dk, *dv, *dff, *dcontext, *dtext;
+    Factor g;                                     // room for the codes of one gradient
     void *packed;                                 // what is sent to other ranks, and what arrives
 } Run;
 
@@ -662,9 +683,10 @@ static Affine modulated(float *e, int row, int rows, int D) {
 static Affine affine(float *bias, float *weight) { Affine a = {shared(bias), shared(weight), 0}; return a; }
 
 // What a block is made of, explained below.
-static void quantize(Run *r, act *y, const act *x, size_t n, float s);
-static void linear(act *y, const act *x, const Linear *l, size_t rows);
-static void linear_back(Run *r, act *dx, act *dy, const act *x, const Linear *l, size_t rows, bool add);
+static void quantize(Run *r, Factor y, const act *x, size_t rows, int columns, float s);
+static void quantize_measured(Run *r, Factor y, const act *x, size_t rows, int columns, float s);
+static void linear(act *y, Factor x, const Linear *l, size_t rows);
+static void linear_back(Run *r, act *dx, act *dy, Factor x, const Linear *l, size_t rows, bool add);
 static void attention_layer(Run *r, int i, bool cross);
 static void attention_layer_back(Run *r, int i, bool cross);
 static Exchange *move_of(Run *r, int have, int want);
@@ -681,25 +703,27 @@ static void block_forward(Run *r, int i) {
     Rows rows = rows_of(r, s->layout);
     size_t count = count_of(rows);
     int D = c->dim, next = r->saved[i + 1].layout;
+    float *amax = c->quant ? r->m->amax : NULL;
     modulation_forward(s->e, w->modulation->w, r->e0, r->B, 6, 6, D);
 
     // x += gate1 · SelfAttention(LN(x)·(1 + scale1) + shift1)
-    residual_norm_forward(NULL, s->h1, s->stat1, s->x0, NULL, NONE, modulated(s->e, 0, 6, D), rows, c->eps);
-    if (c->quant) quantize(r, s->h1, s->h1, numbers(rows), 15);
+    residual_norm_forward(NULL, s->h1.x, s->stat1, amax, s->x0, NULL, NONE, modulated(s->e, 0, 6, D), rows,
+                          c->eps);
+    if (c->quant) quantize_measured(r, s->h1, s->h1.x, count, D, 15);
     attention_layer(r, i, false);
 
     // x += CrossAttention(LN(x)·weight + bias, context)
-    residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, s->self.y, of_row(s->e, 2, 6, D),
+    residual_norm_forward(s->x1, s->h2.x, s->stat2, amax, s->x0, s->self.y, of_row(s->e, 2, 6, D),
                           affine(w->norm3.b->w, w->norm3.w->w), rows, c->eps);
-    if (c->quant) quantize(r, s->h2, s->h2, numbers(rows), 15);
+    if (c->quant) quantize_measured(r, s->h2, s->h2.x, count, D, 15);
     attention_layer(r, i, true);
 
     // x += gate2 · ffn(LN(x)·(1 + scale2) + shift2)
-    residual_norm_forward(s->x2, s->h3, s->stat3, s->x1, s->cross.y, NONE, modulated(s->e, 3, 6, D), rows,
-                          c->eps);
-    if (c->quant) quantize(r, s->h3, s->h3, numbers(rows), 15);
-    linear_gelu_forward(s->f, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, count, c->ffn_dim, D);
-    if (c->quant) quantize(r, s->f, s->f, count * c->ffn_dim, 15);
+    residual_norm_forward(s->x2, s->h3.x, s->stat3, amax, s->x1, s->cross.y, NONE, modulated(s->e, 3, 6, D),
+                          rows, c->eps);
+    if (c->quant) quantize_measured(r, s->h3, s->h3.x, count, D, 15);
+    linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, count, c->ffn_dim, D);
+    if (c->quant) quantize(r, s->f, s->f.x, count, c->ffn_dim, 15);
     linear(s->y, s->f, &w->ffn2, count);
 
     float *x_out = r->saved[i + 1].x0;
@@ -757,25 +781,33 @@ static void block_backward(Run *r, int i) {
 // 1. dx is then also the gradient of the unrounded x, and dW moves the unrounded W: steps smaller than one of
 // Q's add up there.
 
-// y = Q(x; s), y may be x. A tensor spread over ranks has one maximum.
-static void quantize(Run *r, act *y, const act *x, size_t n, float s) {
-    absmax(r->m->amax, x, n);
+// y = Q(x; s), x[rows, columns], which may be y.x. A tensor spread over ranks has one maximum; here the op that
+// wrote x has left this rank's in m->amax.
+static void quantize_measured(Run *r, Factor y, const act *x, size_t rows, int columns, float s) {
     max_over_ranks(r->ranks, r->m->amax);
-    hif8_tensor(y, x, n, s, r->m->amax);
+    hif8_tensor(y, x, rows, columns, s, r->m->amax);
+}
+
+static void quantize(Run *r, Factor y, const act *x, size_t rows, int columns, float s) {
+    absmax(r->m->amax, x, rows * columns);
+    quantize_measured(r, y, x, rows, columns, s);
 }
 
 // y[rows, out] = x[rows, in]·Wᵀ + b, where x and W are rounded already.
-static void linear(act *y, const act *x, const Linear *l, size_t rows) {
+static void linear(act *y, Factor x, const Linear *l, size_t rows) {
     size_t out = l->w->shape[0];
     linear_forward(y, x, l->w->compute, l->b->w, rows, (int)out, (int)(l->w->count / out));
 }
 
-// dx[rows, in], dW and db from dy[rows, out]; a quantized layer overwrites dy with Q(dy; 224).
-static void linear_back(Run *r, act *dx, act *dy, const act *x, const Linear *l, size_t rows, bool add) {
-    size_t out = l->w->shape[0];
-    if (r->m->c.quant && l->w->block_matrix) quantize(r, dy, dy, rows * out, 224);
-    linear_backward(dx, l->w->dw, l->b->dw, dy, x, l->w->compute, rows, (int)out, (int)(l->w->count / out),
-                    add);
+// dx[rows, in], dW and db from dy[rows, out]; a quantized layer reads Q(dy; 224), and may overwrite dy with it.
+static void linear_back(Run *r, act *dx, act *dy, Factor x, const Linear *l, size_t rows, bool add) {
+    int out = (int)l->w->shape[0], in = (int)(l->w->count / l->w->shape[0]);
+    Factor g = plain(dy);
+    if (r->m->c.quant && l->w->block_matrix) {
+        g = r->g, g.x = dy;
+        quantize(r, g, dy, rows, out, 224);
+    }
+    linear_backward(dx, l->w->dw, l->b->dw, g, x, l->w->compute, rows, out, in, add);
 }
 
 // ---- moving rows from one layout to another --------------------------------------------------------------
@@ -816,8 +848,8 @@ static void exchange(Run *r, void *dst, const void *src, int have, int want, siz
 typedef struct {
     const Attention *w;
     SavedAttention *s;
-    const act *h, *context;  // h[q rows, dim], context[kv rows, dim]
-    Rows q, kv;
+    Factor h, context;       // h[q rows, dim], context[kv rows, dim]
+    Rows q, kv, q_in, kv_in; // rows of q and of k, v: in the block's layout, and as attention sees them
     const float *rope;  // NULL: none
     const Sequences *sequences;
     int have, want, heads;  // layouts outside and inside attention; heads inside
@@ -831,31 +863,43 @@ static AttentionLayer layer_of(const Run *r, int i, bool cross) {
     Saved *s = &r->saved[i];
     int at = s->layout, heads = r->m->c.num_heads;
     Rows q = rows_of(r, at), kv = {r->B, (size_t)r->m->c.text_len, q.dim};
-    AttentionLayer self = {&w->self, &s->self, s->h1, s->h1, q, q, r->rope[at], &r->self[s->pattern],
+    AttentionLayer self = {&w->self, &s->self, s->h1, s->h1, q, q, q, q, r->rope[at], &r->self[s->pattern],
                            at, at, heads};
-    AttentionLayer text = {&w->cross, &s->cross, s->h2, r->context_q, q, kv, NULL, &r->cross[at],
+    AttentionLayer text = {&w->cross, &s->cross, s->h2, r->context_q, q, kv, q, kv, NULL, &r->cross[at],
                            at, at, heads};
     if (cross) return text;
-    if (spread(r, s)) self.want = HEADS + s->pattern, self.heads = heads / r->ranks->size;
+    if (spread(r, s)) {
+        Rows all = {r->B, r->N, q.dim / r->ranks->size};
+        self.want = HEADS + s->pattern, self.heads = heads / r->ranks->size, self.q_in = self.kv_in = all;
+    }
     return self;
+}
+
+// q, k or v (measured: m->amax has its maximum) to where attention is, rounded.
+static void to_attention(Run *r, const AttentionLayer *a, Factor y, Rows in, bool measured) {
+    exchange(r, y.x, y.x, a->have, a->want, r->m->c.dim * act_size());
+    if (!r->m->c.quant_attn) return;
+    if (!measured) absmax(r->m->amax, y.x, numbers(in));
+    quantize_measured(r, y, y.x, count_of(in), in.dim, 15);
 }
 
 static void attention_layer(Run *r, int i, bool cross) {
     const Config *c = &r->m->c;
     AttentionLayer a = layer_of(r, i, cross);
     SavedAttention *s = a.s;
-    size_t row = c->dim * act_size();
+    const float *norm_q = a.w->norm_q->w, *norm_k = a.w->norm_k->w;
+    float *amax = c->quant_attn ? r->m->amax : NULL;
     linear(s->q_raw, a.h, &a.w->q, count_of(a.q));
     linear(s->k_raw, a.context, &a.w->k, count_of(a.kv));
     linear(s->v, a.context, &a.w->v, count_of(a.kv));
-    rmsnorm_rope_forward(s->q, s->q_rstd, s->q_raw, a.w->norm_q->w, a.rope, a.q, c->num_heads, c->eps);
-    rmsnorm_rope_forward(s->k, s->k_rstd, s->k_raw, a.w->norm_k->w, a.rope, a.kv, c->num_heads, c->eps);
-    act *const qkv[] = {s->q, s->k, s->v};
-    for (int j = 0; j < 3 && c->quant_attn; j++) quantize(r, qkv[j], qkv[j], numbers(j ? a.kv : a.q), 15);
-    for (int j = 0; j < 3; j++) exchange(r, qkv[j], qkv[j], a.have, a.want, row);
+    rmsnorm_rope_forward(s->q.x, s->q_rstd, amax, s->q_raw, norm_q, a.rope, a.q, c->num_heads, c->eps);
+    to_attention(r, &a, s->q, a.q_in, true);
+    rmsnorm_rope_forward(s->k.x, s->k_rstd, amax, s->k_raw, norm_k, a.rope, a.kv, c->num_heads, c->eps);
+    to_attention(r, &a, s->k, a.kv_in, true);
+    to_attention(r, &a, plain(s->v), a.kv_in, false);
     attention_forward(s->o, s->lse, s->q, s->k, s->v, a.sequences, a.heads, c->dim / c->num_heads);
-    exchange(r, s->oq, s->o, a.want, a.have, row);
-    if (c->quant) quantize(r, s->oq, a.want != a.have ? s->oq : s->o, numbers(a.q), 15);
+    exchange(r, s->oq.x, s->o, a.want, a.have, c->dim * act_size());
+    if (c->quant) quantize(r, s->oq, a.want != a.have ? s->oq.x : s->o, count_of(a.q), c->dim, 15);
     linear(s->y, s->oq, &a.w->o, count_of(a.q));
 }
 
@@ -870,7 +914,7 @@ static void attention_layer_back(Run *r, int i, bool cross) {
     act *dcontext = cross ? r->dcontext : r->d1, *const dqkv[] = {r->dq, r->dk, r->dv};
     linear_back(r, r->dout, r->d1, s->oq, &a.w->o, count_of(a.q), false);
     exchange(r, r->dout, r->dout, a.have, a.want, row);
-    attention_backward(r->dq, r->dk, r->dv, r->dout, s->q, s->k, s->v, s->o, s->lse, a.sequences, a.heads,
+    attention_backward(r->dq, r->dk, r->dv, r->dout, s->q.x, s->k.x, s->v, s->o, s->lse, a.sequences, a.heads,
                        c->dim / c->num_heads);
     for (int j = 0; j < 3; j++) exchange(r, dqkv[j], dqkv[j], a.want, a.have, row);
     if (cross && r->ranks->size > 1) {
@@ -879,7 +923,8 @@ static void attention_layer_back(Run *r, int i, bool cross) {
         sum_over_ranks(r->ranks, sums, 2 * n, true);
         to_act(r->dk, sums, n), to_act(r->dv, sums + n, n);
     }
-    for (int j = 0; j < 3 && c->quant_attn; j++) quantize(r, dqkv[j], dqkv[j], numbers(j ? a.kv : a.q), 224);
+    for (int j = 0; j < 3 && c->quant_attn; j++)
+        quantize(r, plain(dqkv[j]), dqkv[j], count_of(j ? a.kv : a.q), c->dim, 224);
     const Param *nq = a.w->norm_q, *nk = a.w->norm_k;
     rmsnorm_rope_backward(r->dk, nk->dw, r->dk, s->k_raw, s->k_rstd, nk->w, a.rope, a.kv, c->num_heads);
     rmsnorm_rope_backward(r->dq, nq->dw, r->dq, s->q_raw, s->q_rstd, nq->w, a.rope, a.q, c->num_heads);
@@ -907,11 +952,11 @@ static void time_forward(Run *r, const double *t) {
     upload(r->small, host, B * freq * sizeof(float));
     to_act(r->sin, r->small, B * freq);
     free(host);
-    linear(r->t1, r->sin, &m->time0, B);
+    linear(r->t1, plain(r->sin), &m->time0, B);
     silu_forward(r->t1s, r->t1, B * D);
-    linear(r->e_act, r->t1s, &m->time2, B);
+    linear(r->e_act, plain(r->t1s), &m->time2, B);
     silu_forward(r->es, r->e_act, B * D);
-    linear(r->e0_act, r->es, &m->time_proj, B);
+    linear(r->e0_act, plain(r->es), &m->time_proj, B);
     to_float(r->e, r->e_act, B * D);
     to_float(r->e0, r->e0_act, B * 6 * D);
 }
@@ -920,14 +965,14 @@ static void time_backward(Run *r) {
     const Model *m = r->m;
     size_t B = r->B, D = m->c.dim;
     to_act(r->d1, r->de0, B * 6 * D);
-    linear_back(r, r->dout, r->d1, r->es, &m->time_proj, B, false);
+    linear_back(r, r->dout, r->d1, plain(r->es), &m->time_proj, B, false);
     silu_backward(r->dout, r->dout, r->e_act, B * D);
     to_float(r->small, r->dout, B * D);
     lincomb(r->small, 1, r->small, 1, r->de_e, B * D);  // e also reaches the head's modulation
     to_act(r->dout, r->small, B * D);
-    linear_back(r, r->d1, r->dout, r->t1s, &m->time2, B, false);
+    linear_back(r, r->d1, r->dout, plain(r->t1s), &m->time2, B, false);
     silu_backward(r->d1, r->d1, r->t1, B * D);
-    linear_back(r, NULL, r->d1, r->sin, &m->time0, B, false);
+    linear_back(r, NULL, r->d1, plain(r->sin), &m->time0, B, false);
 }
 
 // r->text[B·text_len, text_dim] -> context[B·text_len, dim]. Padding rows are zeros, and are attended.
@@ -936,18 +981,18 @@ static void text_forward(Run *r) {
     size_t rows = (size_t)r->B * m->c.text_len;
     if (m->c.vocab)
         embed_forward(r->text, m->words->w, r->word_pos, r->ids, rows, m->c.text_len, m->c.text_dim);
-    linear_gelu_forward(r->text_h, r->text_pre, r->text, m->text0.w->compute, m->text0.b->w, rows, m->c.dim,
-                        m->c.text_dim);
-    linear(r->context, r->text_h, &m->text2, rows);
-    if (m->c.quant) quantize(r, r->context_q, r->context, rows * m->c.dim, 15);
+    linear_gelu_forward(r->text_h, r->text_pre, plain(r->text), m->text0.w->compute, m->text0.b->w, rows,
+                        m->c.dim, m->c.text_dim);
+    linear(r->context, plain(r->text_h), &m->text2, rows);
+    if (m->c.quant) quantize(r, r->context_q, r->context, rows, m->c.dim, 15);
 }
 
 static void text_backward(Run *r) {
     const Model *m = r->m;
     size_t rows = (size_t)r->B * m->c.text_len;
-    linear_back(r, r->d1, r->dcontext, r->text_h, &m->text2, rows, false);
+    linear_back(r, r->d1, r->dcontext, plain(r->text_h), &m->text2, rows, false);
     gelu_backward(r->d1, r->d1, r->text_pre, rows * m->c.dim);
-    linear_back(r, r->dtext, r->d1, r->text, &m->text0, rows, false);
+    linear_back(r, r->dtext, r->d1, plain(r->text), &m->text0, rows, false);
     if (m->c.vocab) embed_backward(m->words->dw, r->dtext, r->ids, rows, m->c.vocab, m->c.text_dim);
 }
 
@@ -966,7 +1011,7 @@ static void forward(Run *r, const float *x, const double *t) {
     time_forward(r, t);
     text_forward(r);
     latent_to_rows(r->patches, x, grid_of(r, c->in_dim), first_token(r), rows.n, true);
-    linear(r->tokens, r->patches, &r->m->patch, count);
+    linear(r->tokens, plain(r->patches), &r->m->patch, count);
     to_float(first->layout == FULL ? first->x0 : r->dx2, r->tokens, numbers(rows));
     if (first->layout != FULL) exchange(r, first->x0, r->dx2, FULL, first->layout, row);
     for (int i = 0; i < c->num_layers; i++) {
@@ -974,9 +1019,9 @@ static void forward(Run *r, const float *x, const double *t) {
         if (r->show) fputc(PATTERN_LETTER[r->saved[i].pattern], stderr);
     }
     modulation_forward(r->head_e, r->m->head_modulation->w, r->e, r->B, 2, 1, c->dim);
-    residual_norm_forward(NULL, r->h, r->head_stat, last->x0, NULL, NONE, modulated(r->head_e, 0, 2, c->dim),
-                          rows, c->eps);
-    linear(r->y, r->h, &r->m->head, count);
+    residual_norm_forward(NULL, r->h, r->head_stat, NULL, last->x0, NULL, NONE,
+                          modulated(r->head_e, 0, 2, c->dim), rows, c->eps);
+    linear(r->y, plain(r->h), &r->m->head, count);
     if (r->y_all != r->y) exchange(r, r->y_all, r->y, FULL, WHOLE, 4 * c->out_dim * act_size());
     rows_to_latent(r->out, r->y_all, grid_of(r, c->out_dim), false);
 }
@@ -993,14 +1038,14 @@ static void backward(Run *r, const float *dout) {
     zero(r->dcontext, B * c->text_len * D * act_size());
     zero(r->dx, numbers(rows) * sizeof(float));
     latent_to_rows(r->y, dout, grid_of(r, c->out_dim), first_token(r), rows.n, false);
-    linear_back(r, r->d1, r->y, r->h, &r->m->head, count, false);
+    linear_back(r, r->d1, r->y, plain(r->h), &r->m->head, count, false);
     norm_backward(r->dx, modulated(r->dhead_e, 0, 2, c->dim), r->d1, r->saved[L].x0, r->head_stat,
                   modulated(r->head_e, 0, 2, c->dim), rows);
     modulation_backward(r->m->head_modulation->dw, r->de_e, r->dhead_e, r->B, 2, 1, c->dim);
     for (int i = L - 1; i >= 0; i--) block_backward(r, i);
     exchange_gradient(r, r->saved[0].layout, FULL);
     to_act(r->d1, r->dx, numbers(rows));
-    linear_back(r, NULL, r->d1, r->patches, &r->m->patch, count, false);
+    linear_back(r, NULL, r->d1, plain(r->patches), &r->m->patch, count, false);
     text_backward(r);
     time_backward(r);
 }
@@ -1181,7 +1226,7 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     free(host);
 }
 
-// p->compute += scale·B·A, after weights_prepare has cast W into it.
+// p->compute.x += scale·B·A, after weights_prepare has cast W into it.
 static void lora_merge(Model *m, Param *p) {
     Lora *l = m->lora;
     for (int i = 0; i < l->count; i++) {
@@ -1190,8 +1235,8 @@ static void lora_merge(Model *m, Param *p) {
         float *scaled = (float *)l->dw_act;  // room for rank·dim floats (rank <= dim/2)
         lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
         to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
-        linear_backward(p->compute, NULL, NULL, l->b, NULL, l->a, p->shape[0], l->rank, (int)p->shape[1],
-                        true);
+        linear_backward(p->compute.x, NULL, NULL, plain(l->b), plain(NULL), plain(l->a), p->shape[0], l->rank,
+                        (int)p->shape[1], true);
     }
 }
 
@@ -1204,10 +1249,10 @@ static void lora_backward(Model *m) {
         size_t out = p->shape[0];
         lincomb(p->dw, l->scale, p->dw, 0, NULL, p->count);
         to_act(l->dw_act, p->dw, p->count), to_act(l->a, A->w, A->count), to_act(l->b, B->w, B->count);
-        linear_forward(l->d, l->dw_act, l->a, NULL, out, l->rank, in);
+        linear_forward(l->d, plain(l->dw_act), plain(l->a), NULL, out, l->rank, in);
         to_float(p->dw, l->d, B->count);
         lincomb(B->dw, 1, B->dw, 1, p->dw, B->count);
-        linear_backward(NULL, A->dw, NULL, l->b, l->dw_act, NULL, out, l->rank, in, false);
+        linear_backward(NULL, A->dw, NULL, plain(l->b), plain(l->dw_act), plain(NULL), out, l->rank, in, false);
     }
     zero(m->dw, m->count * sizeof(float));
 }
@@ -1664,18 +1709,18 @@ static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CH
 
 // With few rows (the timestep's) the bias comes after the sum, which rounds less: e0 may nearly cancel
 // `modulation`.
-static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out, int in) {
+static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
     bool after = b && rows < 64;
     size_t O = out, I = in;
-    View xs = {x, I, 1}, w_transposed = {w, 1, I};
+    View xs = {x.x, I, 1}, w_transposed = {w.x, 1, I};
     matmul(y, after ? NULL : b, false, xs, w_transposed, rows, O, I);
     for (size_t i = 0; after && i < rows * O; i++) y[i] += b[i % O];
 }
 
-static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w,
-                            size_t rows, int out, int in, bool accumulate) {
+static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows, int out,
+                            int in, bool accumulate) {
     size_t O = out, I = in;
-    View dys = {dy, O, 1}, dy_transposed = {dy, 1, O}, xs = {x, I, 1}, ws = {w, I, 1};
+    View dys = {dy.x, O, 1}, dy_transposed = {dy.x, 1, O}, xs = {x.x, I, 1}, ws = {w.x, I, 1};
     if (dx) matmul(dx, NULL, accumulate, dys, ws, rows, I, O);
     if (dw) matmul(dw, NULL, true, dy_transposed, xs, O, I, rows);
     if (!db) return;
@@ -1685,7 +1730,7 @@ static void linear_backward(act *dx, float *dw, float *db, const act *dy, const 
         float *p = partial + chunk * O;
         memset(p, 0, 4 * O);
         for (size_t r = chunk_start(rows, chunk); r < chunk_start(rows, chunk + 1); r++)
-            for (size_t i = 0; i < O; i++) p[i] += dy[r * O + i];
+            for (size_t i = 0; i < O; i++) p[i] += dy.x[r * O + i];
     }
     PerSample all = {db, 0};
     add_partials(all, partial, O, 1, O);
@@ -1694,8 +1739,8 @@ static void linear_backward(act *dx, float *dw, float *db, const act *dy, const 
 
 // gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): no cancellation
 // anywhere.
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows,
-                                int out, int in) {
+static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
+                                int in) {
     const float *u = pre ? pre : y;
     size_t n = rows * out;
     linear_forward(pre ? pre : y, x, w, b, rows, out, in);
@@ -1758,7 +1803,7 @@ static inline void add_branch(float *x_out, const float *x, const act *y, const 
     }
 }
 
-static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y,
+static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
                                   PerSample gate, Affine a, Rows r, float eps) {
     size_t D = r.dim, rows = r.B * r.n;
     #pragma omp parallel for if (rows * D > PARALLEL)
@@ -1781,6 +1826,7 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, const float
         stat[2 * i] = mean;
         stat[2 * i + 1] = rstd;
     }
+    if (amax) absmax(amax, h, rows * D);
 }
 
 // The sums over rows of the three backward passes below go by CHUNKS parts of each sample, in parallel: part
@@ -1879,8 +1925,8 @@ static inline void rotate(float *x, const float *rope, float sign, size_t heads,
     }
 }
 
-static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope, Rows r,
-                                 int heads, float eps) {
+static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x, const float *w,
+                                 const float *rope, Rows r, int heads, float eps) {
     size_t D = r.dim, head_dim = D / heads, rows = r.B * r.n;
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
@@ -1894,6 +1940,7 @@ static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float 
         rstd[i] = scale;
         if (rope) rotate(yr, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
     }
+    if (amax) absmax(amax, y, rows * D);
 }
 
 // With g = dy turned back and x̂ = x·rstd:  dw += Σ g·x̂,  dx = rstd·(g·w − x̂·mean(g·w·x̂)).
@@ -2043,12 +2090,12 @@ static void attend(act *o, float *lse, const act *q, const act *k, const act *v,
     free(room);
 }
 
-static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v,
-                              const Sequences *s, int heads, int head_dim) {
+static void attention_forward(act *o, float *lse, Factor q, Factor k, const act *v, const Sequences *s,
+                              int heads, int head_dim) {
     size_t count;
     Head *task = head_tasks(&count, s, heads, head_dim, QUERY_BLOCKS * TILE_N);
     #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < count; i++) attend(o, lse, q, k, v, task[i]);
+    for (size_t i = 0; i < count; i++) attend(o, lse, q.x, k.x, v, task[i]);
     free(task);
 }
 
@@ -2145,11 +2192,15 @@ static void absmax(float *m, const act *x, size_t n) {
     *m = bits_float(top);
 }
 
-static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m) {
+static void hif8_tensor(Factor y, const act *x, size_t rows, int columns, float s, const float *m) {
     float k = hif8_scale(s, *m);
+    size_t n = rows * columns;
     #pragma omp parallel for simd if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++) y[i] = hif8_round(x[i] * k) / k;
+    for (size_t i = 0; i < n; i++) y.x[i] = hif8_round(x[i] * k) / k;
 }
+
+static bool codes_multiply(int dim, int ffn_dim) { return (void)dim, (void)ffn_dim, false; }
+static bool codes_attend(int head_dim) { return (void)head_dim, false; }
 
 // ---- pixels, words, time ---------------------------------------------------------------------------------
 static void latent_to_rows(act *rows, const float *x, Grid g, size_t first, size_t n, bool channels_first) {
@@ -2238,6 +2289,7 @@ static const char *const CONFIG[] = {"dim",          "ffn_dim", "num_heads", "nu
                                      "H_l",          "W_l"};
 enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG, CONFIG_NEEDED = 11, CONFIG_MOST = 65536 };
 
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + i * sizeof(int)); }
 
 // What a Config must satisfy; `where` names the file or option it came from. (Each number is 0..CONFIG_MOST.)
@@ -2258,18 +2310,31 @@ static void config_check(const Config *c, const char *where) {
         die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
 
+// Is this matrix kept as codes? All of them are made in one room, for as many numbers as the largest has.
+static bool is_codes(const Model *m, const Param *p) { return p->block_matrix && coded(m); }
+static size_t room_for_codes(const Model *m) {
+    size_t most = 0;
+    for (const Param *p = m->param; p < m->param + m->params; p++)
+        if (is_codes(m, p)) most = larger(most, p->count);
+    return most;
+}
+
 // Bytes of weights on the device. Only training keeps masters (and gradients) of matrices that have a working
 // copy.
 static size_t model_bytes(const Model *m, bool training) {
-    size_t matrices = 0;
-    for (int i = 0; i < m->params; i++) matrices += m->param[i].product ? m->param[i].count : 0;
-    size_t masters = training || !needs_work(m) ? m->count : m->count - matrices;
-    return masters * sizeof(float) * (training ? 2 : 1) + (needs_work(m) ? matrices * act_size() : 0);
+    size_t bytes = training ? 2 * m->count * sizeof(float) : 0;
+    for (const Param *p = m->param; p < m->param + m->params; p++) {
+        if (is_codes(m, p)) bytes += p->count * (training ? 2 : 1);
+        else if (p->product && needs_work(m)) bytes += p->count * act_size();
+        else if (!training) bytes += p->count * sizeof(float);
+    }
+    return bytes + room_for_codes(m) * act_size();
 }
 
 static void model_allocate(Model *m, bool training) {
     m->training = training;
     m->amax = (float *)device_alloc(sizeof(float));
+    act *room = coded(m) ? (act *)device_alloc(room_for_codes(m) * act_size()) : NULL;
     if (training) {
         m->w = (float *)device_alloc(m->count * sizeof(float));
         m->dw = (float *)device_alloc(m->count * sizeof(float));
@@ -2279,7 +2344,11 @@ static void model_allocate(Model *m, bool training) {
         bool copied = p->product && needs_work(m);
         if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
         else if (!copied) p->w = (float *)device_alloc(p->count * sizeof(float));
-        p->compute = copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w;
+        if (is_codes(m, p)) {
+            Factor codes = {room, (uint8_t *)device_alloc(p->count), NULL, (float *)device_alloc(sizeof(float))};
+            if (training) codes.turned = (uint8_t *)device_alloc(p->count);
+            p->compute = codes;
+        } else p->compute = plain(copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w);
     }
 }
 
@@ -2396,20 +2465,34 @@ static void take(Arena *a, size_t bytes, ...) {
     va_end(fields);
 }
 
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+// A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block: all
+// share those of `room`, which has `most` rows. Training keeps the turned ones.
+static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t most,
+                        size_t columns) {
+    if (!coded(r->m)) { take(a, rows * columns * act_size(), &f->x, NULL); return; }
+    if (f == room) take(a, most * columns * act_size(), &f->x, NULL), take(a, most * columns, &f->code, NULL);
+    f->x = room->x, f->code = room->code;
+    take(a, sizeof(float), &f->unit, NULL);
+    if (r->training) take(a, columns * ((rows + 15) & ~(size_t)15), &f->turned, NULL);
+}
 
 // share: numbers of q, k, v, o where heads are dealt out over ranks (all tokens, 1/R of the heads); else 0.
-static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, size_t rows, size_t kv_rows,
-                              size_t share) {
-    size_t D = r->m->c.dim, row = D * act_size(), heads = r->m->c.num_heads, wide = share * act_size();
-    take(a, larger(rows * row, wide), &s->q, &s->o, NULL);
-    take(a, larger(kv_rows * row, wide), &s->k, &s->v, NULL);
+static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, const Factor *room, size_t rows,
+                              size_t most, size_t kv_rows, size_t share) {
+    const Config *c = &r->m->c;
+    size_t D = c->dim, row = D * act_size(), heads = c->num_heads, wide = share * act_size();
+    take(a, larger(rows * row, wide), &s->q.x, &s->o, NULL);
+    take(a, larger(kv_rows * row, wide), &s->k.x, &s->v, NULL);
+    if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
+        take(a, larger(rows * D, share), &s->q.code, NULL), take(a, larger(kv_rows * D, share), &s->k.code, NULL);
+        take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
+    }
     take(a, rows * row, &s->q_raw, &s->y, NULL);
     take(a, kv_rows * row, &s->k_raw, NULL);
     take(a, rows * sizeof(float), &s->q_rstd, NULL);
     take(a, kv_rows * sizeof(float), &s->k_rstd, NULL);
-    s->oq = s->o;
-    if (r->m->c.quant || share) take(a, rows * row, &s->oq, NULL);
+    s->oq.x = s->o;
+    if (c->quant || share) take_factor(a, r, &s->oq, room, rows, most, D);
     if (r->training) take(a, (share ? share / D : rows) * heads * sizeof(float), &s->lse, NULL);
 }
 
@@ -2426,17 +2509,21 @@ static void block_buffers(Arena *a, Run *r, int i, size_t most) {
     if (!r->training && i > 0) {
         own.x0 = s->x0, *s = *first;
         s->pattern = own.pattern, s->layout = own.layout, s->x0 = s->x1 = s->x2 = own.x0;
-        if (!c->quant && !spread(r, s)) s->self.oq = s->self.o;
+        if (!c->quant && !spread(r, s)) s->self.oq.x = s->self.o;
         return;
     }
     s->x1 = s->x2 = s->x0;
     if (r->training) take(a, rows * row, &s->x1, &s->x2, NULL), take(a, ffn, &s->f_pre, NULL);
     take(a, rows * 2 * sizeof(float), &s->stat1, &s->stat2, &s->stat3, NULL);
     take(a, B * 6 * row, &s->e, NULL);
-    take(a, rows * D * act_size(), &s->h1, &s->h2, &s->h3, &s->y, NULL);
-    take(a, ffn, &s->f, NULL);
-    attention_buffers(a, r, &s->self, rows, rows, spread(r, s) ? B * r->N * D / r->ranks->size : 0);
-    attention_buffers(a, r, &s->cross, rows, B * c->text_len, 0);
+    take(a, rows * D * act_size(), &s->y, NULL);
+    take_factor(a, r, &s->h1, &first->h1, rows, B * most, D);
+    take_factor(a, r, &s->h2, &first->h1, rows, B * most, D);
+    take_factor(a, r, &s->h3, &first->h1, rows, B * most, D);
+    take_factor(a, r, &s->f, &first->f, rows, B * most, c->ffn_dim);
+    attention_buffers(a, r, &s->self, &first->h1, rows, B * most, rows,
+                      spread(r, s) ? B * r->N * D / r->ranks->size : 0);
+    attention_buffers(a, r, &s->cross, &first->h1, rows, B * most, B * c->text_len, 0);
 }
 
 static void run_buffers(Arena *a, Run *r, size_t most) {
@@ -2455,8 +2542,8 @@ static void run_buffers(Arena *a, Run *r, size_t most) {
     take(a, B * larger(D, freq) * F, &r->small, NULL);
     take(a, text * c->text_dim * act_size(), &r->text, NULL);
     take(a, text * row, &r->text_h, &r->context, NULL);
-    r->context_q = r->context;
-    if (c->quant) take(a, text * row, &r->context_q, NULL);
+    r->context_q = plain(r->context);
+    if (c->quant) take_factor(a, r, &r->context_q, &r->context_q, text, text, D);
     take(a, text * sizeof(int), &r->ids, NULL);
     take(a, (size_t)c->text_len * c->text_dim * F, &r->word_pos, NULL);
     take(a, rows * patch, &r->patches, &r->y, NULL);
@@ -2480,6 +2567,9 @@ static void run_buffers(Arena *a, Run *r, size_t most) {
     take(a, largest, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
     take(a, rows * c->ffn_dim * act_size(), &r->dff, NULL);
     take(a, text * c->text_dim * act_size(), &r->dtext, NULL);
+    if (!coded(r->m)) return;
+    take(a, (larger(rows, text) + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
+    take(a, sizeof(float), &r->g.unit, NULL);
 }
 
 // ---- a run -----------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ static void check_hif8(float *x, size_t n, float s) {
     float *m = spoiled(1);
     act *device = up_act(x, n), *q = spoiled_act(n);
     absmax(m, device, n);
-    hif8_tensor(q, device, n, s, m);
+    hif8_tensor(plain(q), device, n, 1, s, m);
     row(!same_bits(down_act(q, n), as_act(nearest_tensor(down_act(device, n), n, s), n), n), 0,
         fmt("Q(x; %g) of %zu numbers, bit for bit", s, n));
 }
@@ -253,10 +253,10 @@ static void check_linear(int R, int O, int I) {
     Given x = given(1, nx, 1), w = given(2, nw, 1), b = given(3, O, 1), dy = given(4, ny, 1);
     float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O), one = 1;
     act *y = spoiled_act(ny), *z = spoiled_act(ny), *dx = spoiled_act(nx), *more = up_act(plus, nx);
-    linear_forward(y, x.a, w.a, b.f, R, O, I);
-    linear_forward(z, x.a, w.a, NULL, R, O, I);
-    linear_backward(dx, dw, db, dy.a, x.a, w.a, R, O, I, false);
-    linear_backward(more, NULL, NULL, dy.a, x.a, w.a, R, O, I, true);
+    linear_forward(y, plain(x.a), plain(w.a), b.f, R, O, I);
+    linear_forward(z, plain(x.a), plain(w.a), NULL, R, O, I);
+    linear_backward(dx, dw, db, plain(dy.a), plain(x.a), plain(w.a), R, O, I, false);
+    linear_backward(more, NULL, NULL, plain(dy.a), plain(x.a), plain(w.a), R, O, I, true);
     near_act("y", y, product(repeated(b.h, O, R), R, O, I, x.h, I, 1, w.h, I, 1), ny);
     near_act("y without bias", z, product(NULL, R, O, I, x.h, I, 1, w.h, I, 1), ny);
     near_act("dx", dx, product(NULL, R, I, O, dy.h, O, 1, w.h, 1, I), nx);
@@ -283,8 +283,8 @@ static void check_activations(void) {
     float *u = product(repeated(b.h, O, R), R, O, I, x.h, I, 1, w.h, I, 1);
     act *y = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n), *s = spoiled_act(n);
     act *dx = up_act(dy.h, n), *ds = up_act(dy.h, n);
-    linear_gelu_forward(y, pre, x.a, w.a, b.f, R, O, I);
-    linear_gelu_forward(bare, NULL, x.a, w.a, b.f, R, O, I);
+    linear_gelu_forward(y, pre, plain(x.a), plain(w.a), b.f, R, O, I);
+    linear_gelu_forward(bare, NULL, plain(x.a), plain(w.a), b.f, R, O, I);
     gelu_backward(dx, dx, pre, n);
     silu_forward(s, pre, n);
     silu_backward(ds, ds, pre, n);
@@ -339,8 +339,8 @@ static void check_norm(bool modulated, bool gated, bool in_place) {
     Affine d = {per_sample(plus.h, B, D, modulated), per_sample(plus.h, B, D, modulated), 0};
     float *x_out = in_place ? x.f : spoiled(all), *stat = spoiled(2 * B * n), *dx = up(dh.h + all, all);
     act *h = spoiled_act(all), *bare = spoiled_act(all), *dy = spoiled_act(all);
-    residual_norm_forward(x_out, h, stat, x.f, y.a, g, a, rows, 3e-4f);
-    residual_norm_forward(NULL, bare, stat, x_out, NULL, none, a, rows, 3e-4f);
+    residual_norm_forward(x_out, h, stat, NULL, x.f, y.a, g, a, rows, 3e-4f);
+    residual_norm_forward(NULL, bare, stat, NULL, x_out, NULL, none, a, rows, 3e-4f);
     norm_backward(dx, d, dh.a, x_out, stat, a, rows);
     gate_backward(dy, dgate, dx, y.a, g, rows);
     float *want = value_of(norm_formula, s, in, 2 * all), *slope[5];
@@ -401,7 +401,7 @@ static void check_rmsnorm_rope(bool rope) {
     double *in[] = {x.wide, w.wide, widened(turn, angles)};
     act *y = spoiled_act(all), *dx = spoiled_act(all), *same = up_act(dy.h, all);
     float *rstd = spoiled(B * n), *table = rope ? up(turn, angles) : NULL, *dw = up(plus.h, D);
-    rmsnorm_rope_forward(y, rstd, x.a, w.f, table, rows, heads, 1e-3f);
+    rmsnorm_rope_forward(y, rstd, NULL, x.a, w.f, table, rows, heads, 1e-3f);
     rmsnorm_rope_backward(dx, dw, dy.a, x.a, rstd, w.f, table, rows, heads);
     rmsnorm_rope_backward(same, plus.f, same, x.a, rstd, w.f, table, rows, heads);
     float *want = slope_of(rms_formula, s, in, 0, all, dy.h, all, NULL);
@@ -448,8 +448,8 @@ static void check_attention(const char *name, int count, const int *q, const int
     act *o = spoiled_act(nq), *bare = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk);
     act *dv = spoiled_act(nk);
     float *lse = spoiled(nl);
-    attention_forward(o, lse, x[0].a, x[1].a, x[2].a, &s, heads, hd);
-    attention_forward(bare, NULL, x[0].a, x[1].a, x[2].a, &s, heads, hd);
+    attention_forward(o, lse, plain(x[0].a), plain(x[1].a), x[2].a, &s, heads, hd);
+    attention_forward(bare, NULL, plain(x[0].a), plain(x[1].a), x[2].a, &s, heads, hd);
     attention_backward(dq, dk, dv, x[3].a, x[0].a, x[1].a, x[2].a, o, lse, &s, heads, hd);
     float *got = down(lse, nl), *want = rounded(t.lse, nl);
     for (int i = 0; i < nl; i++) if (isnan(want[i])) got[i] = want[i] = 0;           // no keys: anything
@@ -558,7 +558,7 @@ static void check_wide_norm(int D, bool modulated) {
     Affine d = {per_sample(plus.h, B, D, modulated), per_sample(plus.h, B, D, modulated), 0};
     float *x_out = spoiled(all), *moved = spoiled(all), *stat = spoiled(2 * R);
     act *h = spoiled_act(all), *dy = spoiled_act(all);
-    residual_norm_forward(x_out, h, stat, x.f, y.a, g, a, rows, 3e-4f);
+    residual_norm_forward(x_out, h, stat, NULL, x.f, y.a, g, a, rows, 3e-4f);
     residual_gather_forward(moved, x.f, y.a, g, to_device(map, R), R, rows);
     norm_backward(plus.f, d, dh.a, x_out, stat, a, rows);
     gate_backward(dy, dg, plus.f, y.a, g, rows);
@@ -593,7 +593,7 @@ static void check_wide_rmsnorm(int D, int heads) {
     }
     act *y = spoiled_act(all), *dx = spoiled_act(all);
     float *table = up(turn, N * hd);
-    rmsnorm_rope_forward(y, rstd, x.a, w.f, table, rows, heads, 1e-3f);
+    rmsnorm_rope_forward(y, rstd, NULL, x.a, w.f, table, rows, heads, 1e-3f);
     rmsnorm_rope_backward(dx, plus.f, dy.a, x.a, rstd, w.f, table, rows, heads);
     note("y", off_act(y, value_of(rms_formula, s, in, all), all)), note("dx", off_act(dx, w_dx, all));
     note("dw", off(plus.f, rounded(w_dw, D), D));
@@ -620,7 +620,8 @@ static void check_logits(const char *kind, float apart, float first, float last,
     Sequences s = {1, start, start + 2, to_device(start, 2), to_device(start + 2, 2)};
     act *o = spoiled_act(Q * hd);
     float *lse = spoiled(Q), *want = rounded(t.o, Q * hd);
-    attention_forward(o, lse, up_act(x[0], Q * hd), up_act(x[1], K * hd), up_act(x[2], K * hd), &s, 1, hd);
+    attention_forward(o, lse, plain(up_act(x[0], Q * hd)), plain(up_act(x[1], K * hd)), up_act(x[2], K * hd), &s,
+                      1, hd);
     float *got = down_act(o, Q * hd), *sums = down(lse, Q);
     for (int i = 5 * hd; i < 6 * hd; i++) got[i] = isnan(got[i]) && isnan(sums[5]) ? want[i] : INFINITY;
     sums[5] = (float)t.lse[5];
@@ -807,7 +808,7 @@ static void check_block_by_block(Run *r) {
     size_t n = entry("act.context")->count, row_bytes = r->m->c.dim * sizeof(float);
     copy(r->e0, up_golden("act.e0"), entry("act.e0")->count * sizeof(float));
     to_act(r->context, up_golden("act.context"), n);
-    quantize(r, r->context_q, r->context, n, 15);
+    quantize(r, r->context_q, r->context, n / r->m->c.dim, r->m->c.dim, 15);
     for (int i = 0; i < r->m->c.num_layers; i++) {
         const char *before = i ? fmt("act.block.%d", i - 1) : "act.patch";
         exchange(r, r->saved[i].x0, up_golden(before), WHOLE, r->saved[i].layout, row_bytes);
@@ -824,7 +825,7 @@ static void check_quantized_weights(const Model *m) {
         if (!p->product) continue;
         bool block = !strncmp(p->name, "blocks.", 7);
         const float *w = as_act(down(p->w, p->count), p->count), *q = nearest_tensor(w, p->count, 15);
-        note(p->name, !same_bits(down_act(p->compute, p->count), block ? as_act(q, p->count) : w, p->count));
+        note(p->name, !same_bits(down_act(p->compute.x, p->count), block ? as_act(q, p->count) : w, p->count));
     }
     worst_row(0, "matrices as products read them, bit for bit,");
 }
@@ -836,7 +837,7 @@ static act *golden_quantized(const char *unit, const char *from, const char *to,
     act *q = up_act(golden(given), n);
     float *m = spoiled(1);
     absmax(m, q, n);
-    hif8_tensor(q, q, n, (float)s, m);
+    hif8_tensor(plain(q), q, n, 1, (float)s, m);
     note(name, !same_bits(down_act(q, n), golden(name), n));
     return q;
 }
@@ -860,9 +861,9 @@ static void check_units(void) {
     golden_quantized("attn", "dq_raw", "dq", 224), golden_quantized("attn", "dk_raw", "dk", 224);
     golden_quantized("attn", "dv_raw", "dv", 224);
     worst_row(0, "what Q makes of operands and gradients, bit for bit,");
-    linear_forward(y, x, w, up_golden("unit.linear.b"), ny / O, (int)O, (int)(nw / O));
-    linear_backward(dx, dw, db, dy, x, w, ny / O, (int)O, (int)(nw / O), false);
-    attention_forward(o, lse, q, k, v, &s, heads, hd);
+    linear_forward(y, plain(x), plain(w), up_golden("unit.linear.b"), ny / O, (int)O, (int)(nw / O));
+    linear_backward(dx, dw, db, plain(dy), plain(x), plain(w), ny / O, (int)O, (int)(nw / O), false);
+    attention_forward(o, lse, plain(q), plain(k), v, &s, heads, hd);
     attention_backward(dq, dk, dv, dout, q, k, v, o, lse, &s, heads, hd);
     note_act("unit.linear.y", y), note_act("unit.linear.dx", dx), note_float("unit.linear.dw", dw);
     note_float("unit.linear.db", db), note_act("unit.attn.o", o), note_act("unit.attn.dq_raw", dq);
@@ -905,7 +906,7 @@ static void check_hif8_file(void) {
         note("encode", hif8_encode(x[i]) != (uint8_t)code[i]), note("round", !same_bits(&y, &want[i], 1));
     }
     act *q = up_act(x, n);
-    hif8_tensor(q, q, n, 15, up(&fifteen, 1));
+    hif8_tensor(plain(q), q, n, 1, 15, up(&fifteen, 1));
     if (!tally.half) note("hif8_tensor", !same_bits(down_act(q, n), want, n));
     worst_row(0, "codes and values, bit for bit,");
 }
@@ -1306,7 +1307,7 @@ static void check_attention_alone(void) {
     ask(r, &q);
     size_t n = r->N * c.dim;
     const SavedAttention *s = &r->saved[3].self;
-    const act *const rounded_once[] = {s->q, s->k, s->v, r->dv};
+    const act *const rounded_once[] = {s->q.x, s->k.x, s->v, r->dv};
     for (int i = 0; i < 4; i++) {
         float *x = down_act(rounded_once[i], n);
         note(NAME[i], relative(x, nearest_tensor(x, n, i < 3 ? 15 : 224), n));
@@ -1449,7 +1450,7 @@ static void check_checkpoint(const char *path, const char *kind) {
         count[dtype]++, matrices += p->block_matrix;
         note(p->name, !same_bits(want, down(back->w, n), n) || (dtype == U8 && !p->block_matrix));
         if (!p->block_matrix) param_set(m, p, want);     // so that the two models may be compared
-        else if (codes) note(p->name, !same_bits(down_act(p->compute, n), down_act(back->compute, n), n));
+        else if (codes) note(p->name, !same_bits(down_act(p->compute.x, n), down_act(back->compute.x, n), n));
     }
     file_close(&f);
     note("dtypes", count[U8] != (codes ? matrices : 0) || (count[BF16] > 0) != (strcmp(kind, "f32") != 0));
@@ -1874,19 +1875,20 @@ static void block_part(Run *r, int i, int part) {
     Affine norm = modulated(s->e, 3, 6, D);
     const int *map = next->layout == s->layout ? NULL : move_of(r, s->layout, next->layout)->pack;
     const float *rope = r->rope[s->layout];
-    if (part == NORMS) residual_norm_forward(s->x1, s->h2, s->stat2, s->x0, a->y, gate1, norm, rows, 1e-6f);
+    if (part == NORMS) 
+        residual_norm_forward(s->x1, s->h2.x, s->stat2, NULL, s->x0, a->y, gate1, norm, rows, 1e-6f);
     if (part == LINEARS) linear(a->q_raw, s->h1, &w->self.q, n);
     if (part == ROPE)
-        rmsnorm_rope_forward(a->q, a->q_rstd, a->q_raw, w->self.norm_q->w, rope, rows, heads, 1e-6f);
+        rmsnorm_rope_forward(a->q.x, a->q_rstd, NULL, a->q_raw, w->self.norm_q->w, rope, rows, heads, 1e-6f);
     if (part == SELF_ATTENTION)
         attention_forward(a->o, a->lse, a->q, a->k, a->v, &r->self[s->pattern], heads, hd);
     if (part == CROSS_ATTENTION)
         attention_forward(b->o, b->lse, b->q, b->k, b->v, &r->cross[s->layout], heads, hd);
     if (part == FFN_UP)
-        linear_gelu_forward(s->f, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, n, c->ffn_dim, D);
+        linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, n, c->ffn_dim, D);
     if (part == FFN_DOWN) linear(s->y, s->f, &w->ffn2, n);
     if (part == REARRANGE) residual_gather_forward(next->x0, s->x2, s->y, gate2, map, n, rows);
-    if (part == ROUNDING) quantize(r, s->h1, s->h1, n * D, 15);
+    if (part == ROUNDING) quantize(r, s->h1, s->h1.x, n, D, 15);
 }
 
 // FLOPs of a part in a block, or the bytes it moves at least.
@@ -2050,7 +2052,7 @@ static void bench_linear(const char *path) {
         double ours = 1e30, theirs = 1e30, work = 2.0 * (double)ny * K / 1e9;
         for (int i = 0; i < (s == 2 ? 5 : 300); i++) {
             double begin = seconds();
-            linear_forward(y, x.a, w.a, NULL, M, N, K), wait_device();
+            linear_forward(y, plain(x.a), plain(w.a), NULL, M, N, K), wait_device();
             double middle = seconds();
             if (sgemm) sgemm(101, 111, 112, M, N, K, 1, x.f, K, w.f, K, 0, z, N);
             ours = fmin(ours, middle - begin), theirs = fmin(theirs, seconds() - middle);
@@ -2070,7 +2072,7 @@ static void bench_hif8(void) {
     for (int i = 0; i < 20; i++) {
         double t[4] = {seconds()};
         absmax(m, x, n), wait_device(), t[1] = seconds();
-        hif8_tensor(y, x, n, 15, m), wait_device(), t[2] = seconds();
+        hif8_tensor(plain(y), x, n, 1, 15, m), wait_device(), t[2] = seconds();
         copy(y, x, n * act_size()), wait_device(), t[3] = seconds();
         for (int k = 0; k < 3; k++) best[k] = fmin(best[k], t[k + 1] - t[k]);
     }
@@ -2643,12 +2645,12 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"HiF8: ties towards zero", "(a + (1u << (drop - 1)))", "(a + (1u << (drop - 1)) - 1u)"},
     {"HiF8: the exponent's sign in a code", "negative ? -size : size", "negative ? size : -size"},
     {"HiF8: the embeddings and the head quantized", "p->block_matrix = block >= 0 &&", "p->block_matrix ="},
-    {"HiF8: weights scaled to 14", "p->compute, p->count, 15,", "p->compute, p->count, 14,"},
+    {"HiF8: weights scaled to 14", "(int)p->shape[1], 15,", "(int)p->shape[1], 14,"},
     {"HiF8: dy scaled to 15", "rows * out, 224)", "rows * out, 15)"},
-    {"HiF8: dq, dk, dv not quantized", "numbers(j ? a.kv : a.q), 224)", "0, 224)"},
-    {"HiF8: q, k, v not quantized", "c->quant_attn; j++) quantize(r, qkv", "0; j++) quantize(r, qkv"},
-    {"HiF8: o not quantized", "s->oq : s->o, numbers(a.q), 15)", "s->oq : s->o, 0, 15)"},
-    {"HiF8: the text not quantized", "r->context, rows * m->c.dim, 15", "r->context, 0, 15"},
+    {"HiF8: dq, dk, dv not quantized", "count_of(j ? a.kv : a.q), c->dim, 224)", "0, 0, 224)"},
+    {"HiF8: q, k, v not quantized", "if (!r->m->c.quant_attn) return;", "return;"},
+    {"HiF8: o not quantized", "s->oq.x : s->o, count_of(a.q), c->dim, 15)", "s->oq.x : s->o, 0, 0, 15)"},
+    {"HiF8: the text not quantized", "r->context, rows, m->c.dim, 15", "r->context, 0, 0, 15"},
     {"Skiparse: token-wise and group-wise exchanged", "i % 2 == 0 ? TOKEN_WISE", "i % 2 ? TOKEN_WISE"},
     {"Skiparse: groups one token wide", "h / P % P;", "h % P;"},
     {"Skiparse: one full block too many", "i < F / 2 ||", "i <= F / 2 ||"},
