@@ -17,6 +17,7 @@
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #ifdef OSP_NCCL
 #include <nccl.h>
@@ -507,19 +508,29 @@ static void plan_set(Plan *p, cublasLtMatmulDescAttributes_t attribute, const vo
     blas_check(cublasLtMatmulDescSetAttribute(p->op, attribute, value, bytes));
 }
 
+// A matrix as cuBLASLt is to read it: act, or 8-bit codes, each worth *unit.
+typedef struct { const void *p; bool transposed; const float *unit; } Operand;
+static Operand numbers_of(Factor f, bool transposed) { Operand o = {f.x, transposed, NULL}; return o; }
+static Operand codes_of(const uint8_t *code, const Factor &f, bool transposed) {
+    Operand o = {code, transposed, f.unit};
+    return o;
+}
+
 // The product's description for cuBLASLt: types, transposes, epilogue, shapes. float stays float: no TF32.
-static void plan_describe(Plan *p, const PlanKey *k, const void *bias, void *aux) {
+// Codes: FAST_ACCUM stays 0, its default: the tensor core adds with 13 bits, so sums move to float32 registers
+// every few steps. (With FAST_ACCUM sums that grow lose their tail: 58 % over 80,640 rows.)
+static void plan_describe(Plan *p, const PlanKey *k, bool bias, bool aux) {
     cudaDataType_t in = (cudaDataType_t)k->in, out = (cudaDataType_t)k->out;
     cublasOperation_t ta = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t tb = k->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cudaDataType_t bias_type = act_type();
     int64_t aux_row = (int64_t)k->m;
     blas_check(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     plan_set(p, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof(ta));
     plan_set(p, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof(tb));
     plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, &k->epilogue, sizeof(k->epilogue));
-    if (bias) plan_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
-    if (aux) plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof(aux));
     if (aux) plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_row, sizeof(aux_row));
+    if (bias) plan_set(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof(bias_type));
     size_t a_rows = k->transpose_a ? k->k : k->m, a_cols = k->transpose_a ? k->m : k->k;
     size_t b_rows = k->transpose_b ? k->n : k->k, b_cols = k->transpose_b ? k->k : k->n;
     blas_check(cublasLtMatrixLayoutCreate(&p->a, in, a_rows, a_cols, (int64_t)a_rows));
@@ -540,12 +551,8 @@ static bool tile_is_128(const cublasLtMatmulAlgo_t *algo) {
 // than it computes, and there tiles of 128 x 128 win, two of which fit a multiprocessor: one loads while the
 // other stores (131,072 x 128 x 128 on an H100: 0.030 ms, the first offer 0.043; not with a second output,
 // the gelu's input). The choice is by rule, not by timing, so that every run makes the same one.
-static void plan_make(Plan *p, const PlanKey *k, const void *bias, void *aux) {
+static void plan_make(Plan *p, const PlanKey *k, bool aux) {
     size_t room = WORKSPACE_BYTES;
-    memset(p, 0, sizeof(*p));
-    p->key = *k;
-    p->used = true;
-    plan_describe(p, k, bias, aux);
     cublasLtMatmulPreference_t want;
     blas_check(cublasLtMatmulPreferenceCreate(&want));
     const struct { cublasLtMatmulPreferenceAttributes_t name; const void *value; size_t bytes; } wish[5] = {
@@ -569,26 +576,40 @@ static void plan_make(Plan *p, const PlanKey *k, const void *bias, void *aux) {
 }
 
 // d[m, n] = op(a)·op(b) + beta·d, in cuBLASLt's columns, with its epilogue. false: cuBLASLt cannot do it.
-static bool matmul(void *d, cudaDataType_t out, const act *a, bool ta, const act *b, bool tb, size_t m,
-                   size_t n, size_t k, float beta, int epilogue = CUBLASLT_EPILOGUE_DEFAULT,
-                   const void *bias = NULL, void *aux = NULL) {
-    const PlanKey key = {m, n, k, act_type(), out, ta, tb, epilogue,
-                         alignment(a), alignment(b), alignment(d)};
+static bool matmul(void *d, cudaDataType_t out, Operand a, Operand b, size_t m, size_t n, size_t k, float beta,
+                   int epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void *bias = NULL, void *aux = NULL) {
+    const PlanKey key = {m, n, k, a.unit ? CUDA_R_8F_E4M3 : act_type(), out, a.transposed, b.transposed,
+                         epilogue, alignment(a.p), alignment(b.p), alignment(d)};
     Plan *p = NULL;
     for (int i = 0; i < PLANS && gpu.plan[i].used && !p; i++)
         if (!memcmp(&gpu.plan[i].key, &key, sizeof(key))) p = &gpu.plan[i];
-    if (!p) {
+    bool fresh = !p;
+    if (fresh) {
         p = &gpu.plan[gpu.plans++ % PLANS];
         plan_free(p);
-        plan_make(p, &key, bias, aux);
+        memset(p, 0, sizeof(*p));
+        p->key = key, p->used = true;
+        plan_describe(p, &key, bias, aux);
     }
-    if (!p->possible) return false;
     if (bias) plan_set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias));
     if (aux) plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof(aux));
+    if (a.unit) plan_set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &a.unit, sizeof(a.unit));
+    if (b.unit) plan_set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &b.unit, sizeof(b.unit));
+    if (fresh) plan_make(p, &key, aux);
+    if (!p->possible) return false;
     float one = 1.0f;
-    blas_check(cublasLtMatmul(gpu.blas, p->op, &one, a, p->a, b, p->b, &beta, d, p->d, d, p->d, &p->algo,
+    blas_check(cublasLtMatmul(gpu.blas, p->op, &one, a.p, p->a, b.p, p->b, &beta, d, p->d, d, p->d, &p->algo,
                               gpu.workspace, WORKSPACE_BYTES, gpu.stream));
     return true;
+}
+
+// y = x·w^T as cuBLASLt's y^T = w·x^T, of codes where both have them.
+static bool product(act *y, Factor x, Factor w, size_t rows, int out, int in, int epilogue, const void *bias,
+                    void *aux = NULL) {
+    bool codes = x.code && w.code;
+    Operand a = codes ? codes_of(w.code, w, true) : numbers_of(w, true);
+    Operand b = codes ? codes_of(x.code, x, false) : numbers_of(x, false);
+    return matmul(y, act_type(), a, b, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, aux);
 }
 
 // cuBLASLt's epilogue wants the bias in the type of y.
@@ -599,24 +620,21 @@ static const void *bias_as_act(const float *b, int out) {
     return copy;
 }
 
-static void linear_forward(act *y, const act *x, const act *w, const float *b, size_t rows, int out,
-                           int in) {
+static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
     if (!rows) return;
     const void *bias = bias_as_act(b, out);
-    int epilogue = b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    if (!matmul(y, act_type(), w, true, x, false, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias))
+    if (!product(y, x, w, rows, out, in, b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias))
         die("cuBLASLt has no algorithm for y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
 }
 
 // float: the product's bias epilogue, then a pass of our own gelu. bfloat16: gelu in the epilogue too, on
 // numbers still in float32 (it is the tanh form); AUX keeps those before it, in rows of whole 16 bytes.
-static void linear_gelu_forward(act *y, act *pre, const act *x, const act *w, const float *b, size_t rows,
-                                int out, int in) {
+static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
+                                int in) {
     if (!rows) return;
     const void *bias = bias_as_act(b, out);
     int epilogue = pre ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
-    if (gpu.half && b && aligned(8, (size_t)out, pre) &&
-        matmul(y, act_type(), w, true, x, false, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, pre))
+    if (gpu.half && b && aligned(8, (size_t)out, pre) && product(y, x, w, rows, out, in, epilogue, bias, pre))
         return;
     act *u = pre ? pre : y;
     linear_forward(u, x, w, b, rows, out, in);
@@ -647,15 +665,41 @@ static void column_sum(float *db, const act *dy, size_t rows, int dim) {
     fold(shared(db), NONE, lines, (int)chunks, 1, dim, 1);
 }
 
-static void linear_backward(act *dx, float *dw, float *db, const act *dy, const act *x, const act *w,
-                            size_t rows, int out, int in, bool accumulate) {
-    size_t o = (size_t)out, i = (size_t)in;
+// db[out] += unit·Σ of a row of turned codes, `row` bytes long: a block for each.
+static __global__ void code_sum_kernel(float *db, const uint8_t *turned, const float *unit, size_t row) {
+    const uint4 *line = (const uint4 *)(turned + blockIdx.x * row);
+    float sum[1] = {};
+    for (size_t i = threadIdx.x; i < row / 16; i += 128) {
+        uint4 q = line[i];
+        const __nv_fp8x4_e4m3 *four = (const __nv_fp8x4_e4m3 *)&q;
+        for (int j = 0; j < 4; j++) {
+            float4 v = (float4)four[j];
+            sum[0] += (v.x + v.y) + (v.z + v.w);
+        }
+    }
+    group_sum<128>(sum);
+    if (threadIdx.x == 0) db[blockIdx.x] += *unit * sum[0];
+}
+
+// Codes multiply only with the summed dimension last in both: dx reads w turned, dw reads dy and x turned.
+static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows, int out,
+                            int in, bool accumulate) {
+    size_t o = (size_t)out, i = (size_t)in, padded = blocks(rows, 16) * 16;
+    float beta = accumulate ? 1.0f : 0.0f;
+    bool codes = dy.code != NULL, ok = true;
     if (!rows) return;
-    bool ok = true;
-    if (dx) ok &= matmul(dx, act_type(), w, false, dy, false, i, rows, o, accumulate ? 1.0f : 0.0f);
-    if (dw) ok &= matmul(dw, CUDA_R_32F, x, false, dy, true, i, o, rows, 1.0f);
+    if (dx && codes)
+        ok &= matmul(dx, act_type(), codes_of(w.turned, w, true), codes_of(dy.code, dy, false), i, rows, o, beta);
+    else if (dx)
+        ok &= matmul(dx, act_type(), numbers_of(w, false), numbers_of(dy, false), i, rows, o, beta);
+    if (dw && codes)
+        ok &= matmul(dw, CUDA_R_32F, codes_of(x.turned, x, true), codes_of(dy.turned, dy, false), i, o, padded,
+                     1.0f);
+    else if (dw)
+        ok &= matmul(dw, CUDA_R_32F, numbers_of(x, false), numbers_of(dy, true), i, o, rows, 1.0f);
     if (!ok) die("cuBLASLt has no algorithm for the gradient of y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
-    if (db) column_sum(db, dy, rows, out);
+    if (db && codes) LAUNCH(code_sum_kernel, out, 128, db, dy.turned, dy.unit, padded);
+    else if (db) column_sum(db, dy.x, rows, out);
 }
 
 // ==========================================================================================================
@@ -693,12 +737,24 @@ static void modulation_backward(float *dmod, float *de, const float *dout, int B
     LAUNCH(modulation_backward_kernel, blocks(n, 256), 256, dmod, de, dout, B, J, Je, dim);
 }
 
+// *amax = the largest of it and of all threads' best >= 0. Such floats are ordered as their bits are, and maxima
+// have no order: an atomic gives the same bytes always. All threads of the warp come here.
+static __device__ void raise_maximum(float *amax, float best) {
+    unsigned bits = __reduce_max_sync(~0u, __float_as_uint(best));
+    if (threadIdx.x % 32 == 0 && bits > *(volatile unsigned *)amax) atomicMax((unsigned *)amax, bits);
+}
+
+template <typename A, int V> static __device__ float largest(float best, const float (&v)[V]) {
+    for (int i = 0; i < V; i++) best = fmaxf(best, fabsf((float)(A)v[i]));                 // NaN: skipped
+    return best;
+}
+
 // x_out[j] = x[i] + gate·y[i], i = map[j] (map NULL: i = j), then h[j] = norm(x_out[j]), in one pass: reads
 // 4 + a, writes 4 + a bytes per element. The row stays in registers, so mean and variance are two exact sums
 // (not Σx² − mean²) at no further read. y, x_out or h NULL: without that part.
 template <typename A, typename T> static __global__ void __launch_bounds__(T::THREADS)
-residual_norm_kernel(float *x_out, A *h, float *stat, const float *x, const A *y, PerSample gate,
-                     const int *map, size_t rows, Affine a, Rows r, float eps) {
+residual_norm_kernel(float *x_out, A *h, float *stat, float *amax, const float *x, const A *y,
+                     PerSample gate, const int *map, size_t rows, Affine a, Rows r, float eps) {
     size_t row = (size_t)blockIdx.x * T::ROWS + threadIdx.x / T::G;
     bool live = row < rows;                  // idle threads of the last block repeat its last row (shuffles)
     row = live ? row : rows - 1;
@@ -729,37 +785,39 @@ residual_norm_kernel(float *x_out, A *h, float *stat, const float *x, const A *y
                 squares[0] += v[k][i] * v[k][i];
             }
     group_sum<T::G>(squares);
-    float rstd = rsqrtf(squares[0] / r.dim + eps);
-    if (!live) return;
+    float rstd = rsqrtf(squares[0] / r.dim + eps), best = 0.0f;
     for (int k = 0; k < T::K; k++) {
         float s[T::V], t[T::V];
-        if (T::column(k) >= r.dim) continue;
+        if (!live || T::column(k) >= r.dim) continue;
         load_sample(s, a.scale, b, T::column(k));
         load_sample(t, a.shift, b, T::column(k));
         for (int i = 0; i < T::V; i++) t[i] += v[k][i] * rstd * (a.one + s[i]);
         store(h + base + T::column(k), t);
+        best = largest<A>(best, t);
     }
-    if (stat && threadIdx.x % T::G == 0) stat[2 * row] = mean, stat[2 * row + 1] = rstd;
+    if (amax) raise_maximum(amax, best);
+    if (stat && live && threadIdx.x % T::G == 0) stat[2 * row] = mean, stat[2 * row + 1] = rstd;
 }
 
-static void residual_norm(float *x_out, act *h, float *stat, const float *x, const act *y, PerSample gate,
-                          const int *map, size_t count, Affine a, Rows r, float eps) {
+static void residual_norm(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
+                          PerSample gate, const int *map, size_t count, Affine a, Rows r, float eps) {
     size_t strides = gate.stride | a.shift.stride | a.scale.stride;
     bool wide = aligned(4, (size_t)r.dim | strides, x_out, h, x, y, gate.p, a.shift.p, a.scale.p);
+    if (amax) zero(amax, sizeof(float));
     if (count)
         BY_TYPE(BY_TILE(4, wide, r.dim,
                         LAUNCH((residual_norm_kernel<A, T>), blocks(count, T::ROWS), T::THREADS, x_out,
-                               (A *)h, stat, x, (const A *)y, gate, map, count, a, r, eps)));
+                               (A *)h, stat, amax, x, (const A *)y, gate, map, count, a, r, eps)));
 }
 
-static void residual_norm_forward(float *x_out, act *h, float *stat, const float *x, const act *y,
+static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
                                   PerSample gate, Affine a, Rows r, float eps) {
-    residual_norm(y ? x_out : NULL, h, stat, x, y, gate, NULL, (size_t)r.B * r.n, a, r, eps);
+    residual_norm(y ? x_out : NULL, h, stat, amax, x, y, gate, NULL, (size_t)r.B * r.n, a, r, eps);
 }
 
 static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate,
                                     const int *map, size_t count, Rows r) {
-    residual_norm(x_out, NULL, NULL, x, y, gate, map, count, affine(NULL, NULL), r, 0.0f);
+    residual_norm(x_out, NULL, NULL, NULL, x, y, gate, map, count, affine(NULL, NULL), r, 0.0f);
 }
 
 // g = dh·(one + scale); dx += rstd·(g − mean g − x̂·mean(g·x̂)). Block (chunk, b): SHARE rows of sample b,
@@ -884,8 +942,8 @@ template <int V> static __device__ void rotate(float (&v)[V], const float (&turn
 // RMSNorm over the row, then RoPE inside each head: reads a, writes a bytes per element. The table's lines,
 // [head_dim/2, 2], lie as the features of a head do: column c of a row meets entry c mod head_dim.
 template <typename A, typename T> static __global__ void __launch_bounds__(T::THREADS)
-rmsnorm_rope_kernel(A *y, float *rstd, const A *x, const float *w, const float *rope, size_t rows, size_t n,
-                    int dim, int head_dim, float eps) {
+rmsnorm_rope_kernel(A *y, float *rstd, float *amax, const A *x, const float *w, const float *rope,
+                    size_t rows, size_t n, int dim, int head_dim, float eps) {
     size_t row = (size_t)blockIdx.x * T::ROWS + threadIdx.x / T::G;
     bool live = row < rows;
     row = live ? row : rows - 1;
@@ -894,11 +952,10 @@ rmsnorm_rope_kernel(A *y, float *rstd, const A *x, const float *w, const float *
     for (int k = 0; k < T::K; k++) if (T::column(k) < dim) load(v[k], x + base + T::column(k));
     for (int k = 0; k < T::K; k++) for (int i = 0; i < T::V; i++) squares[0] += v[k][i] * v[k][i];
     group_sum<T::G>(squares);
-    float r = rsqrtf(squares[0] / dim + eps);
-    if (!live) return;
+    float r = rsqrtf(squares[0] / dim + eps), best = 0.0f;
     for (int k = 0; k < T::K; k++) {
         int c = T::column(k);
-        if (c >= dim) continue;
+        if (!live || c >= dim) continue;
         float s[T::V], turn[T::V];
         load_constant(s, w, c);
         for (int i = 0; i < T::V; i++) v[k][i] *= r * s[i];
@@ -907,19 +964,22 @@ rmsnorm_rope_kernel(A *y, float *rstd, const A *x, const float *w, const float *
             rotate(v[k], turn, 1.0f);
         }
         store(y + base + c, v[k]);
+        best = largest<A>(best, v[k]);
     }
-    if (rstd && threadIdx.x % T::G == 0) rstd[row] = r;
+    if (amax) raise_maximum(amax, best);
+    if (rstd && live && threadIdx.x % T::G == 0) rstd[row] = r;
 }
 
-static void rmsnorm_rope_forward(act *y, float *rstd, const act *x, const float *w, const float *rope,
-                                 Rows r, int heads, float eps) {
+static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x, const float *w,
+                                 const float *rope, Rows r, int heads, float eps) {
     size_t rows = (size_t)r.B * r.n;
     int head_dim = r.dim / heads;
     bool wide = aligned(8, (size_t)head_dim, y, x, w, rope);
+    if (amax) zero(amax, sizeof(float));
     if (rows)
         BY_TYPE(BY_TILE(8, wide, r.dim,
                         LAUNCH((rmsnorm_rope_kernel<A, T>), blocks(rows, T::ROWS), T::THREADS, (A *)y, rstd,
-                               (const A *)x, w, rope, rows, r.n, r.dim, head_dim, eps)));
+                               amax, (const A *)x, w, rope, rows, r.n, r.dim, head_dim, eps)));
 }
 
 // d = dy turned back; g = d·w; dx = rstd·(g − x̂·mean(g·x̂)); a line of sums of d·x̂. Reads 2a, writes a.
@@ -980,19 +1040,14 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // ==========================================================================================================
 // HiF8
 // ==========================================================================================================
-// m = max |x|; by an atomic: maxima have no order, floats >= 0 compare as their bits do. fmaxf skips a NaN.
+// m = max |x|: a read.
 template <typename A> static __global__ void absmax_kernel(float *m, const A *x, size_t n) {
-    __shared__ float part[8];
     float best = 0.0f, v[8];
     for (size_t i = 8 * thread_index(); i < n; i += 8 * (size_t)gridDim.x * blockDim.x) {
         load8(v, x, i, n);
-        for (int j = 0; j < 8; j++) best = fmaxf(best, fabsf(v[j]));
+        best = largest<A>(best, v);
     }
-    for (int step = 16; step; step /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = best;
-    __syncthreads();
-    for (int w = 0; w < 8; w++) best = fmaxf(best, part[w]);
-    if (threadIdx.x == 0) atomicMax((int *)m, __float_as_int(best));
+    raise_maximum(m, best);
 }
 
 static void absmax(float *m, const act *x, size_t n) {
@@ -1015,8 +1070,65 @@ static __global__ void hif8_kernel(A *y, const A *x, float s, const float *m, si
     store8(y, v, i, n);
 }
 
-static void hif8_tensor(act *y, const act *x, size_t n, float s, const float *m) {
-    BY_TYPE(LAUNCH8(hif8_kernel<A>, n, (A *)y, (const A *)x, s, m));
+// Codes. The values of HiF8 up to 15 times 16, and those up to 224 times 2, are values of E4M3, which tensor
+// cores multiply (up to 448, 3 mantissa bits, down to 2^-9): exactly, but for those below 2^-16 of the maximum,
+// which become 0 or their neighbour. (E5M2 would keep those and lose the third mantissa bit of most others.)
+enum { CODE_ROWS = 128, CODE_COLUMNS = 64 };
+static __host__ __device__ float code_scale(float s) { return s > 15 ? 2.0f : 16.0f; }
+
+// scale·hif8_round(v), for v in a tensor scaled to s <= 224, from y = scale·v; what E4M3 does not reach is left
+// to the conversion. Of 23 mantissa bits 20 go, one more where |E| > 3, another where |E| > 7.
+static __device__ float hif8_round_scaled(float y, float scale) {
+    uint32_t u = float_bits(y), a = u & 0x7FFFFFFFu;
+    uint32_t more = (a < float_bits(scale / 8)) + (a < float_bits(scale / 128)) + (a >= float_bits(scale * 16));
+    return bits_float(((a + (0x80000u << more)) & (0xFFF00000u << more)) | (u & 0x80000000u));
+}
+
+// A tile of 128 rows and 64 columns: thread (i, j) = (threadIdx.x / 8, % 8) has rows 4i.. and columns 8j.. For
+// turned codes the tile goes through shared memory in words of 4 rows. Reads 2 bytes, writes 1, turned 1 more.
+static __global__ void __launch_bounds__(256)
+codes_kernel(Factor y, const bf16 *x, size_t rows, size_t columns, float s, const float *m) {
+    __shared__ uint32_t tile[CODE_COLUMNS][CODE_ROWS / 4 + 1];
+    float scale = code_scale(s), k = scale * hif8_scale(s, __ldg(m)), v[8];
+    size_t row = blockIdx.y * (size_t)CODE_ROWS + threadIdx.x / 8 * 4;
+    size_t column = blockIdx.x * (size_t)CODE_COLUMNS + threadIdx.x % 8 * 8;
+    uint32_t word[4][2] = {};                                      // [row][4 columns each]
+    for (int i = 0; i < 4; i++) {
+        if (row + i >= rows || column >= columns) continue;
+        load(v, x + (row + i) * columns + column);
+        for (int j = 0; j < 8; j++) v[j] = hif8_round_scaled(v[j] * k, scale);
+        for (int j = 0; j < 2; j++) {
+            float4 four = make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
+            word[i][j] = __nv_fp8x4_e4m3(four).__x;
+        }
+        *(uint2 *)(y.code + (row + i) * columns + column) = make_uint2(word[i][0], word[i][1]);
+    }
+    if (thread_index() == 0 && blockIdx.y == 0) *y.unit = 1.0f / k;
+    if (!y.turned) return;
+    for (int j = 0; j < 8; j++) {                                  // byte j % 4 of four rows' words
+        uint32_t pick = (j % 4) | (j % 4 + 4) << 4, low = __byte_perm(word[0][j / 4], word[1][j / 4], pick);
+        uint32_t high = __byte_perm(word[2][j / 4], word[3][j / 4], pick);
+        tile[threadIdx.x % 8 * 8 + j][threadIdx.x / 8] = __byte_perm(low, high, 0x5410);
+    }
+    __syncthreads();
+    size_t padded = blocks(rows, 16) * 16, first = blockIdx.y * (size_t)CODE_ROWS + threadIdx.x % 32 * 4;
+    for (int c = threadIdx.x / 32; c < CODE_COLUMNS; c += 8) {
+        size_t to = blockIdx.x * (size_t)CODE_COLUMNS + c;
+        if (to < columns && first < padded)
+            *(uint32_t *)(y.turned + to * padded + first) = tile[c][threadIdx.x % 32];
+    }
+}
+
+static void hif8_tensor(Factor y, const act *x, size_t rows, int columns, float s, const float *m) {
+    size_t n = rows * columns;
+    if (!y.code) BY_TYPE(LAUNCH8(hif8_kernel<A>, n, (A *)y.x, (const A *)x, s, m));
+    else if (n) LAUNCH(codes_kernel, dim3(blocks(columns, CODE_COLUMNS), blocks(rows, CODE_ROWS)), 256, y,
+                       (const bf16 *)x, rows, (size_t)columns, s, m);
+}
+
+// Tensor cores know E4M3 from compute capability 8.9 on; rows of codes must be multiples of 16 bytes.
+static bool codes_multiply(int dim, int ffn_dim) {
+    return gpu.half && gpu.card.major * 10 + gpu.card.minor >= 89 && dim % 16 == 0 && ffn_dim % 16 == 0;
 }
 
 // ==========================================================================================================
@@ -1176,7 +1288,8 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 // the gradients; forward_launch and backward_launch choose:
 //   attention_simple    any type, any head_dim to 256: float arithmetic; parity, and the last resort
 //   attention_mma       bf16, head_dim 16, 32, 64, 128: tensor cores through mma.sync
-//   attention_hopper    bf16, head_dim 128, on a Hopper: tensor cores through wgmma, tiles brought by TMA
+//   attention_hopper    bf16, head_dim 128, on a Hopper: tensor cores through wgmma, tiles brought by TMA; with
+//                       q and k as codes, too
 //   attention_backward_simple, attention_backward_mma: two passes of one kernel (rows stay, columns pass by)
 // The forward kernels walk the keys in blocks and keep, for each query row, a bound m of its scores, the sum
 // l = Σ exp(score − m) and the output before its division, Σ exp(score − m)·v. Where m grows, l and the
@@ -1195,6 +1308,8 @@ template <typename A> struct Forward {
     const A *q, *k, *v;
     const int *q_start, *k_start;
     int heads, head_dim;
+    const uint8_t *q_code, *k_code;          // in place of q and k, or NULL; each code is worth *q_unit, *k_unit
+    const float *q_unit, *k_unit;
 };
 
 INLINE float ex2(float x) {
@@ -1447,15 +1562,17 @@ INLINE void raise_bound(float (&shift)[2], float (&l)[2], float (&alpha)[2], con
     }
 }
 
-// s becomes P; l gets this lane's part of the row's sum, in four chains that hide each other's latency.
-template <int N> INLINE void exponentials(float (&s)[N], float (&l)[2], const float (&shift)[2], float c) {
+// s becomes P; l gets this lane's part of the row's sum (where SUM), in four chains that hide each other's
+// latency.
+template <bool SUM, int N>
+INLINE void exponentials(float (&s)[N], float (&l)[2], const float (&shift)[2], float c) {
     UNROLL for (int r = 0; r < 2; r++) {
         float sum[4] = {};
         UNROLL for (int j = 2 * r; j < N; j += 8)
             UNROLL for (int e = 0; e < 4; e++) {
                 float &v = s[j + e / 2 * 4 + e % 2];
                 v = ex2(fmaf(v, c, shift[r]));
-                sum[e] += v;
+                if (SUM) sum[e] += v;
             }
         l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
@@ -1463,8 +1580,8 @@ template <int N> INLINE void exponentials(float (&s)[N], float (&l)[2], const fl
 
 // Store rows `row` and `row + 8` of accumulators d as bf16, row r times scale[r], where row < rows. The quad
 // transposes its 4 x 4 words first, so that a lane writes 16 bytes in a row, not 4, and a quad 64, not 16.
-template <int HD>
-INLINE void store_rows(bf16 *out, size_t stride, int row, int rows, const float (&d)[HD / 2], float scale0,
+template <int HD, int N>
+INLINE void store_rows(bf16 *out, size_t stride, int row, int rows, const float (&d)[N], float scale0,
                        float scale1) {
     int t = threadIdx.x % 4;
     UNROLL for (int r = 0; r < 2; r++) {
@@ -1492,13 +1609,14 @@ INLINE void store_rows(bf16 *out, size_t stride, int row, int rows, const float 
 }
 
 // The end of a slab: o = acc/l and lse of rows `row` and `row + 8`, both < rows, of a tile from query q0 on.
-template <int HD>
-INLINE void store_output(const Forward<bf16> &a, int head, int q0, int row, int rows,
-                         const float (&acc)[HD / 2], const float (&l)[2], const float (&shift)[2]) {
+// Accumulators beyond o's hold the products of P with ones: the sums l, in every lane.
+template <int HD, int N>
+INLINE void store_output(const Forward<bf16> &a, int head, int q0, int row, int rows, const float (&acc)[N],
+                         const float (&l)[2], const float (&shift)[2]) {
     size_t width = (size_t)a.heads * HD;
     float sum[2], scale[2];
     UNROLL for (int r = 0; r < 2; r++) {
-        sum[r] = lanes_sum(l[r], 4);
+        if constexpr (N > HD / 2) sum[r] = acc[HD / 2 + 2 * r]; else sum[r] = lanes_sum(l[r], 4);
         scale[r] = sum[r] == 0 ? 0 : 1 / sum[r];                        // 0: no keys
     }
     store_rows<HD>(a.o + q0 * width + head * HD, width, row, rows, acc, scale[0], scale[1]);
@@ -1636,7 +1754,7 @@ static __global__ void __launch_bounds__(128, 2) attention_mma(const Forward<bf1
                 raise_bound(shift[i], l[i], alpha, s[i], c);
                 UNROLL for (int e = 0; e < HD / 2; e++) acc[i][e] *= alpha[e / 2 % 2];
             }
-        UNROLL for (int i = 0; i < 2; i++) exponentials(s[i], l[i], shift[i], c);
+        UNROLL for (int i = 0; i < 2; i++) exponentials<true>(s[i], l[i], shift[i], c);
         products_columns<HD, 2, BN>(acc, s, v_tile + stage);
         stage ^= KV_BYTES;
     };
@@ -1760,11 +1878,20 @@ static __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Ba
 // after the other; 16-byte chunk c of row r lies at c ^ (r % 8), as TMA writes and wgmma reads (128-byte
 // swizzle). Behind the tiles lie the barriers. FULL: the copy has landed; EMPTY: all readers are done. Q's
 // are per warpgroup: each goes on to its next tile alone.
+// E is what q and k are made of: bf16, or codes, whose S takes half the time: rows of 128 bytes then, so one
+// panel, and c holds what a score of codes is worth. P·V stays bf16: the tensor core adds products of codes
+// with 13 bits, which is enough for 128 features and wrong for 80,640 keys. With codes the ALU is what is
+// short, and the sums l come from the tensor core, too: V has a third panel, of ones.
 enum { WARPGROUPS = 3, HOPPER_ROWS = 64 * WARPGROUPS, HOPPER_THREADS = 128 * (WARPGROUPS + 1), BN = 80 };
 enum { KV_RING = 4, K_FULL = 0, K_EMPTY = KV_RING, V_FULL = 2 * KV_RING, V_EMPTY = 3 * KV_RING,
        Q_FULL = 4 * KV_RING, Q_EMPTY = Q_FULL + WARPGROUPS, BARRIERS = Q_EMPTY + WARPGROUPS };
-enum { Q_BYTES = 64 * 256, KV_BYTES = BN * 256,
-       HOPPER_SHARED = 1024 + WARPGROUPS * Q_BYTES + 2 * KV_RING * KV_BYTES + 8 * BARRIERS };
+template <typename E> struct Hopper {
+    enum { PANELS = sizeof(E), CODES = PANELS == 1,                     // of q and k
+           Q_PANEL = 64 * 128, K_PANEL = BN * 128, Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * K_PANEL,
+           V_BYTES = 2 * BN * 128, V_STAGE = V_BYTES + CODES * BN * 128,
+           SHARED = 1024 + WARPGROUPS * Q_BYTES + KV_RING * (K_BYTES + V_STAGE) + 8 * BARRIERS };
+    typedef float Output[CODES ? 68 : 64];                              // of a thread: o, and l of 2 rows
+};
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 struct HopperShared { uint32_t q, k, v, bar; };
@@ -1813,11 +1940,18 @@ INLINE uint64_t wgmma_tile(uint32_t address, int panel_bytes) {
             "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
 #define R64 R40 ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61," \
             "%62,%63"
-// d[64 x 80] = a[64 x 16]·b[80 x 16]^T, or += where add; a and b are descriptors.
-INLINE void wgmma_qk(float (&d)[40], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %42, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" R40 "}, %40, %41, p, 1, 1, 0, 0; }"
-                 : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32) : "l"(a), "l"(b), "r"(add));
+#define D64(d) D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32), D8(d, 40), D8(d, 48), D8(d, 56)
+// d[64 x 80] = a[64 x 32 bytes]·b[80 x 32 bytes]^T, or += where add; a and b are descriptors.
+template <typename E> INLINE void wgmma_qk(float (&d)[40], uint64_t a, uint64_t b, int add) {
+    if constexpr (sizeof(E) == 2)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %42, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
+                     "{" R40 "}, %40, %41, p, 1, 1, 0, 0; }"
+                     : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32) : "l"(a), "l"(b), "r"(add));
+    else
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %42, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n80k32.f32.e4m3.e4m3 {" R40 "}, %40, %41, p, 1, 1; }"
+                     : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32) : "l"(a), "l"(b), "r"(add));
 }
 
 // d[64 x 128] = a[64 x 16]·b[16 x 128], or += where add; a in registers, b's descriptor (1: transposed).
@@ -1825,20 +1959,30 @@ INLINE void wgmma_pv(float (&d)[64], const uint32_t *a, uint64_t b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                  "{" R64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }"
-                 : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32), D8(d, 40), D8(d, 48), D8(d, 56)
+                 : D64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+// The same with 8 columns more, those of the ones.
+INLINE void wgmma_pv(float (&d)[68], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %73, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 "
+                 "{" R64 ",%64,%65,%66,%67}, {%68,%69,%70,%71}, %72, p, 1, 1, 1; }"
+                 : D64(d), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-// S of a block: 8 steps of 16 features, 4 in a panel, 32 bytes apart.
-INLINE void products_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
+// S of a block: 4 steps of 32 bytes in each panel.
+template <typename E> INLINE void products_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
+    typedef Hopper<E> H;
     wgmma_fence();
-    UNROLL for (int i = 0; i < 8; i++)
-        wgmma_qk(s, q + i / 4 * (64 * 128 / 16) + i % 4 * 2, k + i / 4 * (BN * 128 / 16) + i % 4 * 2, i > 0);
+    UNROLL for (int i = 0; i < 4 * H::PANELS; i++)
+        wgmma_qk<E>(s, q + i / 4 * (H::Q_PANEL / 16) + i % 4 * 2, k + i / 4 * (H::K_PANEL / 16) + i % 4 * 2,
+                    i > 0);
     wgmma_commit();
 }
 
 // P·V of a block: BN/16 steps of 16 keys, 16 rows of 128 bytes apart.
-INLINE void products_pv(float (&o)[64], const uint32_t (&p)[BN / 4], uint64_t v, int add) {
+template <int N> INLINE void products_pv(float (&o)[N], const uint32_t (&p)[BN / 4], uint64_t v, int add) {
     wgmma_fence();
     UNROLL for (int i = 0; i < BN / 16; i++) wgmma_pv(o, p + 4 * i, v + i * (16 * 128 / 16), i > 0 || add);
     wgmma_commit();
@@ -1868,12 +2012,16 @@ INLINE void next_stage(Ring &r) {
 }
 
 // The tiles stand at multiples of 1024 bytes. A copy arrives at FULL once, each warp that has read at EMPTY.
-INLINE HopperShared hopper_shared(const char *raw) {
+template <typename E> INLINE HopperShared hopper_shared(const char *raw) {
+    typedef Hopper<E> H;
     HopperShared at;
     at.q = (shared_address(raw) + 1023) & ~1023u;
-    at.k = at.q + WARPGROUPS * Q_BYTES;
-    at.v = at.k + KV_RING * KV_BYTES;
-    at.bar = at.v + KV_RING * KV_BYTES;
+    at.k = at.q + WARPGROUPS * H::Q_BYTES;
+    at.v = at.k + KV_RING * H::K_BYTES;
+    at.bar = at.v + KV_RING * H::V_STAGE;
+    for (int i = threadIdx.x; H::CODES && i < KV_RING * BN * 32; i += HOPPER_THREADS)      // V's ones
+        asm volatile("st.shared.b32 [%0], %1;" :: "r"(at.v + i / (BN * 32) * H::V_STAGE + H::V_BYTES
+                                                      + i % (BN * 32) * 4), "r"(0x3F803F80) : "memory");
     if (threadIdx.x == 0) {
         barrier_init(at, K_FULL, KV_RING, 1);
         barrier_init(at, V_FULL, KV_RING, 1);
@@ -1881,15 +2029,18 @@ INLINE HopperShared hopper_shared(const char *raw) {
         barrier_init(at, K_EMPTY, KV_RING, 4 * WARPGROUPS);
         barrier_init(at, V_EMPTY, KV_RING, 4 * WARPGROUPS);
         barrier_init(at, Q_EMPTY, WARPGROUPS, 4);
-        asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
     return at;
 }
 
 // The producer, one thread: as far ahead of the consumers as stages are empty.
+template <typename E>
 INLINE void hopper_load(const HopperShared &at, const Forward<bf16> &a, int tiles, int tiles_per_head,
                         const CUtensorMap *map_q, const CUtensorMap *map_k, const CUtensorMap *map_v) {
+    typedef Hopper<E> H;
     Ring r = {0, 1};
     int q_parity = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -1898,34 +2049,38 @@ INLINE void hopper_load(const HopperShared &at, const Forward<bf16> &a, int tile
         for (int j = last; j >= 0; j--) {
             int row = t.k0 + j * BN, i = r.stage;
             barrier_wait(at, K_EMPTY + i, r.parity);
-            tma_load(at, at.k + i * KV_BYTES, map_k, row, t.head, K_FULL + i, KV_BYTES);
+            tma_load(at, at.k + i * H::K_BYTES, map_k, row, t.head, K_FULL + i, H::K_BYTES);
             if (j == last) {
                 for (int w = 0; w < WARPGROUPS; w++) {
                     barrier_wait(at, Q_EMPTY + w, q_parity);
-                    tma_load(at, at.q + w * Q_BYTES, map_q, t.q0 + 64 * w, t.head, Q_FULL + w, Q_BYTES);
+                    tma_load(at, at.q + w * H::Q_BYTES, map_q, t.q0 + 64 * w, t.head, Q_FULL + w, H::Q_BYTES);
                 }
                 q_parity ^= 1;
             }
             barrier_wait(at, V_EMPTY + i, r.parity);
-            tma_load(at, at.v + i * KV_BYTES, map_v, row, t.head, V_FULL + i, KV_BYTES);
+            tma_load(at, at.v + i * H::V_STAGE, map_v, row, t.head, V_FULL + i, H::V_BYTES);
             next_stage(r);
         }
     }
 }
 
 // Consumer warpgroup wg: 64 query rows of every tile of this block. V runs one block of keys behind K.
+template <typename E>
 INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int tiles, int tiles_per_head,
                            int wg) {
+    typedef Hopper<E> H;
     int lane = threadIdx.x % 32, row = 64 * wg + threadIdx.x % 128 / 32 * 16 + lane / 4, q_parity = 0;
-    const float c = LOG2_OF_E * 0.08838834764831845f;                   // log2(e)/√128
-    uint64_t q = wgmma_tile(at.q + wg * Q_BYTES, 0);
+    float c = LOG2_OF_E * 0.08838834764831845f;                         // log2(e)/√128
+    if (H::CODES) c *= *a.q_unit * *a.k_unit;
+    uint64_t q = wgmma_tile(at.q + wg * H::Q_BYTES, 0);
     uint64_t k0 = wgmma_tile(at.k, 0), v0 = wgmma_tile(at.v, BN * 128);
     Ring k = {0, 0}, v = {0, 0};
-    float s[BN / 2], acc[64];
+    float s[BN / 2];
+    typename H::Output acc;
     uint32_t p[BN / 4];
     auto start_scores = [&] {
         barrier_wait(at, K_FULL + k.stage, k.parity);
-        products_qk(s, q, k0 + k.stage * (KV_BYTES / 16));
+        products_qk<E>(s, q, k0 + k.stage * (H::K_BYTES / 16));
     };
     auto end_scores = [&](int pending, bool last) {
         wgmma_wait(s, pending);
@@ -1935,7 +2090,7 @@ INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int t
     };
     auto start_output = [&](int add) {
         barrier_wait(at, V_FULL + v.stage, v.parity);
-        products_pv(acc, p, v0 + v.stage * (KV_BYTES / 16), add);
+        products_pv(acc, p, v0 + v.stage * (H::V_STAGE / 16), add);
     };
     auto end_output = [&] {
         wgmma_wait(acc, 0);
@@ -1958,7 +2113,7 @@ INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int t
                 UNROLL for (int i = 0; i < BN / 2; i++)
                     if (i / 4 * 8 + i % 2 >= left) s[i] = -INFINITY;
             raise_bound(shift, l, alpha, s, c);
-            exponentials(s, l, shift, c);
+            exponentials<!H::CODES>(s, l, shift, c);
             pack();
             for (int j = count - 2; j >= 0; j--) {
                 start_scores();
@@ -1966,37 +2121,37 @@ INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int t
                 end_scores(1, j == 0);                                  // P·V still runs
                 bool raised = __any_sync(~0u, vote(shift, s, c));
                 if (raised) raise_bound(shift, l, alpha, s, c);
-                exponentials(s, l, shift, c);
+                exponentials<!H::CODES>(s, l, shift, c);
                 end_output();
                 pack();
-                if (raised) UNROLL for (int i = 0; i < 64; i++) acc[i] *= alpha[i / 2 % 2];
+                if (raised) UNROLL for (float &x : acc) x *= alpha[(&x - acc) / 2 % 2];
             }
             start_output(count > 1);
             end_output();
         } else {
-            UNROLL for (int i = 0; i < 64; i++) acc[i] = 0;             // a query without keys gives 0
+            UNROLL for (float &x : acc) x = 0;                          // a query without keys gives 0
         }
         store_output<128>(a, t.head, t.q0, row, t.q_rows, acc, l, shift);
     }
 }
 
-static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+template <typename E> static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 attention_hopper(const Forward<bf16> a, int tiles, int tiles_per_head,
                  const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
                  const __grid_constant__ CUtensorMap map_v) {
     extern __shared__ char raw[];
-    HopperShared at = hopper_shared(raw);
+    HopperShared at = hopper_shared<E>(raw);
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);             // in a register that the warp shares
     if (warpgroup == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x == 0) hopper_load(at, a, tiles, tiles_per_head, &map_q, &map_k, &map_v);
+        if (threadIdx.x == 0) hopper_load<E>(at, a, tiles, tiles_per_head, &map_q, &map_k, &map_v);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-        hopper_compute(at, a, tiles, tiles_per_head, warpgroup - 1);
+        hopper_compute<E>(at, a, tiles, tiles_per_head, warpgroup - 1);
     }
 }
 #else                                        // for other cards: never launched
-static __global__ void
+template <typename E> static __global__ void
 attention_hopper(const Forward<bf16>, int, int, const __grid_constant__ CUtensorMap,
                  const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap) {}
 #endif
@@ -2004,22 +2159,24 @@ attention_hopper(const Forward<bf16>, int, int, const __grid_constant__ CUtensor
 // Whether this program has the kernel for this card: elsewhere its body is empty and needs few registers.
 static bool hopper_usable(void) {
     cudaFuncAttributes kernel;
-    cuda_check(cudaFuncGetAttributes(&kernel, attention_hopper));
+    cuda_check(cudaFuncGetAttributes(&kernel, attention_hopper<bf16>));
     return kernel.numRegs >= 100;
 }
 
-// The map of x[rows, heads·128] with boxes of [2 panels][box_rows][64 features]; past the end come zeros.
-static CUtensorMap tensor_map(const bf16 *x, int rows, int heads, int box_rows) {
+// The map of x[rows, heads·128] with boxes of [panels][box_rows][128 bytes]; past the end come zeros.
+template <typename E> static CUtensorMap tensor_map(const E *x, int rows, int heads, int box_rows) {
+    const cuuint32_t panels = sizeof(E), wide = 128 / panels;           // features in a panel
     static decltype(&cuTensorMapEncodeTiled) encode = NULL;             // from the driver: no -lcuda
     cudaDriverEntryPointQueryResult found;
     if (!encode)
         cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
                                                     cudaEnableDefault, &found));
     CUtensorMap map;
-    cuuint64_t dims[4] = {64, (cuuint64_t)rows, 2, (cuuint64_t)heads};
-    cuuint64_t strides[3] = {(cuuint64_t)heads * 256, 128, 256};        // bytes; dims[0] is dense
-    cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 2, 1}, step[4] = {1, 1, 1, 1};
-    CUresult e = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, dims, strides, box, step,
+    cuuint64_t dims[4] = {wide, (cuuint64_t)rows, panels, (cuuint64_t)heads};
+    cuuint64_t strides[3] = {(cuuint64_t)heads * 128 * panels, 128, 128 * panels};  // bytes; dims[0] is dense
+    cuuint32_t box[4] = {wide, (cuuint32_t)box_rows, panels, 1}, step[4] = {1, 1, 1, 1};
+    CUtensorMapDataType type = panels == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    CUresult e = encode(&map, type, 4, (void *)x, dims, strides, box, step,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (e != CUDA_SUCCESS) die("attention: no tensor map for %d x %d heads (error %d)", rows, heads, (int)e);
@@ -2043,14 +2200,22 @@ template <int HD> static void mma_forward(const Forward<bf16> &a, const Sequence
     LAUNCH_SHARED(attention_mma<HD>, grid, 128, (128 + 4 * 64) * HD * 2, a);        // Q, 2 stages of K and V
 }
 
-static void hopper_forward(const Forward<bf16> &a, const Sequences *s) {
+template <typename E>
+static void hopper_launch(const Forward<bf16> &a, const E *q, const E *k, const Sequences *s) {
     int per_head = 0, q_rows = s->q[s->count], k_rows = s->k[s->count], most = gpu.card.multiProcessorCount;
     for (int i = 0; i < s->count; i++) per_head += blocks(s->q[i + 1] - s->q[i], HOPPER_ROWS);
     int tiles = per_head * a.heads;
-    LAUNCH_SHARED(attention_hopper, tiles < most ? tiles : most, HOPPER_THREADS, HOPPER_SHARED, a, tiles,
-                  per_head, tensor_map(a.q, q_rows, a.heads, 64), tensor_map(a.k, k_rows, a.heads, BN),
+    LAUNCH_SHARED(attention_hopper<E>, tiles < most ? tiles : most, HOPPER_THREADS, Hopper<E>::SHARED, a, tiles,
+                  per_head, tensor_map(q, q_rows, a.heads, 64), tensor_map(k, k_rows, a.heads, BN),
                   tensor_map(a.v, k_rows, a.heads, BN));
 }
+
+static void hopper_forward(const Forward<bf16> &a, const Sequences *s) {
+    if (a.q_code) hopper_launch(a, a.q_code, a.k_code, s);
+    else hopper_launch(a, a.q, a.k, s);
+}
+
+static bool codes_attend(int head_dim) { return gpu.half && head_dim == 128 && hopper_usable(); }
 
 template <typename A> static void forward_launch(const Forward<A> &a, const Sequences *s) {
     int hd = a.head_dim;
@@ -2066,10 +2231,10 @@ template <typename A> static void forward_launch(const Forward<A> &a, const Sequ
     launch(a, s);
 }
 
-static void attention_forward(act *o, float *lse, const act *q, const act *k, const act *v,
-                              const Sequences *s, int heads, int head_dim) {
-    BY_TYPE(Forward<A> a = {(A *)o, lse, (const A *)q, (const A *)k, (const A *)v, s->q_device, s->k_device,
-                            heads, head_dim};
+static void attention_forward(act *o, float *lse, Factor q, Factor k, const act *v, const Sequences *s,
+                              int heads, int head_dim) {
+    BY_TYPE(Forward<A> a = {(A *)o, lse, (const A *)q.x, (const A *)k.x, (const A *)v, s->q_device, s->k_device,
+                            heads, head_dim, q.code, k.code, q.unit, k.unit};
             forward_launch(a, s));
 }
 

@@ -629,6 +629,140 @@ static void check_logits(const char *kind, float apart, float first, float last,
     worst_row(1e-5, fmt("attention, %s, head_dim %d,", kind, hd));
 }
 
+// ---- HiF8 as E4M3 codes, on a card that multiplies them: against double precision on the codes' values ---
+static double code_value(uint8_t c) {                        // E4M3: sign, 4 bits of exponent, 3 of mantissa
+    int e = c >> 3 & 15, m = c & 7;
+    double size = (c & 127) == 127 ? NAN : e ? ldexp(8 + m, e - 10) : ldexp(m, -9);
+    return c & 128 ? -size : size;
+}
+
+static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
+
+// Q(x; s) as codes; *value: what they say.
+static Factor coded_factor(float **value, const act *x, int rows, int columns, float s) {
+    size_t n = (size_t)rows * columns;
+    Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)), spoiled(1)};
+    uint8_t *code = (uint8_t *)xalloc(n, 1);
+    float *m = spoiled(1);
+    absmax(m, x, n);
+    hif8_tensor(f, x, rows, columns, s, m);
+    download(code, f.code, n);
+    *value = floats(n);
+    for (size_t i = 0; i < n; i++) (*value)[i] = (float)(code_value(code[i]) * *down(f.unit, 1));
+    return f;
+}
+
+// A factor's numbers on the host, codes or not.
+static float *down_factor(Factor f, size_t n) {
+    if (!f.code) return down_act(f.x, n);
+    uint8_t *code = (uint8_t *)xalloc(n, 1);
+    float *x = floats(n), unit = *down(f.unit, 1);
+    download(code, f.code, n);
+    for (size_t i = 0; i < n; i++) x[i] = (float)code_value(code[i]) * unit;
+    return x;
+}
+
+// Some numbers `spike` times as large.
+static act *spiky(uint64_t stream, size_t n, double mean, float spike) {
+    float *x = noise(stream, n, 1);
+    for (size_t i = 0; i < n; i++) x[i] = (x[i] + (float)mean) * (i % 10007 == 5 ? spike : 1);
+    return up_act(x, n);
+}
+
+// Every code is hif8_round of the scaled number, but below E4M3's exact values its nearest; turned ones are the
+// same, with zeros behind the last row.
+static void check_codes(int rows, int columns, float s) {
+    size_t n = (size_t)rows * columns, padded = to_16(rows);
+    float *x = noise(1, n, 1), *value, amax = 0;
+    for (size_t i = 0; i < n; i++) x[i] *= expf(3 * rng_normal(78, 1, i));
+    act *device = up_act(x, n);
+    Factor f = coded_factor(&value, device, rows, columns, s);
+    uint8_t *code = (uint8_t *)xalloc(n, 1), *turned = (uint8_t *)xalloc(columns * padded, 1);
+    download(code, f.code, n), download(turned, f.turned, columns * padded);
+    x = down_act(device, n);
+    for (size_t i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
+    double scale = s > 15 ? 2 : 16, wrong = 0, k = s / amax;
+    for (size_t i = 0; i < n; i++) {
+        double want = hif8_round(x[i] * (float)k) * scale, off = fabs(code_value(code[i]) - want);
+        wrong += fabs(want) < 0x1p-6 ? off > 0x1p-10 : off != 0;
+    }
+    for (size_t i = 0; i < columns * padded; i++) {
+        size_t r = i % padded, c = i / padded;
+        wrong += turned[i] != (r < (size_t)rows ? code[r * columns + c] : 0);
+    }
+    row(wrong, 0, fmt("codes of Q(x; %g), [%d, %d], and turned, one by one", s, rows, columns));
+    row(fabs(*down(f.unit, 1) * k * scale - 1), 1e-6, "what a code is worth");
+}
+
+static void check_code_linear(int R, int O, int I, double mean, float spike) {
+    size_t nx = (size_t)R * I, nw = (size_t)O * I, ny = (size_t)R * O;
+    float *xv, *wv, *dv, one = 1;
+    Factor x = coded_factor(&xv, spiky(1, nx, mean, spike), R, I, 15);
+    Factor w = coded_factor(&wv, spiky(2, nw, mean, 1), O, I, 15);
+    Factor dy = coded_factor(&dv, spiky(4, ny, mean, spike), R, O, 224);
+    Given b = given(3, O, 1);
+    float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O);
+    act *y = spoiled_act(ny), *z = spoiled_act(ny), *dx = spoiled_act(nx), *more = up_act(plus, nx);
+    linear_forward(y, x, w, b.f, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
+    linear_backward(dx, dw, db, dy, x, w, R, O, I, false);
+    linear_backward(more, NULL, NULL, dy, x, w, R, O, I, true);
+    float *bias = as_act(b.h, O), *dw_want = product(plus, O, I, R, dv, 1, O, xv, 1, I);
+    near_act("y", y, product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1), ny);
+    near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), ny);
+    near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
+    near_act("dx added", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
+    row(worst.error / 2e-3, 1, fmt("codes, linear %dx%dx%d, in 2e-3: %s", R, O, I, worst.name)), worst.count = 0;
+    near("dw", dw, dw_want, nw), near("db", db, product(plus, O, 1, R, dv, 1, O, &one, 0, 0), O);
+    row(worst.error / 5e-4, 1, fmt("codes, linear %dx%dx%d, in 5e-4: %s", R, O, I, worst.name)), worst.count = 0;
+}
+
+static void check_code_attention(const char *kind, int count, const int *q, const int *k, float apart,
+                                 float last, float spike) {
+    enum { HEADS = 2, HD = 128, D = HEADS * HD };
+    size_t nq = (size_t)q[count] * D, nk = (size_t)k[count] * D;
+    float *x[] = {noise(1, nq, 1), noise(2, nk, 1)}, *qv, *kv, lift = apart / sqrtf(sqrtf((float)HD));
+    for (size_t i = 0; i < nq; i++) x[0][i] = x[0][i] * (i % 10007 ? 1 : spike) + lift;
+    for (size_t i = 0; i < nk; i++) x[1][i] *= 1 + (last - 1) * (float)(i / D) / k[count];
+    for (size_t i = 0; i < nk; i++) x[1][i] -= lift;
+    Factor fq = coded_factor(&qv, up_act(x[0], nq), q[count], D, 15);
+    Factor fk = coded_factor(&kv, up_act(x[1], nk), k[count], D, 15);
+    float *v = as_act(noise(3, nk, 1), nk), *lse = spoiled(q[count] * HEADS);
+    for (size_t i = 0; i < nk; i++) v[i] += 1;
+    v = as_act(v, nk);
+    Attended t = {doubles(nq), doubles(nq), doubles(nk), doubles(nk), doubles(q[count] * HEADS),
+                  qv, kv, v, qv, HEADS, HD};
+    for (int i = 0; i < count; i++)
+        for (int a = q[i]; a < q[i + 1]; a++)
+            for (int h = 0; h < HEADS; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
+    Sequences s = {count, (int *)q, (int *)k, to_device(q, count + 1), to_device(k, count + 1)};
+    act *o = spoiled_act(nq);
+    attention_forward(o, lse, fq, fk, up_act(v, nk), &s, HEADS, HD);
+    near_act("o", o, rounded(t.o, nq), nq);
+    float *sums = down(lse, q[count] * HEADS), *want = rounded(t.lse, q[count] * HEADS);
+    for (int i = 0; i < q[count] * HEADS; i++) if (isnan(want[i])) sums[i] = want[i] = 0;
+    note("lse", relative(sums, want, q[count] * HEADS));
+    row(worst.error / 3e-3, 1, fmt("codes, attention, %s, in 3e-3: %s", kind, worst.name)), worst.count = 0;
+}
+
+static void check_all_codes(void) {
+    static const int self[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733}, q[] = {0, 300, 300, 430, 431};
+    static const int k[] = {0, 12, 524, 524, 1036}, one[] = {0, 193}, many[] = {0, 3000};
+    if (!codes_multiply(16, 16)) {
+        skip("no products of 8-bit codes here");
+        return;
+    }
+    check_codes(1, 16, 15), check_codes(300, 208, 15), check_codes(515, 144, 224), check_codes(128, 64, 224);
+    check_code_linear(64, 128, 256, 0, 1), check_code_linear(515, 48, 80, 0, 300);
+    check_code_linear(2051, 128, 64, 1, 1), check_code_linear(7, 512, 1024, 0, 1);
+    if (!codes_attend(128)) return;
+    check_code_attention("0, 1, 63 .. 81, 300 tokens", 9, self, self, 0, 1, 1);
+    check_code_attention("12, 512, 0, 512 keys", 4, q, k, 0, 1, 1);
+    check_code_attention("3000 keys", 1, one, many, 0, 1, 1);
+    check_code_attention("scores far below 0", 1, one, many, 8, 1, 1);
+    check_code_attention("growing", 1, one, many, 0, 4, 1);
+    check_code_attention("spikes", 1, one, many, 0, 1, 30);
+}
+
 static void check_kernels(void) {
     static const int ROWS[][2] = {{128, 4}, {512, 4}, {1536, 12}, {5120, 40}}, HEAD_DIM[] = {32, 64, 128};
     static const int PRODUCT[][3] = {{64, 127, 255}, {515, 8, 1}, {2050, 136, 24}, {4500, 512, 8}};
@@ -825,9 +959,11 @@ static void check_quantized_weights(const Model *m) {
         if (!p->product) continue;
         bool block = !strncmp(p->name, "blocks.", 7);
         const float *w = as_act(down(p->w, p->count), p->count), *q = nearest_tensor(w, p->count, 15);
-        note(p->name, !same_bits(down_act(p->compute.x, p->count), block ? as_act(q, p->count) : w, p->count));
+        const float *got = down_factor(p->compute, p->count), *want = block ? as_act(q, p->count) : w;
+        if (p->compute.code) want = q;
+        note(p->name, p->compute.code ? relative(got, want, p->count) > 1e-5 : !same_bits(got, want, p->count));
     }
-    worst_row(0, "matrices as products read them, bit for bit,");
+    worst_row(0, "matrices as products read them, bit for bit (codes: to 1e-5),");
 }
 
 // Q(x; s) of a golden tensor, which must be another one, bit for bit.
@@ -1450,7 +1586,7 @@ static void check_checkpoint(const char *path, const char *kind) {
         count[dtype]++, matrices += p->block_matrix;
         note(p->name, !same_bits(want, down(back->w, n), n) || (dtype == U8 && !p->block_matrix));
         if (!p->block_matrix) param_set(m, p, want);     // so that the two models may be compared
-        else if (codes) note(p->name, !same_bits(down_act(p->compute.x, n), down_act(back->compute.x, n), n));
+        else if (codes) note(p->name, !same_bits(down_factor(p->compute, n), down_factor(back->compute, n), n));
     }
     file_close(&f);
     note("dtypes", count[U8] != (codes ? matrices : 0) || (count[BF16] > 0) != (strcmp(kind, "f32") != 0));
@@ -1591,6 +1727,7 @@ static int run_tests(const char *folder, bool ops_only) {
     char scratch[] = "/tmp/osp_test_XXXXXX";
     if (!tally.silent) printf("%-88s %9s %9s\n", "check", "measured", "limit");
     check_ops();
+    check_all_codes();
     if (ON_GPU || ops_only) check_kernels();                 // 20 s on a CPU
     if (!ops_only) {
         if (!mkdtemp(scratch)) die("%s: %s; make room there", scratch, strerror(errno));
@@ -1861,7 +1998,17 @@ enum { NORMS, LINEARS, ROPE, SELF_ATTENTION, CROSS_ATTENTION, FFN_UP, FFN_DOWN, 
 static const struct { const char *name; int calls; char unit; } PART[PARTS] = {        // F: FLOPs, B: bytes
     {"residual + norm + modulation", 3, 'B'}, {"linear q k v o, q o", 6, 'F'}, {"RMSNorm + RoPE", 3, 'B'},
     {"self-attention", 1, 'F'}, {"cross-attention", 1, 'F'}, {"ffn up + GELU", 1, 'F'}, {"ffn down", 1, 'F'},
-    {"residual + rearrangement", 1, 'B'}, {"HiF8, if on", 9, 'B'}};
+    {"residual + rearrangement", 1, 'B'}, {"HiF8 of all that is read", 1, 'B'}};
+
+// h1, h2, h3, q, k and cross-attention's q, whose maxima are there; v, both o and f, whose are not.
+static void block_rounding(Run *r, Saved *s, size_t n) {
+    int D = r->m->c.dim;
+    const Factor measured[] = {s->h1, s->h2, s->h3, s->self.q, s->self.k, s->cross.q};
+    for (int i = 0; i < 6; i++) quantize_measured(r, measured[i], measured[i].x, n, D, 15);
+    quantize(r, plain(s->self.v), s->self.v, n, D, 15);
+    quantize(r, s->self.oq, s->self.o, n, D, 15), quantize(r, s->cross.oq, s->cross.o, n, D, 15);
+    quantize(r, s->f, s->f.x, n, r->m->c.ffn_dim, 15);
+}
 
 static void block_part(Run *r, int i, int part) {
     const Config *c = &r->m->c;
@@ -1888,7 +2035,7 @@ static void block_part(Run *r, int i, int part) {
         linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, n, c->ffn_dim, D);
     if (part == FFN_DOWN) linear(s->y, s->f, &w->ffn2, n);
     if (part == REARRANGE) residual_gather_forward(next->x0, s->x2, s->y, gate2, map, n, rows);
-    if (part == ROUNDING) quantize(r, s->h1, s->h1.x, n, D, 15);
+    if (part == ROUNDING && c->quant) block_rounding(r, s, n);
 }
 
 // FLOPs of a part in a block, or the bytes it moves at least.
@@ -1897,7 +2044,8 @@ static double part_work(const Run *r, int i, int part) {
     double D = c->dim, a = (double)act_size(), n = (double)r->N, ffn = 2 * n * D * c->ffn_dim;
     Flops f = block_flops(c, r->saved[i].pattern, r->T, r->H, r->W);
     const double work[] = {3 * n * D * (8 + 2 * a), 12 * n * D * D, 3 * n * D * 2 * a, f.attention, f.cross,
-                           ffn, ffn, n * D * (8 + a), 9 * n * D * 3 * a};
+                           ffn, ffn, n * D * (8 + a),
+                           n * (6 * D * (a + 1) + 3 * D * (2 * a + 1) + c->ffn_dim * (2 * a + 1))};
     return work[part];
 }
 
