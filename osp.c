@@ -405,10 +405,10 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 
 // ---- attention: o = softmax(q·k^T/√head_dim)·v inside each sequence, all heads ---------------------------
 // q, o [q rows, heads·head_dim]; k, v [k rows, heads·head_dim]; lse[q rows, heads] = log Σ exp(scores), for
-// backward (NULL: not wanted). Blockwise softmax: no N x N matrix is ever stored. A query whose sequence has
-// no keys gets 0.
-static void attention_forward(act *o, float *lse, Factor q, Factor k, const act *v, const Sequences *s,
-                              int heads, int head_dim);
+// backward, and amax[1] = max |o| (NULL: not wanted). Blockwise softmax: no N x N matrix is ever stored. A
+// query whose sequence has no keys gets 0.
+static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
+                              const Sequences *s, int heads, int head_dim);
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim);
@@ -897,9 +897,10 @@ static void attention_layer(Run *r, int i, bool cross) {
     rmsnorm_rope_forward(s->k.x, s->k_rstd, amax, s->k_raw, norm_k, a.rope, a.kv, c->num_heads, c->eps);
     to_attention(r, &a, s->k, a.kv_in, true);
     to_attention(r, &a, plain(s->v), a.kv_in, false);
-    attention_forward(s->o, s->lse, s->q, s->k, s->v, a.sequences, a.heads, c->dim / c->num_heads);
+    attention_forward(s->o, s->lse, c->quant ? r->m->amax : NULL, s->q, s->k, s->v, a.sequences, a.heads,
+                      c->dim / c->num_heads);
     exchange(r, s->oq.x, s->o, a.want, a.have, c->dim * act_size());
-    if (c->quant) quantize(r, s->oq, a.want != a.have ? s->oq.x : s->o, count_of(a.q), c->dim, 15);
+    if (c->quant) quantize_measured(r, s->oq, a.want != a.have ? s->oq.x : s->o, count_of(a.q), c->dim, 15);
     linear(s->y, s->oq, &a.w->o, count_of(a.q));
 }
 
@@ -2090,13 +2091,14 @@ static void attend(act *o, float *lse, const act *q, const act *k, const act *v,
     free(room);
 }
 
-static void attention_forward(act *o, float *lse, Factor q, Factor k, const act *v, const Sequences *s,
-                              int heads, int head_dim) {
+static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
+                              const Sequences *s, int heads, int head_dim) {
     size_t count;
     Head *task = head_tasks(&count, s, heads, head_dim, QUERY_BLOCKS * TILE_N);
     #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < count; i++) attend(o, lse, q.x, k.x, v, task[i]);
     free(task);
+    if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
 }
 
 // s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).

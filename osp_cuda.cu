@@ -1304,7 +1304,7 @@ static constexpr float LOG2_OF_E = 1.4426950408889634f;
 // rows [q_start[s], q_start[s+1]) and the key rows [k_start[s], k_start[s+1]), each possibly none.
 template <typename A> struct Forward {
     A *o;
-    float *lse;
+    float *lse, *amax;                       // amax: becomes at least max |o|; or NULL
     const A *q, *k, *v;
     const int *q_start, *k_start;
     int heads, head_dim;
@@ -1620,6 +1620,14 @@ INLINE void store_output(const Forward<bf16> &a, int head, int q0, int row, int 
         scale[r] = sum[r] == 0 ? 0 : 1 / sum[r];                        // 0: no keys
     }
     store_rows<HD>(a.o + q0 * width + head * HD, width, row, rows, acc, scale[0], scale[1]);
+    if (a.amax) {
+        float best = 0;
+        UNROLL for (int i = 0; i < HD / 2; i++) {
+            float v[1] = {acc[i] * scale[i / 2 % 2]};
+            if (row + i / 2 % 2 * 8 < rows) best = largest<bf16>(best, v);
+        }
+        raise_maximum(a.amax, best);
+    }
     for (int r = 0; r < 2; r++)
         if (a.lse && threadIdx.x % 4 == 0 && row + 8 * r < rows)
             a.lse[(size_t)(q0 + row + 8 * r) * a.heads + head] = (log2f(sum[r]) - shift[r]) / LOG2_OF_E;
@@ -1882,11 +1890,13 @@ static __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Ba
 // panel, and c holds what a score of codes is worth. P·V stays bf16: the tensor core adds products of codes
 // with 13 bits, which is enough for 128 features and wrong for 80,640 keys. With codes the ALU is what is
 // short, and the sums l come from the tensor core, too: V has a third panel, of ones.
-enum { WARPGROUPS = 3, HOPPER_ROWS = 64 * WARPGROUPS, HOPPER_THREADS = 128 * (WARPGROUPS + 1), BN = 80 };
+// 512 keys (a text) fill 8 blocks of 64, but 6.4 of 80: then BN is 64.
+enum { WARPGROUPS = 3, HOPPER_ROWS = 64 * WARPGROUPS, HOPPER_THREADS = 128 * (WARPGROUPS + 1) };
 enum { KV_RING = 4, K_FULL = 0, K_EMPTY = KV_RING, V_FULL = 2 * KV_RING, V_EMPTY = 3 * KV_RING,
        Q_FULL = 4 * KV_RING, Q_EMPTY = Q_FULL + WARPGROUPS, BARRIERS = Q_EMPTY + WARPGROUPS };
-template <typename E> struct Hopper {
-    enum { PANELS = sizeof(E), CODES = PANELS == 1,                     // of q and k
+template <typename Element, int KEYS> struct Hopper {
+    typedef Element E;
+    enum { BN = KEYS, PANELS = sizeof(E), CODES = PANELS == 1,          // of q and k
            Q_PANEL = 64 * 128, K_PANEL = BN * 128, Q_BYTES = PANELS * Q_PANEL, K_BYTES = PANELS * K_PANEL,
            V_BYTES = 2 * BN * 128, V_STAGE = V_BYTES + CODES * BN * 128,
            SHARED = 1024 + WARPGROUPS * Q_BYTES + KV_RING * (K_BYTES + V_STAGE) + 8 * BARRIERS };
@@ -1936,12 +1946,18 @@ INLINE uint64_t wgmma_tile(uint32_t address, int panel_bytes) {
 
 #define D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define R40 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
-            "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+            "%25,%26,%27,%28,%29,%30,%31"
+#define R40 R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define R64 R40 ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61," \
             "%62,%63"
 #define D64(d) D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24), D8(d, 32), D8(d, 40), D8(d, 48), D8(d, 56)
-// d[64 x 80] = a[64 x 32 bytes]·b[80 x 32 bytes]^T, or += where add; a and b are descriptors.
+// d[64 x BN] = a[64 x 32 bytes]·b[BN x 32 bytes]^T, or += where add; a and b are descriptors.
+template <typename E> INLINE void wgmma_qk(float (&d)[32], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" R32 "}, %32, %33, p, 1, 1; }"
+                 : D8(d, 0), D8(d, 8), D8(d, 16), D8(d, 24) : "l"(a), "l"(b), "r"(add));
+}
 template <typename E> INLINE void wgmma_qk(float (&d)[40], uint64_t a, uint64_t b, int add) {
     if constexpr (sizeof(E) == 2)
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %42, 0;\n"
@@ -1972,19 +1988,18 @@ INLINE void wgmma_pv(float (&d)[68], const uint32_t *a, uint64_t b, int add) {
 }
 
 // S of a block: 4 steps of 32 bytes in each panel.
-template <typename E> INLINE void products_qk(float (&s)[BN / 2], uint64_t q, uint64_t k) {
-    typedef Hopper<E> H;
+template <typename H> INLINE void products_qk(float (&s)[H::BN / 2], uint64_t q, uint64_t k) {
     wgmma_fence();
     UNROLL for (int i = 0; i < 4 * H::PANELS; i++)
-        wgmma_qk<E>(s, q + i / 4 * (H::Q_PANEL / 16) + i % 4 * 2, k + i / 4 * (H::K_PANEL / 16) + i % 4 * 2,
-                    i > 0);
+        wgmma_qk<typename H::E>(s, q + i / 4 * (H::Q_PANEL / 16) + i % 4 * 2, k + i / 4 * (H::K_PANEL / 16) + i % 4 * 2,
+                                i > 0);
     wgmma_commit();
 }
 
 // P·V of a block: BN/16 steps of 16 keys, 16 rows of 128 bytes apart.
-template <int N> INLINE void products_pv(float (&o)[N], const uint32_t (&p)[BN / 4], uint64_t v, int add) {
+template <int N, int M> INLINE void products_pv(float (&o)[N], const uint32_t (&p)[M], uint64_t v, int add) {
     wgmma_fence();
-    UNROLL for (int i = 0; i < BN / 16; i++) wgmma_pv(o, p + 4 * i, v + i * (16 * 128 / 16), i > 0 || add);
+    UNROLL for (int i = 0; i < M / 4; i++) wgmma_pv(o, p + 4 * i, v + i * (16 * 128 / 16), i > 0 || add);
     wgmma_commit();
 }
 
@@ -2012,16 +2027,16 @@ INLINE void next_stage(Ring &r) {
 }
 
 // The tiles stand at multiples of 1024 bytes. A copy arrives at FULL once, each warp that has read at EMPTY.
-template <typename E> INLINE HopperShared hopper_shared(const char *raw) {
-    typedef Hopper<E> H;
+template <typename H> INLINE HopperShared hopper_shared(const char *raw) {
     HopperShared at;
     at.q = (shared_address(raw) + 1023) & ~1023u;
     at.k = at.q + WARPGROUPS * H::Q_BYTES;
     at.v = at.k + KV_RING * H::K_BYTES;
     at.bar = at.v + KV_RING * H::V_STAGE;
-    for (int i = threadIdx.x; H::CODES && i < KV_RING * BN * 32; i += HOPPER_THREADS)      // V's ones
-        asm volatile("st.shared.b32 [%0], %1;" :: "r"(at.v + i / (BN * 32) * H::V_STAGE + H::V_BYTES
-                                                      + i % (BN * 32) * 4), "r"(0x3F803F80) : "memory");
+    enum { WORDS = H::BN * 32 };
+    for (int i = threadIdx.x; H::CODES && i < KV_RING * WORDS; i += HOPPER_THREADS)        // V's ones
+        asm volatile("st.shared.b32 [%0], %1;" :: "r"(at.v + i / WORDS * H::V_STAGE + H::V_BYTES
+                                                      + i % WORDS * 4), "r"(0x3F803F80) : "memory");
     if (threadIdx.x == 0) {
         barrier_init(at, K_FULL, KV_RING, 1);
         barrier_init(at, V_FULL, KV_RING, 1);
@@ -2037,10 +2052,10 @@ template <typename E> INLINE HopperShared hopper_shared(const char *raw) {
 }
 
 // The producer, one thread: as far ahead of the consumers as stages are empty.
-template <typename E>
+template <typename H>
 INLINE void hopper_load(const HopperShared &at, const Forward<bf16> &a, int tiles, int tiles_per_head,
                         const CUtensorMap *map_q, const CUtensorMap *map_k, const CUtensorMap *map_v) {
-    typedef Hopper<E> H;
+    enum { BN = H::BN };
     Ring r = {0, 1};
     int q_parity = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -2065,10 +2080,10 @@ INLINE void hopper_load(const HopperShared &at, const Forward<bf16> &a, int tile
 }
 
 // Consumer warpgroup wg: 64 query rows of every tile of this block. V runs one block of keys behind K.
-template <typename E>
+template <typename H>
 INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int tiles, int tiles_per_head,
                            int wg) {
-    typedef Hopper<E> H;
+    enum { BN = H::BN };
     int lane = threadIdx.x % 32, row = 64 * wg + threadIdx.x % 128 / 32 * 16 + lane / 4, q_parity = 0;
     float c = LOG2_OF_E * 0.08838834764831845f;                         // log2(e)/√128
     if (H::CODES) c *= *a.q_unit * *a.k_unit;
@@ -2080,7 +2095,7 @@ INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int t
     uint32_t p[BN / 4];
     auto start_scores = [&] {
         barrier_wait(at, K_FULL + k.stage, k.parity);
-        products_qk<E>(s, q, k0 + k.stage * (H::K_BYTES / 16));
+        products_qk<H>(s, q, k0 + k.stage * (H::K_BYTES / 16));
     };
     auto end_scores = [&](int pending, bool last) {
         wgmma_wait(s, pending);
@@ -2135,23 +2150,23 @@ INLINE void hopper_compute(const HopperShared &at, const Forward<bf16> &a, int t
     }
 }
 
-template <typename E> static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+template <typename H> static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 attention_hopper(const Forward<bf16> a, int tiles, int tiles_per_head,
                  const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
                  const __grid_constant__ CUtensorMap map_v) {
     extern __shared__ char raw[];
-    HopperShared at = hopper_shared<E>(raw);
+    HopperShared at = hopper_shared<H>(raw);
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);             // in a register that the warp shares
     if (warpgroup == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x == 0) hopper_load<E>(at, a, tiles, tiles_per_head, &map_q, &map_k, &map_v);
+        if (threadIdx.x == 0) hopper_load<H>(at, a, tiles, tiles_per_head, &map_q, &map_k, &map_v);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-        hopper_compute<E>(at, a, tiles, tiles_per_head, warpgroup - 1);
+        hopper_compute<H>(at, a, tiles, tiles_per_head, warpgroup - 1);
     }
 }
 #else                                        // for other cards: never launched
-template <typename E> static __global__ void
+template <typename H> static __global__ void
 attention_hopper(const Forward<bf16>, int, int, const __grid_constant__ CUtensorMap,
                  const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap) {}
 #endif
@@ -2159,7 +2174,7 @@ attention_hopper(const Forward<bf16>, int, int, const __grid_constant__ CUtensor
 // Whether this program has the kernel for this card: elsewhere its body is empty and needs few registers.
 static bool hopper_usable(void) {
     cudaFuncAttributes kernel;
-    cuda_check(cudaFuncGetAttributes(&kernel, attention_hopper<bf16>));
+    cuda_check(cudaFuncGetAttributes(&kernel, attention_hopper<Hopper<bf16, 80>>));
     return kernel.numRegs >= 100;
 }
 
@@ -2200,19 +2215,21 @@ template <int HD> static void mma_forward(const Forward<bf16> &a, const Sequence
     LAUNCH_SHARED(attention_mma<HD>, grid, 128, (128 + 4 * 64) * HD * 2, a);        // Q, 2 stages of K and V
 }
 
-template <typename E>
-static void hopper_launch(const Forward<bf16> &a, const E *q, const E *k, const Sequences *s) {
+template <typename H>
+static void hopper_launch(const Forward<bf16> &a, const void *q, const void *k, const Sequences *s) {
+    typedef typename H::E E;
     int per_head = 0, q_rows = s->q[s->count], k_rows = s->k[s->count], most = gpu.card.multiProcessorCount;
     for (int i = 0; i < s->count; i++) per_head += blocks(s->q[i + 1] - s->q[i], HOPPER_ROWS);
     int tiles = per_head * a.heads;
-    LAUNCH_SHARED(attention_hopper<E>, tiles < most ? tiles : most, HOPPER_THREADS, Hopper<E>::SHARED, a, tiles,
-                  per_head, tensor_map(q, q_rows, a.heads, 64), tensor_map(k, k_rows, a.heads, BN),
-                  tensor_map(a.v, k_rows, a.heads, BN));
+    LAUNCH_SHARED(attention_hopper<H>, tiles < most ? tiles : most, HOPPER_THREADS, H::SHARED, a, tiles,
+                  per_head, tensor_map((const E *)q, q_rows, a.heads, 64),
+                  tensor_map((const E *)k, k_rows, a.heads, H::BN), tensor_map(a.v, k_rows, a.heads, H::BN));
 }
 
 static void hopper_forward(const Forward<bf16> &a, const Sequences *s) {
-    if (a.q_code) hopper_launch(a, a.q_code, a.k_code, s);
-    else hopper_launch(a, a.q, a.k, s);
+    if (!a.q_code) hopper_launch<Hopper<bf16, 80>>(a, a.q, a.k, s);
+    else if (longest(s->k, s->count) > 512) hopper_launch<Hopper<uint8_t, 80>>(a, a.q_code, a.k_code, s);
+    else hopper_launch<Hopper<uint8_t, 64>>(a, a.q_code, a.k_code, s);
 }
 
 static bool codes_attend(int head_dim) { return gpu.half && head_dim == 128 && hopper_usable(); }
@@ -2221,19 +2238,22 @@ template <typename A> static void forward_launch(const Forward<A> &a, const Sequ
     int hd = a.head_dim;
     if (!s->count || !s->q[s->count]) return;
     if (hd > 256) die("attention: head_dim %d; this backend has kernels up to 256", hd);
-    auto launch = hd <= 16 ? simple_forward<A, 1> : hd <= 32 ? simple_forward<A, 2>
-                : hd <= 64 ? simple_forward<A, 4> : hd <= 128 ? simple_forward<A, 8> : simple_forward<A, 16>;
+    auto simple_launch = hd <= 16 ? simple_forward<A, 1> : hd <= 32 ? simple_forward<A, 2>
+                       : hd <= 64 ? simple_forward<A, 4> : hd <= 128 ? simple_forward<A, 8>
+                       : simple_forward<A, 16>, launch = simple_launch;
     if constexpr (sizeof(A) == 2)
         if (aligned(8, 8, a.o, a.q, a.k, a.v))
             launch = hd == 128 && s->k[s->count] && hopper_usable() ? hopper_forward
                    : hd == 128 ? mma_forward<128> : hd == 64 ? mma_forward<64>
                    : hd == 32 ? mma_forward<32> : hd == 16 ? mma_forward<16> : launch;
     launch(a, s);
+    if (a.amax && launch == simple_launch) absmax(a.amax, (const act *)a.o, (size_t)s->q[s->count] * a.heads * hd);
 }
 
-static void attention_forward(act *o, float *lse, Factor q, Factor k, const act *v, const Sequences *s,
-                              int heads, int head_dim) {
-    BY_TYPE(Forward<A> a = {(A *)o, lse, (const A *)q.x, (const A *)k.x, (const A *)v, s->q_device, s->k_device,
+static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
+                              const Sequences *s, int heads, int head_dim) {
+    if (amax) zero(amax, sizeof(float));
+    BY_TYPE(Forward<A> a = {(A *)o, lse, amax, (const A *)q.x, (const A *)k.x, (const A *)v, s->q_device, s->k_device,
                             heads, head_dim, q.code, k.code, q.unit, k.unit};
             forward_launch(a, s));
 }
