@@ -669,7 +669,8 @@ static void column_sum(float *db, const act *dy, size_t rows, int dim) {
 static __global__ void code_sum_kernel(float *db, const uint8_t *turned, const float *unit, size_t row) {
     const uint4 *line = (const uint4 *)(turned + blockIdx.x * row);
     float sum[1] = {};
-    for (size_t i = threadIdx.x; i < row / 16; i += 128) {
+#pragma unroll 4
+    for (size_t i = threadIdx.x; i < row / 16; i += 512) {
         uint4 q = line[i];
         const __nv_fp8x4_e4m3 *four = (const __nv_fp8x4_e4m3 *)&q;
         for (int j = 0; j < 4; j++) {
@@ -677,7 +678,7 @@ static __global__ void code_sum_kernel(float *db, const uint8_t *turned, const f
             sum[0] += (v.x + v.y) + (v.z + v.w);
         }
     }
-    group_sum<128>(sum);
+    group_sum<512>(sum);
     if (threadIdx.x == 0) db[blockIdx.x] += *unit * sum[0];
 }
 
@@ -698,7 +699,7 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
     else if (dw)
         ok &= matmul(dw, CUDA_R_32F, numbers_of(x, false), numbers_of(dy, true), i, o, rows, 1.0f);
     if (!ok) die("cuBLASLt has no algorithm for the gradient of y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
-    if (db && codes) LAUNCH(code_sum_kernel, out, 128, db, dy.turned, dy.unit, padded);
+    if (db && codes) LAUNCH(code_sum_kernel, out, 512, db, dy.turned, dy.unit, padded);
     else if (db) column_sum(db, dy.x, rows, out);
 }
 
