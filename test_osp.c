@@ -2767,6 +2767,48 @@ static void show_grpo(void) {
     label(960, 452, 12, 'e', SOFT, "advantage = (reward − mean) / std");
 }
 
+// ---- cost: where a block's time goes, from two logs of bench, bf16 and HiF8 ------------------------------
+static void read_parts(double (*ms)[PARTS], const char *path) {          // ms[full, sparse][part]
+    char text[256];
+    FILE *file = fopen(path, "r");
+    if (!file) die("%s: %s", path, strerror(errno));
+    while (fgets(text, sizeof text, file))
+        for (int part = 0; part < BACK_LINEARS; part++)
+            if (!strncmp(text, PART[part].name, strlen(PART[part].name)) && strlen(text) > 28)
+                sscanf(text + 28, " | %lf %*f%% %*f %*c | %lf", &ms[0][part], &ms[1][part]);
+    fclose(file);
+}
+
+static void show_cost(const char *const *log) {
+    static const char *const BYTES[][2] = {
+        {"forward", "x: bf16 → one byte, its HiF8 value of 15·x/max|x| as E4M3   ·   W likewise   →   y = bf16, sums in float32"},
+        {"attention", "q, k: one byte   ·   v, P: bf16 (8 bits of P are too few over 80,640 keys)   →   o = bf16"},
+        {"backward", "dy: bf16 → bytes of 224·dy/max|dy|, and turned   ·   turned bytes of W and x   →   dx = bf16, dW = float32"}};
+    double ms[2][2][PARTS] = {{{0}}};
+    for (int i = 0; i < 2; i++) read_parts(ms[i], log[i]);
+    picture(1060, 560, "Where a block's time goes", "14B at 768P on one H100: 80,640 tokens, milliseconds");
+    for (int bar = 0; bar < 4; bar++) {
+        double x = 160, y = 110 + 46 * bar + 14 * (bar / 2), *t = ms[bar % 2][bar / 2], sum = 0;
+        label(150, y + 22, 13, 'e', PATTERN_COLOR[bar / 2], "%s, %s", bar / 2 ? "sparse" : "full", bar % 2 ? "HiF8" : "bf16");
+        for (int part = 0; part < BACK_LINEARS; part++) {
+            double wide = 3.2 * t[part];
+            box(x, y, wide, 34, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4);
+            if (wide > 40) label(x + wide / 2, y + 22, 12, 'm', PAPER, "%.1f", t[part]);
+            x += wide, sum += t[part];
+        }
+        label(x + 8, y + 22, 14, 's', INK, "%.1f", sum);
+    }
+    for (int part = 0; part < BACK_LINEARS; part++) {
+        box(160 + part % 3 * 290, 330 + part / 3 * 26, 16, 16, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4);
+        label(184 + part % 3 * 290, 343 + part / 3 * 26, 13, 's', INK, "%s", PART[part].name);
+    }
+    label(40, 446, 15, 's', INK, "What is read, in bytes");
+    for (int i = 0; i < 3; i++) {
+        label(150, 476 + 26 * i, 13, 'e', SOFT, "%s", BYTES[i][0]);
+        label(160, 476 + 26 * i, 13, 's', INK, "%s", BYTES[i][1]);
+    }
+}
+
 // ---- the command -----------------------------------------------------------------------------------------
 typedef struct { const char *out, *preset; Captions words; int P, R; } ShowOptions;
 
@@ -2775,12 +2817,13 @@ static void draw_picture(const ShowOptions *o) {
     const char *name = o->preset ? o->preset : "toy";
     int count = o->words.count - 1;
     Config c = shape_config(name);
-    one_of("show", kind, "skiparse|model|hif8|ranks|grpo|loss|reward:");
+    one_of("show", kind, "skiparse|model|hif8|ranks|grpo|cost|loss|reward:");
     if (!strcmp(kind, "skiparse")) show_skiparse(o->P);
     else if (!strcmp(kind, "model")) show_model(&c, name);
     else if (!strcmp(kind, "hif8")) show_hif8();
     else if (!strcmp(kind, "grpo")) show_grpo();
     else if (!strcmp(kind, "ranks")) show_ranks(&c, name, o->R);
+    else if (!strcmp(kind, "cost") && count == 2) show_cost(o->words.text + 1);
     else if (count < 1 || count > MOST_LOGS)
         die("%d logs, expected 1 to %d: show %s LOG..", count, MOST_LOGS, kind);
     else show_logs(o->words.text + 1, count, !strcmp(kind, "reward"));
@@ -2790,7 +2833,7 @@ static int show(int argc, char **argv) {
     #define AT(field) offsetof(ShowOptions, field)
     static const Option OPTION[] = {
         {"", "KIND", 'm', AT(words), NULL, 0, 0,
-         "skiparse, model, hif8, ranks, grpo; loss, reward: with logs"},
+         "skiparse, model, hif8, ranks, grpo; cost, loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
         {"", "-P", 'i', AT(P), "2", 1, 8, "sparse ratio (skiparse)"},
         {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
