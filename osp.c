@@ -323,13 +323,12 @@ typedef struct { int B, C, T, H, W; } Grid;         // latents x[B, C, T, 2H, 2W
 // and scale go.
 typedef struct { PerSample shift, scale; float one; } Affine;
 
-// What a product or attention reads: x[rows, columns] as act. Under HiF8 a backend whose tensor cores multiply
-// 8-bit numbers keeps codes of the rounded x beside it, each worth *unit; elsewhere code is NULL and x itself
-// is rounded.
+// What a product or attention reads: x[rows, columns] as act. Under HiF8 a backend that multiplies 8-bit
+// numbers keeps codes of the rounded x beside it, each worth *unit; elsewhere code is NULL, and x is rounded.
 typedef struct {
     act *x;
     uint8_t *code;                      // [rows, columns]
-    uint8_t *turned;                    // [columns, rows to a multiple of 16], for backward (NULL: not wanted)
+    uint8_t *turned;                    // [columns, rows up to a multiple of 16], for backward; or NULL
     float *unit;                        // on the device, at a multiple of 16 bytes
 } Factor;
 static Factor plain(const act *x) { Factor f = {(act *)x, NULL, NULL, NULL}; return f; }
@@ -361,8 +360,8 @@ static void   to_float(float *y, const act *x, size_t n);          // y = x
 static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in);
 // dx[rows, in] (=, or += where accumulate) dy[rows, out] · w;  dw[out, in] += dy^T · x;  db[out] += Σ_rows
 // dy. Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
-static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows, int out,
-                            int in, bool accumulate);
+static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
+                            int out, int in, bool accumulate);
 // y = gelu(pre), pre = x·w^T + b (NULL: not kept); gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))).
 static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
                                 int in);
@@ -378,8 +377,8 @@ static void modulation_backward(float *dmod, float *de, const float *dout, int B
 // (x_out − mean)·rstd·(one + scale) + shift, rstd = 1/√(var + eps). stat[rows, 2] keeps mean, rstd; amax[1]
 // (NULL: not wanted) becomes max |h|. x_out may be x. Without a branch (y NULL) x itself is normalised and
 // x_out is not written.
-static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
-                                  PerSample gate, Affine a, Rows r, float eps);
+static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x,
+                                  const act *y, PerSample gate, Affine a, Rows r, float eps);
 // From dh: dx += through the norm; d.shift += Σ dh, d.scale += Σ dh·x̂ over the rows of a sample (over all,
 // stride 0).
 static void norm_backward(float *dx, Affine d, const act *dh, const float *x, const float *stat, Affine a,
@@ -466,8 +465,8 @@ typedef struct {
 } Config;
 
 // One tensor of weights. w is the master copy; `compute` is what products read: w as act, with a LoRA merged,
-// rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. Where HiF8 is
-// codes, compute.x is only room to make them, one for all matrices.
+// rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. For codes
+// compute.x is only room to make them, the same for all matrices.
 typedef struct {
     char name[64];
     int rank;
@@ -781,8 +780,8 @@ static void block_backward(Run *r, int i) {
 // 1. dx is then also the gradient of the unrounded x, and dW moves the unrounded W: steps smaller than one of
 // Q's add up there.
 
-// y = Q(x; s), x[rows, columns], which may be y.x. A tensor spread over ranks has one maximum; here the op that
-// wrote x has left this rank's in m->amax.
+// y = Q(x; s), x[rows, columns], which may be y.x. A tensor spread over ranks has one maximum; here the op
+// that wrote x has left this rank's in m->amax.
 static void quantize_measured(Run *r, Factor y, const act *x, size_t rows, int columns, float s) {
     max_over_ranks(r->ranks, r->m->amax);
     hif8_tensor(y, x, rows, columns, s, r->m->amax);
@@ -799,7 +798,7 @@ static void linear(act *y, Factor x, const Linear *l, size_t rows) {
     linear_forward(y, x, l->w->compute, l->b->w, rows, (int)out, (int)(l->w->count / out));
 }
 
-// dx[rows, in], dW and db from dy[rows, out]; a quantized layer reads Q(dy; 224), and may overwrite dy with it.
+// dx[rows, in], dW and db from dy[rows, out], which a quantized layer may overwrite with Q(dy; 224).
 static void linear_back(Run *r, act *dx, act *dy, Factor x, const Linear *l, size_t rows, bool add) {
     int out = (int)l->w->shape[0], in = (int)(l->w->count / l->w->shape[0]);
     Factor g = plain(dy);
@@ -1070,14 +1069,7 @@ static size_t latent_size(const Run *r) { return (size_t)r->m->c.out_dim * r->N 
 // A batch's text on the host: words of captions, or rows of UMT5 embeddings.
 typedef struct { const int *ids; const float *rows; } Text;  // [B·text_len] or [B·text_len, text_dim]
 
-static void text_set(Run *r, Text text) {
-    size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
-    if (r->m->c.vocab) { upload(r->ids, text.ids, rows * sizeof(int)); return; }
-    float *room = (float *)device_alloc(count * sizeof(float));
-    upload(room, text.rows, count * sizeof(float));
-    to_act(r->text, room, count);
-    device_free(room);
-}
+static void text_set(Run *r, Text text);  // to r->ids or r->text
 
 // ---- sampling --------------------------------------------------------------------------------------------
 static void noise_fill(float *x, size_t count, uint64_t seed, uint64_t stream, uint64_t first) {
@@ -1190,6 +1182,7 @@ static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *t, 
 // ODE steps need no gradient: the window's length is what an update costs.
 
 // ---- LoRA: W + (alpha/rank)·B·A on q, k, v, o of both attentions -----------------------------------------
+// A begins normal with deviation 1/rank, B at 0: training starts at the base.
 struct Lora {
     int rank, count;
     float scale;                           // alpha / rank; 0: the model without its adapter, the reference
@@ -1198,34 +1191,6 @@ struct Lora {
     size_t n;
     act *a, *b, *d, *dw_act;  // room for one adapter's products
 };
-
-static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
-    Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
-    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, most = 8 * m->c.num_layers;
-    float *host = (float *)xalloc(size, sizeof(float));
-    l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
-    l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
-    l->w = (float *)device_alloc(l->n * sizeof(float)), l->dw = (float *)device_alloc(l->n * sizeof(float));
-    l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
-    l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
-    for (int i = 0; i < m->params; i++) {
-        Param *p = &m->param[i];
-        if (!p->block_matrix || !strstr(p->name, "attn")) continue;
-        for (int k = 0; k < 2; k++) {
-            Param *ab = &l->param[2 * l->count + k];
-            snprintf(ab->name, sizeof ab->name, "%.*s.lora_%c.weight", (int)strlen(p->name) - 7, p->name,
-                     "AB"[k]);
-            ab->rank = 2, ab->count = size, ab->offset = (2 * (size_t)l->count + k) * step;
-            ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
-            ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
-        }
-        for (size_t j = 0; j < size; j++)   // A normal, deviation 1/rank, B zero: training starts at the base
-            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / (float)rank;
-        upload(l->param[2 * l->count].w, host, size * sizeof(float));
-        l->target[l->count++] = p;
-    }
-    free(host);
-}
 
 // p->compute.x += scale·B·A, after weights_prepare has cast W into it.
 static void lora_merge(Model *m, Param *p) {
@@ -1253,7 +1218,8 @@ static void lora_backward(Model *m) {
         linear_forward(l->d, plain(l->dw_act), plain(l->a), NULL, out, l->rank, in);
         to_float(p->dw, l->d, B->count);
         lincomb(B->dw, 1, B->dw, 1, p->dw, B->count);
-        linear_backward(NULL, A->dw, NULL, plain(l->b), plain(l->dw_act), plain(NULL), out, l->rank, in, false);
+        linear_backward(NULL, A->dw, NULL, plain(l->b), plain(l->dw_act), plain(NULL), out, l->rank, in,
+                        false);
     }
     zero(m->dw, m->count * sizeof(float));
 }
@@ -1261,8 +1227,7 @@ static void lora_backward(Model *m) {
 // ---- the policy ------------------------------------------------------------------------------------------
 // Why the marginals stay: the density of x follows the Fokker-Planck equation. For the straight lines the
 // score is ∇log p(x) = −(x + (1−σ)v)/σ. Subtracting ½η²·score·dt from the ODE's step pulls x together just as
-// much as the noise η·√(−dt)·z spreads it: the two terms cancel in the equation, for any η. Put in and
-// collected,
+// much as the noise η·√(−dt)·z spreads it: the terms cancel in the equation, for any η. Put in and collected,
 //     mean = x + v·dt + ½η²·(x + (1−σ)v)/σ·dt = a·x + b·v; σ = 0.8 -> 0.7: a = 0.96, b = −0.108, std = 0.253.
 typedef struct { double a, b, std; } SdeStep;  // x_next = a·x + b·v + std·z
 
@@ -1337,12 +1302,11 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
     for (int i = 0; i < r->B; i++) {
         float *mean_i = mean + i * one, *d = dmean + i * one;
         const float *next = p->x_next + i * one, *ref = p->mean_ref + i * one;
-        out[i] =
-            surrogate(p->advantage[i], log_probability(next, mean_i, s.std, one), p->logp_old[i], o->clip);
+        double logp = log_probability(next, mean_i, s.std, one);
+        out[i] = surrogate(p->advantage[i], logp, p->logp_old[i], o->clip);
         out[i].kl = sum_squares(mean_i, ref, one) / n / (2 * variance);
         loss += (out[i].policy_loss + o->beta * out[i].kl) / r->B;
-        // d logp/d mean = (x_next − mean)/(n·std²);  d kl/d mean = (mean − ref)/(n·std²);  d mean/d v_cond =
-        // b·g
+        // d logp/d mean = (x_next − mean)/(n·std²), d kl/d mean = (mean − ref)/(n·std²), d mean/d v = b·g
         double chain = share * s.b * o->guidance / (n * variance * r->B);
         double w = out[i].slope * chain, k = o->beta * chain;
         lincomb(d, (float)w, next, (float)(k - w), mean_i, one);
@@ -1380,7 +1344,7 @@ static void training_caption(char text[128], uint64_t seed, uint64_t k);
 static void caption_ids(int *ids, int text_len, const char *text);
 static double reward_of(const float *x, const char *caption, const Run *r, const char *reward);
 
-// Of the states x or the reference's means: that of SDE step i of a video.
+// Of the states x or the reference's means: a video's at SDE step i.
 static float *kept(const Policy *p, float *all, int i, int video) {
     return all + ((size_t)i * p->V + video) * latent_size(p->make);
 }
@@ -1718,8 +1682,8 @@ static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t ro
     for (size_t i = 0; after && i < rows * O; i++) y[i] += b[i % O];
 }
 
-static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows, int out,
-                            int in, bool accumulate) {
+static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
+                            int out, int in, bool accumulate) {
     size_t O = out, I = in;
     View dys = {dy.x, O, 1}, dy_transposed = {dy.x, 1, O}, xs = {x.x, I, 1}, ws = {w.x, I, 1};
     if (dx) matmul(dx, NULL, accumulate, dys, ws, rows, I, O);
@@ -1804,8 +1768,8 @@ static inline void add_branch(float *x_out, const float *x, const act *y, const 
     }
 }
 
-static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
-                                  PerSample gate, Affine a, Rows r, float eps) {
+static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x,
+                                  const act *y, PerSample gate, Affine a, Rows r, float eps) {
     size_t D = r.dim, rows = r.B * r.n;
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
@@ -2347,9 +2311,10 @@ static void model_allocate(Model *m, bool training) {
         if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
         else if (!copied) p->w = (float *)device_alloc(p->count * sizeof(float));
         if (is_codes(m, p)) {
-            Factor codes = {room, (uint8_t *)device_alloc(p->count), NULL, (float *)device_alloc(sizeof(float))};
-            if (training) codes.turned = (uint8_t *)device_alloc(p->count);
-            p->compute = codes;
+            p->compute = plain(room);
+            p->compute.code = (uint8_t *)device_alloc(p->count);
+            p->compute.unit = (float *)device_alloc(sizeof(float));
+            if (training) p->compute.turned = (uint8_t *)device_alloc(p->count);
         } else p->compute = plain(copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w);
     }
 }
@@ -2381,6 +2346,34 @@ static void model_random(Model *m, uint64_t seed) {
         param_set(m, p, host);
         free(host);
     }
+}
+
+static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
+    Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
+    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, most = 8 * m->c.num_layers;
+    float *host = (float *)xalloc(size, sizeof(float));
+    l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
+    l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
+    l->w = (float *)device_alloc(l->n * sizeof(float)), l->dw = (float *)device_alloc(l->n * sizeof(float));
+    l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
+    l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
+    for (int i = 0; i < m->params; i++) {
+        Param *p = &m->param[i];
+        if (!p->block_matrix || !strstr(p->name, "attn")) continue;
+        for (int k = 0; k < 2; k++) {
+            Param *ab = &l->param[2 * l->count + k];
+            snprintf(ab->name, sizeof ab->name, "%.*s.lora_%c.weight", (int)strlen(p->name) - 7, p->name,
+                     "AB"[k]);
+            ab->rank = 2, ab->count = size, ab->offset = (2 * (size_t)l->count + k) * step;
+            ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
+            ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
+        }
+        for (size_t j = 0; j < size; j++)                                        // A; B stays 0
+            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / (float)rank;
+        upload(l->param[2 * l->count].w, host, size * sizeof(float));
+        l->target[l->count++] = p;
+    }
+    free(host);
 }
 
 // ---- index maps ------------------------------------------------------------------------------------------
@@ -2467,8 +2460,8 @@ static void take(Arena *a, size_t bytes, ...) {
     va_end(fields);
 }
 
-// A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block: all
-// share those of `room`, which has `most` rows. Training keeps the turned ones.
+// A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block:
+// all share those of `room`, which has `most` rows. Training keeps the turned ones.
 static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t most,
                         size_t columns) {
     if (!coded(r->m)) { take(a, rows * columns * act_size(), &f->x, NULL); return; }
@@ -2486,7 +2479,8 @@ static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, const F
     take(a, larger(rows * row, wide), &s->q.x, &s->o, NULL);
     take(a, larger(kv_rows * row, wide), &s->k.x, &s->v, NULL);
     if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
-        take(a, larger(rows * D, share), &s->q.code, NULL), take(a, larger(kv_rows * D, share), &s->k.code, NULL);
+        take(a, larger(rows * D, share), &s->q.code, NULL);
+        take(a, larger(kv_rows * D, share), &s->k.code, NULL);
         take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
     }
     take(a, rows * row, &s->q_raw, &s->y, NULL);
@@ -2614,6 +2608,15 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
 }
 
 // ---- what learning and sampling need beside a run --------------------------------------------------------
+static void text_set(Run *r, Text text) {
+    size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
+    if (r->m->c.vocab) { upload(r->ids, text.ids, rows * sizeof(int)); return; }
+    float *room = (float *)device_alloc(count * sizeof(float));
+    upload(room, text.rows, count * sizeof(float));
+    to_act(r->text, room, count);
+    device_free(room);
+}
+
 static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
     o->w = w, o->dw = dw, o->n = n, o->step = o->update = 0, o->best = 0;
     o->m = (float *)device_alloc(n * sizeof(float));

@@ -517,8 +517,8 @@ static Operand codes_of(const uint8_t *code, const Factor &f, bool transposed) {
 }
 
 // The product's description for cuBLASLt: types, transposes, epilogue, shapes. float stays float: no TF32.
-// Codes: FAST_ACCUM stays 0, its default: the tensor core adds with 13 bits, so sums move to float32 registers
-// every few steps. (With FAST_ACCUM sums that grow lose their tail: 58 % over 80,640 rows.)
+// For codes FAST_ACCUM stays 0, its default: the tensor core adds with 13 bits, so sums move to float32
+// registers every few steps. (With FAST_ACCUM a sum of 80,640 numbers of one sign loses 58 %.)
 static void plan_describe(Plan *p, const PlanKey *k, bool bias, bool aux) {
     cudaDataType_t in = (cudaDataType_t)k->in, out = (cudaDataType_t)k->out;
     cublasOperation_t ta = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -576,8 +576,9 @@ static void plan_make(Plan *p, const PlanKey *k, bool aux) {
 }
 
 // d[m, n] = op(a)·op(b) + beta·d, in cuBLASLt's columns, with its epilogue. false: cuBLASLt cannot do it.
-static bool matmul(void *d, cudaDataType_t out, Operand a, Operand b, size_t m, size_t n, size_t k, float beta,
-                   int epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void *bias = NULL, void *aux = NULL) {
+static bool matmul(void *d, cudaDataType_t out, Operand a, Operand b, size_t m, size_t n, size_t k,
+                   float beta, int epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void *bias = NULL,
+                   void *aux = NULL) {
     const PlanKey key = {m, n, k, a.unit ? CUDA_R_8F_E4M3 : act_type(), out, a.transposed, b.transposed,
                          epilogue, alignment(a.p), alignment(b.p), alignment(d)};
     Plan *p = NULL;
@@ -683,21 +684,21 @@ static __global__ void code_sum_kernel(float *db, const uint8_t *turned, const f
 }
 
 // Codes multiply only with the summed dimension last in both: dx reads w turned, dw reads dy and x turned.
-static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows, int out,
-                            int in, bool accumulate) {
+static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
+                            int out, int in, bool accumulate) {
     size_t o = (size_t)out, i = (size_t)in, padded = blocks(rows, 16) * 16;
-    float beta = accumulate ? 1.0f : 0.0f;
     bool codes = dy.code != NULL, ok = true;
     if (!rows) return;
-    if (dx && codes)
-        ok &= matmul(dx, act_type(), codes_of(w.turned, w, true), codes_of(dy.code, dy, false), i, rows, o, beta);
-    else if (dx)
-        ok &= matmul(dx, act_type(), numbers_of(w, false), numbers_of(dy, false), i, rows, o, beta);
-    if (dw && codes)
-        ok &= matmul(dw, CUDA_R_32F, codes_of(x.turned, x, true), codes_of(dy.turned, dy, false), i, o, padded,
-                     1.0f);
-    else if (dw)
-        ok &= matmul(dw, CUDA_R_32F, numbers_of(x, false), numbers_of(dy, true), i, o, rows, 1.0f);
+    if (dx) {
+        Operand a = codes ? codes_of(w.turned, w, true) : numbers_of(w, false);
+        Operand b = codes ? codes_of(dy.code, dy, false) : numbers_of(dy, false);
+        ok &= matmul(dx, act_type(), a, b, i, rows, o, accumulate ? 1.0f : 0.0f);
+    }
+    if (dw) {
+        Operand a = codes ? codes_of(x.turned, x, true) : numbers_of(x, false);
+        Operand b = codes ? codes_of(dy.turned, dy, false) : numbers_of(dy, true);
+        ok &= matmul(dw, CUDA_R_32F, a, b, i, o, codes ? padded : rows, 1.0f);
+    }
     if (!ok) die("cuBLASLt has no algorithm for the gradient of y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
     if (db && codes) LAUNCH(code_sum_kernel, out, 512, db, dy.turned, dy.unit, padded);
     else if (db) column_sum(db, dy.x, rows, out);
@@ -738,8 +739,8 @@ static void modulation_backward(float *dmod, float *de, const float *dout, int B
     LAUNCH(modulation_backward_kernel, blocks(n, 256), 256, dmod, de, dout, B, J, Je, dim);
 }
 
-// *amax = the largest of it and of all threads' best >= 0. Such floats are ordered as their bits are, and maxima
-// have no order: an atomic gives the same bytes always. All threads of the warp come here.
+// *amax = the largest of it and of all threads' best >= 0. Such floats are ordered as their bits are, and
+// maxima have no order: an atomic gives the same bytes always. All threads of the warp come here.
 static __device__ void raise_maximum(float *amax, float best) {
     unsigned bits = __reduce_max_sync(~0u, __float_as_uint(best));
     if (threadIdx.x % 32 == 0 && bits > *(volatile unsigned *)amax) atomicMax((unsigned *)amax, bits);
@@ -820,8 +821,8 @@ static void residual_norm(float *x_out, act *h, float *stat, float *amax, const 
                                (A *)h, stat, amax, x, (const A *)y, gate, map, count, a, r, eps)));
 }
 
-static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x, const act *y,
-                                  PerSample gate, Affine a, Rows r, float eps) {
+static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x,
+                                  const act *y, PerSample gate, Affine a, Rows r, float eps) {
     residual_norm(y ? x_out : NULL, h, stat, amax, x, y, gate, NULL, (size_t)r.B * r.n, a, r, eps);
 }
 
@@ -1080,22 +1081,23 @@ static __global__ void hif8_kernel(A *y, const A *x, float s, const float *m, si
     store8(y, v, i, n);
 }
 
-// Codes. The values of HiF8 up to 15 times 16, and those up to 224 times 2, are values of E4M3, which tensor
-// cores multiply (up to 448, 3 mantissa bits, down to 2^-9): exactly, but for those below 2^-16 of the maximum,
-// which become 0 or their neighbour. (E5M2 would keep those and lose the third mantissa bit of most others.)
+// Codes. 16 times HiF8's values up to 15, and 2 times those up to 224, are values of E4M3 (up to 448, 3 bits
+// of mantissa, down to 2^-9), which tensor cores multiply: exactly, but for those below 2^-16 of the maximum,
+// which become 0 or their neighbour. (E5M2 would keep those and lose the third bit of most others.)
 enum { CODE_ROWS = 128, CODE_COLUMNS = 64 };
 static __host__ __device__ float code_scale(float s) { return s > 15 ? 2.0f : 16.0f; }
 
-// scale·hif8_round(v), for v in a tensor scaled to s <= 224, from y = scale·v; what E4M3 does not reach is left
-// to the conversion. Of 23 mantissa bits 20 go, one more where |E| > 3, another where |E| > 7.
+// scale·hif8_round(v), for v in a tensor scaled to s <= 224, from y = scale·v; what E4M3 does not reach is
+// left to the conversion. Of 23 mantissa bits 20 go, one more where |E| > 3, another where |E| > 7.
 static __device__ float hif8_round_scaled(float y, float scale) {
     uint32_t u = float_bits(y), a = u & 0x7FFFFFFFu;
-    uint32_t more = (a < float_bits(scale / 8)) + (a < float_bits(scale / 128)) + (a >= float_bits(scale * 16));
+    uint32_t more = (a < float_bits(scale / 8)) + (a < float_bits(scale / 128))
+                  + (a >= float_bits(scale * 16));
     return bits_float(((a + (0x80000u << more)) & (0xFFF00000u << more)) | (u & 0x80000000u));
 }
 
-// A tile of 128 rows and 64 columns: thread (i, j) = (threadIdx.x / 8, % 8) has rows 4i.. and columns 8j.. For
-// turned codes the tile goes through shared memory in words of 4 rows. Reads 2 bytes, writes 1, turned 1 more.
+// A tile of 128 rows and 64 columns: thread (i, j) = (threadIdx.x / 8, % 8) has rows 4i.. and columns 8j..
+// For turned codes the tile goes through shared memory in words of 4 rows. Reads 2 bytes, writes 1, or 2.
 static __global__ void __launch_bounds__(256)
 codes_kernel(Factor y, const bf16 *x, size_t rows, size_t columns, float s, const float *m) {
     __shared__ uint32_t tile[CODE_COLUMNS][CODE_ROWS / 4 + 1];
@@ -1298,8 +1300,8 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 // the gradients; forward_launch and backward_launch choose:
 //   attention_simple    any type, any head_dim to 256: float arithmetic; parity, and the last resort
 //   attention_mma       bf16, head_dim 16, 32, 64, 128: tensor cores through mma.sync
-//   attention_hopper    bf16, head_dim 128, on a Hopper: tensor cores through wgmma, tiles brought by TMA; with
-//                       q and k as codes, too
+//   attention_hopper    bf16, or q and k as codes, head_dim 128, on a Hopper: tensor cores through wgmma,
+//                       tiles brought by TMA
 //   attention_backward_simple, attention_backward_mma: two passes of one kernel (rows stay, columns pass by)
 // The forward kernels walk the keys in blocks and keep, for each query row, a bound m of its scores, the sum
 // l = Σ exp(score − m) and the output before its division, Σ exp(score − m)·v. Where m grows, l and the
@@ -1318,8 +1320,8 @@ template <typename A> struct Forward {
     const A *q, *k, *v;
     const int *q_start, *k_start;
     int heads, head_dim;
-    const uint8_t *q_code, *k_code;          // in place of q and k, or NULL; each code is worth *q_unit, *k_unit
-    const float *q_unit, *k_unit;
+    const uint8_t *q_code, *k_code;          // in place of q and k, or NULL
+    const float *q_unit, *k_unit;            // what a code is worth
 };
 
 INLINE float ex2(float x) {
@@ -2001,8 +2003,8 @@ INLINE void wgmma_pv(float (&d)[68], const uint32_t *a, uint64_t b, int add) {
 template <typename H> INLINE void products_qk(float (&s)[H::BN / 2], uint64_t q, uint64_t k) {
     wgmma_fence();
     UNROLL for (int i = 0; i < 4 * H::PANELS; i++)
-        wgmma_qk<typename H::E>(s, q + i / 4 * (H::Q_PANEL / 16) + i % 4 * 2, k + i / 4 * (H::K_PANEL / 16) + i % 4 * 2,
-                                i > 0);
+        wgmma_qk<typename H::E>(s, q + i / 4 * (H::Q_PANEL / 16) + i % 4 * 2,
+                                k + i / 4 * (H::K_PANEL / 16) + i % 4 * 2, i > 0);
     wgmma_commit();
 }
 
@@ -2257,14 +2259,15 @@ template <typename A> static void forward_launch(const Forward<A> &a, const Sequ
                    : hd == 128 ? mma_forward<128> : hd == 64 ? mma_forward<64>
                    : hd == 32 ? mma_forward<32> : hd == 16 ? mma_forward<16> : launch;
     launch(a, s);
-    if (a.amax && launch == simple_launch) absmax(a.amax, (const act *)a.o, (size_t)s->q[s->count] * a.heads * hd);
+    if (a.amax && launch == simple_launch)
+        absmax(a.amax, (const act *)a.o, (size_t)s->q[s->count] * a.heads * hd);
 }
 
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
     if (amax) zero(amax, sizeof(float));
-    BY_TYPE(Forward<A> a = {(A *)o, lse, amax, (const A *)q.x, (const A *)k.x, (const A *)v, s->q_device, s->k_device,
-                            heads, head_dim, q.code, k.code, q.unit, k.unit};
+    BY_TYPE(Forward<A> a = {(A *)o, lse, amax, (const A *)q.x, (const A *)k.x, (const A *)v, s->q_device,
+                            s->k_device, heads, head_dim, q.code, k.code, q.unit, k.unit};
             forward_launch(a, s));
 }
 

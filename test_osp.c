@@ -90,6 +90,12 @@ static void worst_row(double limit, const char *what) {
     worst.count = 0;
 }
 
+// In parts of the limit: bfloat16 has no wider one.
+static void strict_row(double limit, const char *what) {
+    row(worst.error / limit, 1, fmt("%s of %.0e, worst of %d (%s)", what, limit, worst.count, worst.name));
+    worst.count = 0;
+}
+
 static double relative(const float *a, const float *b, size_t n) {
     double difference = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
@@ -656,7 +662,8 @@ static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
 // Q(x; s) as codes; *value: what they say.
 static Factor coded_factor(float **value, const act *x, int rows, int columns, float s) {
     size_t n = (size_t)rows * columns;
-    Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)), spoiled(1)};
+    Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)),
+                spoiled(1)};
     uint8_t *code = (uint8_t *)xalloc(n, 1);
     float *m = spoiled(1);
     absmax(m, x, n);
@@ -684,8 +691,8 @@ static act *spiky(uint64_t stream, size_t n, double mean, float spike) {
     return up_act(x, n);
 }
 
-// Every code is hif8_round of the scaled number, but below E4M3's exact values its nearest; turned ones are the
-// same, with zeros behind the last row.
+// Every code is hif8_round of the scaled number, but below E4M3's exact values its nearest; turned ones are
+// the same, with zeros behind the last row.
 static void check_codes(int rows, int columns, float s) {
     size_t n = (size_t)rows * columns, padded = to_16(rows);
     float *x = noise(1, n, 1), *value, amax = 0;
@@ -725,11 +732,11 @@ static void check_code_linear(int R, int O, int I, double mean, float spike) {
     near_act("y", y, product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1), ny);
     near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), ny);
     near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
-    row(worst.error / 2e-3, 1, fmt("codes, linear %dx%dx%d, in 2e-3: %s", R, O, I, worst.name)), worst.count = 0;
+    strict_row(2e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
     near_act("dx added, rounded twice", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
-    row(worst.error / 3e-3, 1, fmt("codes, linear %dx%dx%d, in 3e-3: %s", R, O, I, worst.name)), worst.count = 0;
+    strict_row(3e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
     near("dw", dw, dw_want, nw), near("db", db, product(plus, O, 1, R, dv, 1, O, &one, 0, 0), O);
-    row(worst.error / 5e-4, 1, fmt("codes, linear %dx%dx%d, in 5e-4: %s", R, O, I, worst.name)), worst.count = 0;
+    strict_row(5e-4, fmt("codes, linear %dx%dx%d,", R, O, I));
 }
 
 static void check_code_attention(const char *kind, int count, const int *q, const int *k, float apart,
@@ -758,7 +765,7 @@ static void check_code_attention(const char *kind, int count, const int *q, cons
     float *sums = down(lse, q[count] * HEADS), *want = rounded(t.lse, q[count] * HEADS);
     for (int i = 0; i < q[count] * HEADS; i++) if (isnan(want[i])) sums[i] = want[i] = 0;
     note("lse", relative(sums, want, q[count] * HEADS));
-    row(worst.error / 3e-3, 1, fmt("codes, attention, %s, in 3e-3: %s", kind, worst.name)), worst.count = 0;
+    strict_row(3e-3, fmt("codes, attention, %s,", kind));
 }
 
 static void check_all_codes(void) {
@@ -978,7 +985,8 @@ static void check_quantized_weights(const Model *m) {
         const float *w = as_act(down(p->w, p->count), p->count), *q = nearest_tensor(w, p->count, 15);
         const float *got = down_factor(p->compute, p->count), *want = block ? as_act(q, p->count) : w;
         if (p->compute.code) want = q;
-        note(p->name, p->compute.code ? relative(got, want, p->count) > 1e-5 : !same_bits(got, want, p->count));
+        note(p->name, p->compute.code ? relative(got, want, p->count) > 1e-5
+                                      : !same_bits(got, want, p->count));
     }
     worst_row(0, "matrices as products read them, bit for bit (codes: to 1e-5),");
 }
@@ -1603,7 +1611,8 @@ static void check_checkpoint(const char *path, const char *kind) {
         count[dtype]++, matrices += p->block_matrix;
         note(p->name, !same_bits(want, down(back->w, n), n) || (dtype == U8 && !p->block_matrix));
         if (!p->block_matrix) param_set(m, p, want);     // so that the two models may be compared
-        else if (codes) note(p->name, !same_bits(down_factor(p->compute, n), down_factor(back->compute, n), n));
+        else if (codes)
+            note(p->name, !same_bits(down_factor(p->compute, n), down_factor(back->compute, n), n));
     }
     file_close(&f);
     note("dtypes", count[U8] != (codes ? matrices : 0) || (count[BF16] > 0) != (strcmp(kind, "f32") != 0));
@@ -2023,7 +2032,8 @@ static const struct { const char *name; int calls; char unit; } PART[PARTS] = { 
 // What the ops that wrote it have measured: h1, h2, h3, q, k, o and cross-attention's q and o; then v and f.
 static void block_rounding(Run *r, Saved *s, size_t n) {
     int D = r->m->c.dim;
-    const Factor measured[] = {s->h1, s->h2, s->h3, s->self.q, s->self.k, s->cross.q, s->self.oq, s->cross.oq};
+    const Factor measured[] = {s->h1, s->h2, s->h3, s->self.q, s->self.k, s->cross.q, s->self.oq,
+                               s->cross.oq};
     for (int i = 0; i < 8; i++) quantize_measured(r, measured[i], measured[i].x, n, D, 15);
     quantize(r, plain(s->self.v), s->self.v, n, D, 15);
     quantize(r, s->f, s->f.x, n, r->m->c.ffn_dim, 15);
@@ -2781,15 +2791,16 @@ static void read_parts(double (*ms)[PARTS], const char *path) {          // ms[f
 
 static void show_cost(const char *const *log) {
     static const char *const BYTES[][2] = {
-        {"forward", "x: bf16 → one byte, its HiF8 value of 15·x/max|x| as E4M3   ·   W likewise   →   y = bf16, sums in float32"},
-        {"attention", "q, k: one byte   ·   v, P: bf16 (8 bits of P are too few over 80,640 keys)   →   o = bf16"},
-        {"backward", "dy: bf16 → bytes of 224·dy/max|dy|, and turned   ·   turned bytes of W and x   →   dx = bf16, dW = float32"}};
+        {"forward", "x: bf16 → one byte, the HiF8 value of 15·x/max|x| as E4M3; W likewise → y: bf16"},
+        {"attention", "q, k: one byte; v and P: bf16 (8 bits of P are too few over 80,640 keys) → o: bf16"},
+        {"backward", "dy: bf16 → bytes of 224·dy/max|dy|, also turned; W and x turned → dx: bf16, dW: float32"}};
     double ms[2][2][PARTS] = {{{0}}};
     for (int i = 0; i < 2; i++) read_parts(ms[i], log[i]);
     picture(1060, 560, "Where a block's time goes", "14B at 768P on one H100: 80,640 tokens, milliseconds");
     for (int bar = 0; bar < 4; bar++) {
         double x = 160, y = 110 + 46 * bar + 14 * (bar / 2), *t = ms[bar % 2][bar / 2], sum = 0;
-        label(150, y + 22, 13, 'e', PATTERN_COLOR[bar / 2], "%s, %s", bar / 2 ? "sparse" : "full", bar % 2 ? "HiF8" : "bf16");
+        label(150, y + 22, 13, 'e', PATTERN_COLOR[bar / 2], "%s, %s", bar / 2 ? "sparse" : "full",
+              bar % 2 ? "HiF8" : "bf16");
         for (int part = 0; part < BACK_LINEARS; part++) {
             double wide = 3.2 * t[part];
             box(x, y, wide, 34, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4);
