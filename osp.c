@@ -461,6 +461,7 @@ typedef struct {
     int vocab;                      // > 0: captions are words of a learned table instead of UMT5's embeddings
     int quant, quant_attn;          // HiF8 on linear layers; on q, k, v
     int T, H_l, W_l;                // the latent's size: frames, height, width
+    int sparse;                     // TOKEN_WISE or GROUP_WISE: sparse blocks of one kind alone; 0: in turn
     double eps;
 } Config;
 
@@ -2252,7 +2253,7 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 static const char *const CONFIG[] = {"dim",          "ffn_dim", "num_heads", "num_layers", "num_full_blocks",
                                      "sparse_ratio", "in_dim",  "out_dim",   "text_dim",   "text_len",
                                      "freq_dim",     "vocab",   "quant",     "quant_attn", "T",
-                                     "H_l",          "W_l"};
+                                     "H_l",          "W_l",     "sparse"};
 enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG, CONFIG_NEEDED = 11, CONFIG_MOST = 65536 };
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -2272,6 +2273,9 @@ static void config_check(const Config *c, const char *where) {
     if (F != L && (F % 4 || F > L / 2 || L % 2))
         die("%s: num_full_blocks %d of %d layers: want all, or a multiple of 4 up to half of an even number",
             where, F, L);
+    if (c->sparse > GROUP_WISE || (c->sparse && !c->vocab))
+        die("%s: sparse %d: an experiment for models with words: 0 both, 1 token-wise, 2 group-wise", where,
+            c->sparse);
     if (c->T && (c->H_l % 2 || c->W_l % 2))
         die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
@@ -2569,6 +2573,11 @@ static void run_buffers(Arena *a, Run *r, size_t most) {
 }
 
 // ---- a run -----------------------------------------------------------------------------------------------
+static int pattern_of(const Config *c, int i) {
+    int pattern = block_pattern(i, c->num_layers, c->num_full_blocks);
+    return pattern != FULL && c->sparse ? c->sparse : pattern;
+}
+
 // Sizes and patterns of a batch of B samples on a grid of T x H x W tokens; no buffers and no maps yet.
 static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool training) {
     const Config *c = &m->c;
@@ -2587,7 +2596,7 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tr
     }
     r->saved = (Saved *)xalloc(c->num_layers + 1, sizeof(Saved));
     for (int i = 0; i < c->num_layers; i++) {
-        r->saved[i].pattern = block_pattern(i, c->num_layers, c->num_full_blocks);
+        r->saved[i].pattern = pattern_of(c, i);
         r->saved[i].layout = ranks->ulysses && R > 1 ? FULL : r->saved[i].pattern;
     }
     return r;
@@ -2977,26 +2986,31 @@ static void training_caption(char text[128], uint64_t seed, uint64_t k) {
     caption_text(text, 128, training_scene(seed, k));
 }
 
-static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
-    int L = r->m->c.text_len;
+// Sample b of a batch: a scene's clip x0 under a caption's words, at σ, with noise k of a seed.
+static void sample_fill(Batch *a, const Run *r, int b, Scene scene, const char *text, double sigma,
+                        uint64_t seed, uint64_t k) {
     size_t size = latent_size(r);
+    float *x = a->x + b * size, *target = a->target + b * size;
+    draw_clip(x, scene, seed, k, r->T, 2 * r->H, 2 * r->W);
+    caption_ids(a->ids + b * r->m->c.text_len, r->m->c.text_len, text);
+    a->t[b] = 1000 * sigma;
+    for (size_t i = 0; i < size; i++) {
+        float noise = rng_normal(seed, NOISE_STREAM, k * size + i), x0 = x[i];
+        x[i] = (float)sigma * noise + (float)(1 - sigma) * x0;
+        target[i] = noise - x0;
+    }
+}
+
+static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
     double s = train_shift(r->H * r->W);
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
         uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b;
-        float *x = a->x + (size_t)b * size, *target = a->target + (size_t)b * size;
         char text[128];
         training_caption(text, o->seed, k);
-        draw_clip(x, training_scene(o->seed, k), o->seed, k, r->T, 2 * r->H, 2 * r->W);
         if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) text[0] = 0;
-        caption_ids(a->ids + (size_t)b * (size_t)L, L, text);
         double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))), s);
-        a->t[b] = 1000 * sigma;
-        for (size_t i = 0; i < size; i++) {
-            float noise = rng_normal(o->seed, NOISE_STREAM, k * size + i), x0 = x[i];
-            x[i] = (float)sigma * noise + (float)(1 - sigma) * x0;
-            target[i] = noise - x0;
-        }
+        sample_fill(a, r, b, training_scene(o->seed, k), text, sigma, o->seed, k);
     }
 }
 
@@ -3827,7 +3841,7 @@ typedef struct {                             // what a command is told
     char command;
     bool training;
     const char *text[MOST_OPTIONS];          // what each row of the table says
-    const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device;
+    const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
     char state[PATH_MAX + 16];               // the file that a stopped run resumes from
     Captions captions;
     int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, scale, fps;
@@ -3888,6 +3902,7 @@ static const Option OPTIONS[] = {
     {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
     {"stTge", "--full", 'b', AT(full), "0", 0, 1, "full attention in every block"},
     {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
+    {"tT", "--sparse", 's', AT(sparse), NULL, 0, 0, "both, token or group: kinds of sparse blocks, as a trial"},
     {"stTge", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits: HiF8 linear layers and attention"},
     {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
     {"e", "--soft", 'b', AT(soft), "0", 0, 1, "the continuous scores that GRPO is rewarded with"},
@@ -3976,10 +3991,10 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
 }
 
 // ---- what the commands share -----------------------------------------------------------------------------
-// dim ffn heads layers full_blocks ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l eps
+// dim ffn heads layers full_blocks ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse eps
 static const Config PRESETS[] = {
-    {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 1e-6},
-    {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 1e-6},
+    {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 0, 1e-6},
+    {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6},
 };
 
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
@@ -4040,6 +4055,8 @@ static void config_override(Config *c, const Options *o) {
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
+    if (o->sparse) one_of("--sparse", o->sparse, "both|token|group:");
+    if (o->sparse) c->sparse = *o->sparse == 'b' ? 0 : *o->sparse == 't' ? TOKEN_WISE : GROUP_WISE;
     config_check(c, "--full-blocks");
 }
 
@@ -4239,6 +4256,16 @@ static void cmd_sample(const Options *o, Ranks *k) {
 // ---- osp eval: ShapesBench on captions that training never saw -------------------------------------------
 typedef struct { double mean[N_SCORES + 1], error[N_SCORES + 1]; } Bench;     // percent; the last: the total
 
+static int next_held_out(int caption) {
+    do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
+    return caption;
+}
+
+static void mean_and_error(double *mean, double *error, double sum, double squares, int n) {
+    *mean = sum / n;
+    *error = n > 1 ? sqrt(fmax(squares / n - *mean * *mean, 0) / (n - 1)) : 0;
+}
+
 // `clips` samples in batches of r->B; captions drawn in turn from those held out.
 static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
     size_t size = latent_size(r);
@@ -4252,7 +4279,7 @@ static Bench evaluate(Run *r, int clips, int steps, double shift, double guidanc
     for (int i = 0; i < clips; i++) {
         int at = i % r->B;
         for (int k = 0; k < r->B && at == 0; k++) {
-            do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
+            caption = next_held_out(caption);
             caption_text(text[k], sizeof *text, scene_of(caption));
             captions[k] = text[k];
         }
@@ -4270,25 +4297,66 @@ static Bench evaluate(Run *r, int clips, int steps, double shift, double guidanc
         for (int s = 0; s <= N_SCORES; s++) b.mean[s] += v[s], b.error[s] += v[s] * v[s];
     }
     for (int s = 0; s <= N_SCORES; s++) {
-        double mean = b.mean[s] / clips, var = fmax(b.error[s] / clips - mean * mean, 0);
-        b.mean[s] = 100 * mean;
-        b.error[s] = clips > 1 ? 100 * sqrt(var / (clips - 1)) : 0;
+        mean_and_error(&b.mean[s], &b.error[s], b.mean[s], b.error[s], clips);
+        b.mean[s] *= 100, b.error[s] *= 100;
     }
     free(x), free(text), free(captions), free((void *)cond.ids), free((void *)uncond.ids);
     return b;
 }
 
+// The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of BINS
+// parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: of each part, of all.
+enum { BINS = 5 };
+static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
+    size_t size = latent_size(r), bytes = r->B * size * sizeof(float);
+    float *x = (float *)device_alloc(bytes), *target = (float *)device_alloc(bytes);
+    double sum[BINS + 1] = {0}, squares[BINS + 1] = {0}, *total = (double *)xalloc(clips, sizeof(double));
+    int caption = 0;
+    char text[128];
+    Batch a;
+    batch_new(&a, r);
+    for (int first = 0; first < clips; first += r->B) {
+        int before = caption;
+        for (int bin = 0; bin < BINS; bin++) {
+            caption = before;
+            for (int b = 0; b < r->B; b++) {
+                double sigma = (bin + rng_uniform(seed, SIGMA_STREAM, first + b)) / BINS;
+                caption = next_held_out(caption);
+                caption_text(text, sizeof text, scene_of(caption));
+                sample_fill(&a, r, b, scene_of(caption), text, sigma, seed, first + b);
+            }
+            batch_upload(r, &a, x, target);
+            forward(r, x, a.t);
+            for (int b = 0; b < r->B && first + b < clips; b++) {
+                double loss = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
+                sum[bin] += loss, squares[bin] += loss * loss, total[first + b] += loss / BINS;
+            }
+        }
+    }
+    for (int i = 0; i < clips; i++) sum[BINS] += total[i], squares[BINS] += total[i] * total[i];
+    for (int bin = 0; bin <= BINS; bin++)
+        mean_and_error(&mean[bin], &error[bin], sum[bin], squares[bin], clips);
+    device_free(x), device_free(target), free(total);
+}
+
 static void cmd_eval(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch < o->clips ? o->train.batch : o->clips);
     Bench b = evaluate(r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
+    double loss[BINS + 1], error[BINS + 1];
+    velocity_loss(loss, error, r, o->clips, o->seed);
     if (!speaks(k)) return;
     printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", o->clips);
     for (int s = 0; s <= N_SCORES; s++)
         printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], b.mean[s], b.error[s]);
+    printf("velocity loss on such captions, by sigma:\n");
+    for (int bin = 0; bin < BINS; bin++)
+        printf("  %.1f .. %.1f   %.4f ± %.4f\n", (double)bin / BINS, (bin + 1.0) / BINS, loss[bin], error[bin]);
+    printf("  all          %.4f ± %.4f\n", loss[BINS], error[BINS]);
     for (int s = 0; s <= N_SCORES && o->json; s++)
         printf("%s\"%s\": %.4f, \"%s_error\": %.4f", s ? ", " : "{", SCORE_NAMES[s], b.mean[s],
                SCORE_NAMES[s], b.error[s]);
-    if (o->json) printf(", \"clips\": %d}\n", o->clips);
+    if (o->json) printf(", \"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, ", loss[BINS], error[BINS]);
+    if (o->json) printf("\"clips\": %d}\n", o->clips);
 }
 
 // ---- osp train -------------------------------------------------------------------------------------------
@@ -4400,8 +4468,7 @@ static void cmd_info(const Options *o, Ranks *k) {
         size_t parameters = 0;
         for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
         printf("%zu parameters; blocks ", parameters);
-        for (int i = 0; i < c.num_layers; i++)
-            putchar(PATTERN_LETTER[block_pattern(i, c.num_layers, c.num_full_blocks)]);
+        for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
         printf(" (F full, t token-wise, g group-wise)\n");
     }
     printf("%zu bytes of tensors, %zu of them HiF8 codes; file %zu bytes\n", bytes, codes, f.size);

@@ -1357,7 +1357,7 @@ static void check_golden(const char *folder) {
 // The model beyond golden/: batches, repetition, training, files, exchanges, the small world
 // ==========================================================================================================
 static Config small_config(int vocab, int quant) {
-    Config c = {24, 40, 2, 8, 4, 2, 3, 3, 16, 12, 16, vocab, quant, quant, 3, 12, 20, 1e-6};
+    Config c = {24, 40, 2, 8, 4, 2, 3, 3, 16, 12, 16, vocab, quant, quant, 3, 12, 20, 0, 1e-6};
     return c;
 }
 // A model of random numbers, quickly: there may be billions of them.
@@ -1781,9 +1781,9 @@ static int run_tests(const char *folder, bool ops_only) {
 // Sizes that are only ever run with random weights; a frame has H_l/2 x W_l/2 tokens.
 typedef struct { const char *name; Config c; } Shape;
 static const Shape WAN[] = {
-    {"1.3b-480p", {1536, 8960, 12, 30, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 60, 104, 1e-6}},
-    {"14b-720p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 90, 160, 1e-6}},
-    {"14b-768p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 96, 160, 1e-6}},
+    {"1.3b-480p", {1536, 8960, 12, 30, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 60, 104, 0, 1e-6}},
+    {"14b-720p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 90, 160, 0, 1e-6}},
+    {"14b-768p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 96, 160, 0, 1e-6}},
 };
 
 static Config shape_config(const char *name) {
