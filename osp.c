@@ -187,7 +187,6 @@ static int block_pattern(int i, int L, int F) {
 static int axis_part(int pattern, int h, int P) {
     return pattern == FULL ? 0 : pattern == TOKEN_WISE ? h % P : h / P % P;
 }
-
 static int subsequence(int pattern, int h, int w, int P) {
     return axis_part(pattern, h, P) * P + axis_part(pattern, w, P);
 }
@@ -525,8 +524,7 @@ static const ParamRow BLOCK_TABLE[] = {
     ATTENTION("self_attn", self), LINEAR("norm3", Block, norm3, DIM, 0), ATTENTION("cross_attn", cross),
     LINEAR("ffn.0", Block, ffn0, FFN, DIM), LINEAR("ffn.2", Block, ffn2, DIM, FFN),
 };
-enum { MODEL_ROWS = sizeof MODEL_TABLE / sizeof(ParamRow) };
-enum { BLOCK_ROWS = sizeof BLOCK_TABLE / sizeof(ParamRow) };
+enum { ROW = sizeof(ParamRow), MODEL_ROWS = sizeof MODEL_TABLE / ROW, BLOCK_ROWS = sizeof BLOCK_TABLE / ROW };
 
 static size_t config_size(const Config *c, int size) {
     const int named[] = {0, c->dim, c->ffn_dim, 6 * c->dim, c->in_dim, 4 * c->out_dim, c->text_dim,
@@ -674,7 +672,6 @@ static PerSample of_row(float *e, int row, int rows, int D) {
 }
 static PerSample shared(float *p) { PerSample v = {p, 0}; return v; }
 static const PerSample NONE = {NULL, 0};
-
 // A norm modulated by the timestep: shift is row `row` of e[B, rows, dim], scale the next one.
 static Affine modulated(float *e, int row, int rows, int D) {
     Affine a = {of_row(e, row, rows, D), of_row(e, row + 1, rows, D), 1};
@@ -802,11 +799,10 @@ static void linear(act *y, Factor x, const Linear *l, size_t rows) {
 // dx[rows, in], dW and db from dy[rows, out], which a quantized layer may overwrite with Q(dy; 224).
 static void linear_back(Run *r, act *dx, act *dy, Factor x, const Linear *l, size_t rows, bool add) {
     int out = (int)l->w->shape[0], in = (int)(l->w->count / l->w->shape[0]);
-    Factor g = plain(dy);
-    if (r->m->c.quant && l->w->block_matrix) {
-        g = r->g, g.x = dy;
-        quantize(r, g, dy, rows, out, 224);
-    }
+    bool quant = r->m->c.quant && l->w->block_matrix;
+    Factor g = quant ? r->g : plain(dy);
+    g.x = dy;
+    if (quant) quantize(r, g, dy, rows, out, 224);
     linear_backward(dx, l->w->dw, l->b->dw, g, x, l->w->compute, rows, out, in, add);
 }
 
@@ -1027,26 +1023,31 @@ static void forward(Run *r, const float *x, const double *t) {
     rows_to_latent(r->out, r->y_all, grid_of(r, c->out_dim), false);
 }
 
-// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out. Adds to every parameter's gradient.
+// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out -> r->dx, the gradient of the last block's output.
+static void head_backward(Run *r, const float *dout) {
+    const Config *c = &r->m->c;
+    Rows rows = rows_of(r, FULL);
+    zero(r->dx, numbers(rows) * sizeof(float));
+    latent_to_rows(r->y, dout, grid_of(r, c->out_dim), first_token(r), rows.n, false);
+    linear_back(r, r->d1, r->y, plain(r->h), &r->m->head, count_of(rows), false);
+    norm_backward(r->dx, modulated(r->dhead_e, 0, 2, c->dim), r->d1, r->saved[c->num_layers].x0, r->head_stat,
+                  modulated(r->head_e, 0, 2, c->dim), rows);
+    modulation_backward(r->m->head_modulation->dw, r->de_e, r->dhead_e, r->B, 2, 1, c->dim);
+}
+
+// Adds to every parameter's gradient.
 static void backward(Run *r, const float *dout) {
     const Config *c = &r->m->c;
-    int L = c->num_layers;
-    Rows rows = rows_of(r, FULL);
-    size_t count = count_of(rows), B = r->B, D = c->dim;
+    size_t B = r->B, D = c->dim;
     zero(r->de0, B * 6 * D * sizeof(float));
     zero(r->de_e, B * D * sizeof(float));
     zero(r->dhead_e, B * 2 * D * sizeof(float));
     zero(r->dcontext, B * c->text_len * D * act_size());
-    zero(r->dx, numbers(rows) * sizeof(float));
-    latent_to_rows(r->y, dout, grid_of(r, c->out_dim), first_token(r), rows.n, false);
-    linear_back(r, r->d1, r->y, plain(r->h), &r->m->head, count, false);
-    norm_backward(r->dx, modulated(r->dhead_e, 0, 2, c->dim), r->d1, r->saved[L].x0, r->head_stat,
-                  modulated(r->head_e, 0, 2, c->dim), rows);
-    modulation_backward(r->m->head_modulation->dw, r->de_e, r->dhead_e, r->B, 2, 1, c->dim);
-    for (int i = L - 1; i >= 0; i--) block_backward(r, i);
+    head_backward(r, dout);
+    for (int i = c->num_layers - 1; i >= 0; i--) block_backward(r, i);
     exchange_gradient(r, r->saved[0].layout, FULL);
-    to_act(r->d1, r->dx, numbers(rows));
-    linear_back(r, NULL, r->d1, plain(r->patches), &r->m->patch, count, false);
+    to_act(r->d1, r->dx, numbers(rows_of(r, FULL)));
+    linear_back(r, NULL, r->d1, plain(r->patches), &r->m->patch, count_of(rows_of(r, FULL)), false);
     text_backward(r);
     time_backward(r);
 }
@@ -1485,10 +1486,8 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
     for (int v = 0; v < p->V; v += p->make->B) rollout(p, v, update);
     reference(p);
     for (int v = 0; v < p->V; v += G) advantages(p->advantage + v, p->reward + v, G);
-    for (int v = 0; v < p->V; v++) {
-        f.reward += p->reward[v] / p->V;
-        f.spread += p->reward[v] * p->reward[v] / p->V;
-    }
+    for (int v = 0; v < p->V; v++)
+        f.reward += p->reward[v] / p->V, f.spread += p->reward[v] * p->reward[v] / p->V;
     f.spread = sqrt(fmax(f.spread - f.reward * f.reward, 0));
     if (!isfinite(f.reward)) die("a reward is not finite: lower --lr; a saved state is good");
     f.rollout_time = seconds() - began;
@@ -3902,7 +3901,7 @@ static const Option OPTIONS[] = {
     {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
     {"stTge", "--full", 'b', AT(full), "0", 0, 1, "full attention in every block"},
     {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"tT", "--sparse", 's', AT(sparse), NULL, 0, 0, "both, token or group: kinds of sparse blocks, as a trial"},
+    {"tT", "--sparse", 's', AT(sparse), NULL, 0, 0, "both, token or group: kinds of sparse blocks (a trial)"},
     {"stTge", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits: HiF8 linear layers and attention"},
     {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
     {"e", "--soft", 'b', AT(soft), "0", 0, 1, "the continuous scores that GRPO is rewarded with"},
@@ -3991,7 +3990,7 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
 }
 
 // ---- what the commands share -----------------------------------------------------------------------------
-// dim ffn heads layers full_blocks ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse eps
+// dim ffn heads layers full_blocks ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse
 static const Config PRESETS[] = {
     {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 0, 1e-6},
     {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6},
@@ -4304,8 +4303,8 @@ static Bench evaluate(Run *r, int clips, int steps, double shift, double guidanc
     return b;
 }
 
-// The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of BINS
-// parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: of each part, of all.
+// The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
+// BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: of each part; of all.
 enum { BINS = 5 };
 static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
     size_t size = latent_size(r), bytes = r->B * size * sizeof(float);
@@ -4350,13 +4349,14 @@ static void cmd_eval(const Options *o, Ranks *k) {
         printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], b.mean[s], b.error[s]);
     printf("velocity loss on such captions, by sigma:\n");
     for (int bin = 0; bin < BINS; bin++)
-        printf("  %.1f .. %.1f   %.4f ± %.4f\n", (double)bin / BINS, (bin + 1.0) / BINS, loss[bin], error[bin]);
+        printf("  %.1f .. %.1f   %.4f ± %.4f\n", 1.0 * bin / BINS, (bin + 1.0) / BINS, loss[bin], error[bin]);
     printf("  all          %.4f ± %.4f\n", loss[BINS], error[BINS]);
     for (int s = 0; s <= N_SCORES && o->json; s++)
         printf("%s\"%s\": %.4f, \"%s_error\": %.4f", s ? ", " : "{", SCORE_NAMES[s], b.mean[s],
                SCORE_NAMES[s], b.error[s]);
-    if (o->json) printf(", \"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, ", loss[BINS], error[BINS]);
-    if (o->json) printf("\"clips\": %d}\n", o->clips);
+    if (o->json)
+        printf(", \"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS],
+               error[BINS], o->clips);
 }
 
 // ---- osp train -------------------------------------------------------------------------------------------

@@ -2793,7 +2793,7 @@ static void show_cost(const char *const *log) {
     static const char *const BYTES[][2] = {
         {"forward", "x: bf16 → one byte, the HiF8 value of 15·x/max|x| as E4M3; W likewise → y: bf16"},
         {"attention", "q, k: one byte; v and P: bf16 (8 bits of P are too few over 80,640 keys) → o: bf16"},
-        {"backward", "dy: bf16 → bytes of 224·dy/max|dy|, also turned; W and x turned → dx: bf16, dW: float32"}};
+        {"backward", "dy: bf16 → bytes of 224·dy/max|dy|, turned, too; W, x turned → dx: bf16, dW: float"}};
     double ms[2][2][PARTS] = {{{0}}};
     for (int i = 0; i < 2; i++) read_parts(ms[i], log[i]);
     picture(1060, 560, "Where a block's time goes", "14B at 768P on one H100: 80,640 tokens, milliseconds");
@@ -2820,6 +2820,130 @@ static void show_cost(const char *const *log) {
     }
 }
 
+// ---- flow: one number, two data points; what sampling does with the best velocity there is --------------
+// x = σ·ε + (1 − σ)·x0 with x0 = ±1: the mean of x0 given x is tanh((1 − σ)x/σ²), so v = (x − that)/σ.
+static void show_flow(void) {
+    enum { S = 8, PATHS = 8 };
+    Plot a = {100, 130, 520, 360, 1, 0, -2.4, 2.4, false}, b = {720, 130, 260, 360, 0, S, 0, 1, false};
+    double sigma[S + 1];
+    picture(1040, 570, "Flow matching: straight lines in training, a few steps in sampling",
+            "gray: lines of training, from noise ε (σ = 1) to data x0 = ±1 (σ = 0); color: 8 Euler steps");
+    axes(&a, "x along σ"), axes(&b, "the schedule: σ after each step");
+    for (int i = 0; i < 40; i++)
+        line(at_x(&a, 1), at_y(&a, rng_normal(5, 1, i)), at_x(&a, 0), at_y(&a, i % 2 ? 1 : -1), FAINT, 1);
+    schedule(sigma, S, 3);
+    for (int p = 0; p < PATHS; p++) {
+        double x = -2 + 4.0 * p / (PATHS - 1);
+        for (int i = 0; i < S; i++) {
+            double v = (x - tanh((1 - sigma[i]) * x / (sigma[i] * sigma[i]))) / sigma[i];
+            double next = x + (sigma[i + 1] - sigma[i]) * v;
+            const char *color = OTHER_COLOR[x > 0 ? 0 : 1];
+            line(at_x(&a, sigma[i]), at_y(&a, x), at_x(&a, sigma[i + 1]), at_y(&a, next), color, 2);
+            dot(at_x(&a, sigma[i + 1]), at_y(&a, next), 3, color);
+            x = next;
+        }
+    }
+    for (int k = 0; k < 3; k++) {
+        static const double SHIFT[] = {1, 3, 7};
+        schedule(sigma, S, SHIFT[k]);
+        for (int i = 0; i < S; i++)
+            line(at_x(&b, i), at_y(&b, sigma[i]), at_x(&b, i + 1), at_y(&b, sigma[i + 1]), OTHER_COLOR[2 + k],
+                 2);
+        label(740, 440 + 20 * k, 13, 's', OTHER_COLOR[2 + k], "shift %g", SHIFT[k]);
+    }
+    label(100, 540, 13, 's', SOFT, "x += (σ_next − σ)·v; a larger shift spends more of the steps at large σ, "
+          "where the layout is decided");
+}
+
+// ---- gradients: what HiF8 and E4M3 make of a trained model's, at one step -------------------------------
+enum { BINADES = 48 };
+typedef struct { double share[BINADES], zeros[2], off[2], squares; size_t n; } Kind;   // [HiF8, E4M3]
+static const char *const FORMAT[] = {"HiF8", "E4M3"};
+
+static float e4m3_round(float x) {                           // nearest, |x| <= 448
+    double step = ldexp(1, (fabsf(x) < 0x1p-6f ? -6 : ilogbf(x)) - 3);
+    return (float)(rint(x / step) * step);
+}
+
+// A tensor's magnitudes by binade below its maximum, and what each format loses; outlier: times the maximum.
+static void count_kind(Kind *kind, const act *device, size_t n, double outlier) {
+    float *g = down_act(device, n), most = 0;
+    for (size_t i = 0; i < n; i++) most = fmaxf(most, fabsf(g[i]));
+    for (size_t i = 0; i < n; i++) {
+        int below = g[i] ? (int)-floor(log2(fabsf(g[i]) / most)) : BINADES;
+        if (below < BINADES) kind->share[below] += 1;
+        kind->squares += (double)g[i] * g[i], kind->n++;
+        for (int f = 0; f < 2; f++) {
+            double k = (f ? 448 : 224) / (most * outlier);
+            double q = (f ? e4m3_round : hif8_round)((float)(g[i] * k)) / k;
+            kind->zeros[f] += q == 0 && g[i] != 0, kind->off[f] += (q - g[i]) * (q - g[i]);
+        }
+    }
+}
+
+// The gradients that enter the products of each block, of 4 clips: of the outputs of ffn.2, ffn.0, q, k, v.
+enum { KINDS = 5 };
+static void gather_kinds(Kind *kind, const char *path, double outlier) {
+    File f;
+    file_open(&f, path);
+    Config c = config_read(&f);
+    c.quant = c.quant_attn = 0;
+    Model *m = model_layout(&c);
+    model_allocate(m, true);
+    weights_read(m, m->param, m->params, &f);
+    Run *r = run_of(m, 4, true);
+    TrainOptions o;
+    memset(&o, 0, sizeof o);
+    o.seed = 3;
+    Batch a;
+    batch_new(&a, r), batch_fill(&a, r, &o, 0);
+    size_t count = r->B * latent_size(r);
+    float *x = up(a.x, count), *target = up(a.target, count), *dout = spoiled(count);
+    batch_upload(r, &a, x, target);
+    train_step(r, &a, x, target, dout);
+    head_backward(r, dout);
+    for (int i = c.num_layers - 1; i >= 0; i--) {
+        Saved *s = &r->saved[i];
+        size_t n = numbers(rows_of(r, s->layout));
+        gate_backward(r->d1, NONE, r->dx, s->y, of_row(s->e, 5, 6, c.dim),
+                      rows_of(r, r->saved[i + 1].layout));
+        count_kind(&kind[0], r->d1, n, outlier);
+        block_backward(r, i);
+        const act *const dy[] = {r->dff, r->dq, r->dk, r->dv};
+        for (int j = 0; j < 4; j++) count_kind(&kind[1 + j], dy[j], j ? n : n / c.dim * c.ffn_dim, outlier);
+    }
+}
+
+static void show_gradients(const char *path) {
+    static const char *const NAME[] = {"ffn.2", "ffn.0", "q", "k", "v"};
+    Plot a = {100, 120, 860, 330, -34, 0, 0, 0.2, false};
+    picture(1000, 560, "A trained model's gradients, and what 8 bits hold of them",
+            fmt("%s: dy of each product, all blocks, 4 clips; a tensor's largest value is 2^0", path));
+    for (int k = -30; k <= 0; k += 5) tick_x(&a, k, fmt("2^%d", k));
+    for (int k = 0; k <= 4; k++) tick_y(&a, 0.05 * k, fmt("%d %%", 5 * k));
+    frame(&a, "Share of the values in each binade");
+    for (int f = 0; f < 2; f++) {                            // from the smallest value to the scale
+        double low = f ? log2(0x1p-9 / 448) : log2(0x1p-22 / 224);
+        box(at_x(&a, low), 492 + 30 * f, at_x(&a, 0) - at_x(&a, low), 20, OTHER_COLOR[f], 0.7);
+        label(at_x(&a, low) - 8, 507 + 30 * f, 13, 'e', OTHER_COLOR[f], "%s holds", FORMAT[f]);
+    }
+    printf("%-7s %9s | zeros: HiF8, E4M3 | relative error: HiF8, E4M3\n", "dy of", "outlier");
+    for (int spread = 0; spread < 2; spread++) {
+        Kind kind[KINDS];
+        memset(kind, 0, sizeof kind);
+        gather_kinds(kind, path, spread ? 1000 : 1);
+        for (int j = 0; j < KINDS; j++) {
+            double x[34], y[34], n = (double)kind[j].n, norm = kind[j].squares;
+            printf("%-7s %9s | %8.4f %% %8.4f %% | %8.4f %8.4f\n", NAME[j], spread ? "1000x" : "none",
+                   100 * kind[j].zeros[0] / n, 100 * kind[j].zeros[1] / n, sqrt(kind[j].off[0] / norm),
+                   sqrt(kind[j].off[1] / norm));
+            for (int i = 0; i < 34; i++) x[i] = -i - 0.5, y[i] = kind[j].share[i + 1] / n;
+            if (!spread) curve(&a, x, y, NULL, 34, OTHER_COLOR[2 + j], 2.5, 1);
+            if (!spread) label(120, 150 + 22 * j, 14, 's', OTHER_COLOR[2 + j], "dy of %s", NAME[j]);
+        }
+    }
+}
+
 // ---- the command -----------------------------------------------------------------------------------------
 typedef struct { const char *out, *preset; Captions words; int P, R; } ShowOptions;
 
@@ -2828,12 +2952,14 @@ static void draw_picture(const ShowOptions *o) {
     const char *name = o->preset ? o->preset : "toy";
     int count = o->words.count - 1;
     Config c = shape_config(name);
-    one_of("show", kind, "skiparse|model|hif8|ranks|grpo|cost|loss|reward:");
+    one_of("show", kind, "skiparse|model|hif8|flow|ranks|grpo|gradients|cost|loss|reward:");
     if (!strcmp(kind, "skiparse")) show_skiparse(o->P);
     else if (!strcmp(kind, "model")) show_model(&c, name);
     else if (!strcmp(kind, "hif8")) show_hif8();
+    else if (!strcmp(kind, "flow")) show_flow();
     else if (!strcmp(kind, "grpo")) show_grpo();
     else if (!strcmp(kind, "ranks")) show_ranks(&c, name, o->R);
+    else if (!strcmp(kind, "gradients") && count == 1) show_gradients(o->words.text[1]);
     else if (!strcmp(kind, "cost") && count == 2) show_cost(o->words.text + 1);
     else if (count < 1 || count > MOST_LOGS)
         die("%d logs, expected 1 to %d: show %s LOG..", count, MOST_LOGS, kind);
@@ -2844,7 +2970,7 @@ static int show(int argc, char **argv) {
     #define AT(field) offsetof(ShowOptions, field)
     static const Option OPTION[] = {
         {"", "KIND", 'm', AT(words), NULL, 0, 0,
-         "skiparse, model, hif8, ranks, grpo; cost, loss, reward: with logs"},
+         "skiparse, model, hif8, flow, ranks, grpo; gradients FILE; cost, loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
         {"", "-P", 'i', AT(P), "2", 1, 8, "sparse ratio (skiparse)"},
         {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
