@@ -1,7 +1,7 @@
 # make          builds osp, after saying what was found here and what was left out
 # make demo     a clip from your sentence        make test    all checks          make verify  the paper's claims
 # make bench    time of every part               make mutate  proves that the tests can fail
-# make figures  the README's pictures             make grpo-tiny  the rise of its reinforcement learning
+# make figures  the README's pictures             make grpo-tiny, what-if  the README's experiments
 # make sanitize tests and bad input under AddressSanitizer and UBSan              make fuzz    the file reader
 # make torture  kills, full disks, hostile files: at most 20 minutes on two cores
 # make osp_mpi, make osp_cuda                    other builds, where mpicc and nvcc work
@@ -26,7 +26,7 @@ HAS_NVCC := $(shell nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\
 FLAGS    = -std=gnu11 $(CFLAGS) -fno-math-errno $(if $(filter 1,$(NATIVE)),-march=native) $(if $(HAS_OMP),-fopenmp,-Wno-unknown-pragmas) $(WARN)
 LIBS     = -lm -ldl
 
-.PHONY: all report demo train-tiny grpo-tiny figures torture test verify bench mutate sanitize sanitize_mpi fuzz test_mpi test_cuda test-weights clean
+.PHONY: all report demo train-tiny grpo-tiny figures what-if torture test verify bench mutate sanitize sanitize_mpi fuzz test_mpi test_cuda test-weights clean
 all: report osp
 
 report:
@@ -100,16 +100,29 @@ grpo-toy:
 	$(EVAL) -w $(TOY)/toy_450.safetensors --lora $(TOY)/toy_lora.safetensors
 
 # ---- the README's pictures, from files in the repository. float.log: osp train --preset tiny --steps 600; the other two:
-# --steps 300, then --init and --seed 2 for 300 more, in float32 or with --hif8, their steps counted on
+# --steps 300, then --init and --seed 2 for 300 more, in float32 or with --hif8, their steps counted on. bench_*.log:
+# test_osp_cuda bench --shape 14b-768p [--hif8] --layers 0
 figures: test_osp
 	./test_osp show skiparse -o assets/skiparse.svg
 	./test_osp show model -o assets/model.svg
 	./test_osp show ranks -R 4 -o assets/ranks.svg
 	./test_osp show hif8 -o assets/hif8.svg
+	./test_osp show gradients assets/toy.safetensors -o assets/gradients.svg
+	./test_osp show cost assets/bench_bf16.log assets/bench_hif8.log -o assets/cost.svg
+	./test_osp show flow -o assets/flow.svg
 	./test_osp show grpo -o assets/grpo.svg
 	./test_osp show reward assets/grpo_seed1.log assets/grpo_seed2.log assets/grpo_seed3.log -o assets/reward.svg
 	./test_osp show reward assets/grpo_red.log -o assets/red.svg
 	./test_osp show loss assets/float.log assets/float_float.log assets/float_hif8.log -o assets/loss.svg
+
+# ---- what if all sparse blocks were of one kind? tiny, equal steps (15 minutes a seed on two cores); the last column of a
+# name: how many of the 8 blocks are full
+KINDS = "full8 --full" "both4" "token4 --sparse token" "group4 --sparse group" "both0 --full-blocks 0" \
+        "token0 --sparse token --full-blocks 0" "group0 --sparse group --full-blocks 0"
+what-if: osp
+	@for kind in $(KINDS); do set -- $$kind; name=what_if_$$1_$(SEED).safetensors; shift; echo "== $$name"; \
+	 ./osp train --preset tiny --seed $(SEED) "$$@" -o $$name >$${name%.safetensors}.log && \
+	 ./osp eval -w $$name -n 256 --batch 32 | grep -e total -e all || exit 1; done
 
 # ---- proof
 test: osp test_osp

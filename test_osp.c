@@ -777,7 +777,7 @@ static void check_all_codes(void) {
     }
     check_codes(1, 16, 15), check_codes(300, 208, 15), check_codes(515, 144, 224), check_codes(128, 64, 224);
     check_code_linear(64, 128, 256, 0, 1), check_code_linear(515, 48, 80, 0, 1);
-    check_code_linear(2051, 128, 64, 1, 1), check_code_linear(3000, 512, 1024, 0, 300);
+    check_code_linear(2051, 128, 64, 1, 1), check_code_linear(1000, 256, 1024, 0, 300);
     if (!codes_attend(128)) return;
     check_code_attention("0, 1, 63 .. 81, 300 tokens", 9, self, self, 0, 1, 1);
     check_code_attention("12, 512, 0, 512 keys", 4, q, k, 0, 1, 1);
