@@ -108,7 +108,7 @@ figures: test_osp
 	./test_osp show ranks -R 4 -o assets/ranks.svg
 	./test_osp show hif8 -o assets/hif8.svg
 	./test_osp show gradients assets/toy.safetensors -o assets/gradients.svg
-	./test_osp show cost assets/bench_bf16.log assets/bench_hif8.log -o assets/cost.svg
+	./test_osp show cost assets/bench_768p_bf16.log assets/bench_768p_hif8.log -o assets/cost.svg
 	./test_osp show flow -o assets/flow.svg
 	./test_osp show grpo -o assets/grpo.svg
 	./test_osp show reward assets/grpo_seed1.log assets/grpo_seed2.log assets/grpo_seed3.log -o assets/reward.svg

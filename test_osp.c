@@ -1913,6 +1913,25 @@ static void verify_cost(const Config *c, const char *name, const char *paper) {
           fmt("%.2fx padded as the paper, %.2fx here", full / padded, full / ragged));
 }
 
+// Milliseconds of a forward of 14B's 40 layers, full and hybrid, as bench printed them on a card.
+static void recorded(double ms[2], const char *size, const char *kind) {
+    char text[256];
+    FILE *file = fopen(fmt("assets/bench_%s_%s.log", size, kind), "r");
+    ms[0] = ms[1] = NAN;
+    while (file && fgets(text, sizeof text, file))
+        sscanf(text, "forward of 40 layers: full %lf ms, hybrid %lf ms", &ms[0], &ms[1]);
+    if (file) fclose(file);
+}
+
+static void verify_speed(const char *size, const char *paper, const char *paper_8) {
+    double half[2], eight[2];
+    recorded(half, size, "bf16"), recorded(eight, size, "hif8");
+    claim(half[0] / half[1] > atof(paper), fmt("%s: hybrid over full, bf16, as recorded in assets/", size), paper,
+          fmt("%.2fx: %.0f, %.0f ms on an H100", half[0] / half[1], half[0], half[1]));
+    claim(half[0] / eight[1] > atof(paper_8), fmt("%s: hybrid in HiF8 over full in bf16, as recorded", size), paper_8,
+          fmt("%.2fx: %.0f, %.0f ms on an H100", half[0] / eight[1], half[0], eight[1]));
+}
+
 static void verify_reach(void) {
     static const int GRID[][3] = {{48, 80, 2}, {45, 80, 2}, {7, 5, 2}, {27, 18, 3}, {3, 8, 2}};
     for (int i = 0; i < 5; i++) {
@@ -1988,6 +2007,7 @@ static int verify(Ranks *ranks) {
     if (ranks->rank == 0) {
         printf("| %-62s | %-15s | %-58s | ok  |\n|---|---|---|---|\n", "claim", "paper", "here");
         verify_cost(&WAN[1].c, "720P", "1.53x (padded)"), verify_cost(&WAN[2].c, "768P", "1.64x");
+        verify_speed("720p", "1.53x", "1.69x (Ascend)"), verify_speed("768p", "1.64x", "2.27x (Ascend)");
         verify_reach();
         verify_hif8();
         verify_ranks();
