@@ -3702,7 +3702,7 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // ==========================================================================================================
 #define STB_IMAGE_WRITE_IMPLEMENTATION            // one function of it is used: stbi_zlib_compress
 #define STBI_WRITE_NO_STDIO
-#define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use a smaller --scale"))
+#define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use smaller or fewer clips"))
 #if __has_include(<stb/stb_image_write.h>)
 #include <stb/stb_image_write.h>                  // Debian, Ubuntu: apt install libstb-dev
 #else
@@ -3746,7 +3746,7 @@ static void draw_frame(Picture *p, size_t left, size_t top, const Clips *k, int 
     }
 }
 
-enum { GAP = 4, TITLE = 13, CAPTION = 392 }; // pixels of a sheet: between frames, above them, its least width
+enum { FPS = 8, GAP = 4, TITLE = 13, CAPTION = 392 }; // pixels of a sheet: between frames, above, least width
 
 // The size of a frame, all clips side by side, or of the sheet: a row a clip, its caption above its frames.
 static Picture picture_size(const Clips *k, bool sheet) {
@@ -3755,7 +3755,7 @@ static Picture picture_size(const Clips *k, bool sheet) {
     if (sheet) p.width = larger(k->T * (width + GAP) + GAP, CAPTION);
     if (sheet) p.height = k->count * (TITLE + height + GAP) + GAP;
     if (p.height * (3 * p.width + 1) > INT_MAX / 2)
-        die("a picture of %zux%zu pixels is too large; use a smaller --scale", p.width, p.height);
+        die("a picture of %zux%zu pixels is too large; use smaller or fewer clips", p.width, p.height);
     return p;
 }
 
@@ -3791,7 +3791,7 @@ static void png_chunk(Output *o, const char *name, int number, const void *data,
 
 // The sheet, or an animated PNG (APNG) that loops for ever: IDAT is the frame that every viewer shows, the
 // later ones are fdAT. The comment is a tEXt chunk (exiftool shows it).
-static const char *save_png(const char *path, const Clips *k, bool sheet, int fps, const char *comment) {
+static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
     Picture p = picture_size(k, sheet);
     Output *o = output_open(path);
     uint8_t header[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2};          // width, height; 8 bits, RGB
@@ -3804,7 +3804,7 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, int fp
     put_number(header + 4, p.height);
     put_number(animation, (size_t)frames);                // played 0 times: for ever
     memcpy(control, header, 8);                   // all of the picture, at (0, 0) ...
-    put_number(control + 16, (size_t)1 << 16 | (size_t)fps);      // ... for 1/fps seconds
+    put_number(control + 16, 1 << 16 | FPS);      // ... for 1/FPS seconds
     output_bytes(o, "\x89PNG\r\n\x1a\n", 8);
     png_chunk(o, "IHDR", -1, header, 13);
     png_chunk(o, "tEXt", -1, text, (size_t)used);
@@ -3843,8 +3843,7 @@ typedef struct {                             // what a command is told
     const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
     char state[PATH_MAX + 16];               // the file that a stopped run resumes from
     Captions captions;
-    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, scale, fps;
-    int json;
+    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, json;
     double guidance, shift, alpha, save;
     uint64_t seed;
     TrainOptions train;
@@ -3893,7 +3892,6 @@ static const Option OPTIONS[] = {
     {"t", "--ema", 'd', AT(train.ema), "0.99", 0, 1, "decay of the weights' average, which is written"},
     {"T", "--ema", 'd', AT(train.ema), "0.999", 0, 1, "decay of the weights' average, which is written"},
     {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
-    {"g", "--ema-warmup", 'b', AT(train.ema_warmup), "0", 0, 1, "a short average leaves its beginning out"},
     {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
     {"stTge", "--seed", 'u', AT(seed), "1", 0, 9e15, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
@@ -3912,8 +3910,6 @@ static const Option OPTIONS[] = {
     {"g", "--best", 'b', AT(best), "0", 0, 1, "write the best by --eval, not the last"},
     {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"s", "--scale", 'i', AT(scale), "0", 0, 64, "pixels of the picture per pixel of the clip; 0: to fit"},
-    {"s", "--fps", 'i', AT(fps), "8", 1, 60, "frames a second"},
     {"se", "--json", 'b', AT(json), "0", 0, 1, "figures as one JSON object on the last line"},
 };
 #undef AT
@@ -4230,13 +4226,12 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
-    int scale = o->scale ? o->scale : r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
     if (!vocab && (!o->embeddings || !latent))
         die("this model reads embeddings and makes latents: --text FILE (of weights_export.py text) and -o "
             "NAME.safetensors (for weights_export.py video)");
     float *x[MOST_CAPTIONS];
-    Clips clips = {r->T, 2 * r->H, 2 * r->W, count, scale, x, o->captions.text};
+    Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
     if (!latent) picture_size(&clips, false), picture_size(&clips, true);
     double began = seconds();
     sample_clips(x, r, o, count);
@@ -4244,8 +4239,8 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!speaks(k)) return;
     const char *why = NULL;
     if (latent) why = save_latents(o->out, x, count, r, settings);
-    if (!latent) why = save_png(o->out, &clips, false, o->fps, settings);
-    if (!latent && !why) why = save_png(sheet, &clips, true, o->fps, settings);
+    if (!latent) why = save_png(o->out, &clips, false, settings);
+    if (!latent && !why) why = save_png(sheet, &clips, true, settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) print_score(x[i], o->captions.text[i], r);
     printf("wrote %s: seed %llu, %d steps, %.2f s\n", o->out, (unsigned long long)o->seed, o->steps, took);
@@ -4392,21 +4387,14 @@ static void cmd_train(const Options *o, Ranks *k) {
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
-// The soft score on 64 clips of captions never trained on, with the adapter's average.
-static Bench held_out_score(Run *r, const Optimizer *opt, const Options *o) {
-    float *now = (float *)device_alloc(opt->n * sizeof(float));
-    copy(now, opt->w, opt->n * sizeof(float));
-    copy(opt->w, opt->ema, opt->n * sizeof(float));
-    weights_prepare(r->m);
-    Bench b = evaluate(r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
-    copy(opt->w, now, opt->n * sizeof(float));
-    weights_prepare(r->m);
-    device_free(now);
-    return b;
-}
-
+// Prints the soft score on 64 clips of captions never trained on, with the adapter's average, and keeps the best.
 static void policy_evaluate(Run *r, Optimizer *opt, const Options *o, bool speaks) {
-    Bench b = held_out_score(r, opt, o);
+    size_t bytes = opt->n * sizeof(float);
+    float *now = (float *)device_alloc(bytes);
+    copy(now, opt->w, bytes), copy(opt->w, opt->ema, bytes), weights_prepare(r->m);
+    Bench b = evaluate(r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
+    copy(opt->w, now, bytes), weights_prepare(r->m);
+    device_free(now);
     bool better = opt->update == 0 || b.mean[N_SCORES] > opt->best;
     if (better) opt->best = b.mean[N_SCORES];
     if (!speaks) return;
@@ -4498,7 +4486,7 @@ static Options options_read(int argc, char **argv, const Command *command, const
     if (o.out && k->rank == 0) check_writable(o.out);
     if (o.training) snprintf(o.state, sizeof o.state, "%.*s.resume", PATH_MAX, o.out);
     o.train.seed = o.seed, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1;
-    o.train.weight_decay = o.command == 'g' ? 0 : 0.01, o.train.ema_warmup |= o.command != 'g';
+    o.train.weight_decay = o.command == 'g' ? 0 : 0.01, o.train.ema_warmup = o.command != 'g';
     if (o.command == 'g') o.train.beta2 = 0.999, o.train.steps = o.policy.updates;
     return o;
 }
