@@ -409,30 +409,52 @@ static void attention_formula(const Attended *t, int a, int h, int k0, int n) {
     free(p);
 }
 
+// Scores that try a softmax: queries and keys lifted apart (scores far below 0), keys that grow from the first
+// to the last, spikes. There query 5 is NaN, and must stay so, alone; gradients are not asked for.
+enum { USUAL, LARGE, FAR_BELOW, SPIKES, GROWING, SHRINKING };
+static const struct { const char *name; float scale, apart, first, last, spike; } SCORES[] = {
+    {"usual", 1, 0, 1, 1, 1}, {"large", 3, 0, 1, 1, 1}, {"far below 0", 1, 8, 1, 1, 1},
+    {"spikes", 1, 0, 1, 1, 30}, {"growing", 1, 0, 0, 24, 1}, {"shrinking", 1, 0, 24, 0, 1}};
+
 static void check_attention(const char *name, int count, const int *q, const int *k, int heads, int hd,
-                            double scale) {
-    int D = heads * hd, nq = q[count] * D, nk = k[count] * D, nl = q[count] * heads;
-    Sequences s = {count, (int *)q, (int *)k, to_device(q, count + 1), to_device(k, count + 1)};
-    Given x[] = {given(1, nq, scale), given(2, nk, scale), given(3, nk, 1), given(4, nq, 1)};
+                            int kind) {
+    int D = heads * hd, nq = q[count] * D, nk = k[count] * D, nl = q[count] * heads, odd = kind > LARGE ? 5 : -1;
+    float lift = SCORES[kind].apart / sqrtf(sqrtf((float)hd)), first = SCORES[kind].first;
+    float *x[] = {noise(1, nq, SCORES[kind].scale), noise(2, nk, SCORES[kind].scale), noise(3, nk, 1),
+                  noise(4, nq, 1)};
+    for (int i = 0; i < nq; i++) x[0][i] = x[0][i] * (i % 997 ? 1 : SCORES[kind].spike) + lift;
+    for (int i = 0; i < nk; i++) {
+        float grown = first + (SCORES[kind].last - first) * (float)(i / D) / k[count];
+        x[1][i] = x[1][i] * grown * (i % 991 ? 1 : SCORES[kind].spike) - lift;
+    }
+    for (int i = 0; i < 4 && odd >= 0; i++) x[i] = as_act(x[i], i % 3 ? nk : nq);
     Attended t = {doubles(nq), doubles(nq), doubles(nk), doubles(nk), doubles(nl),
-                  x[0].h, x[1].h, x[2].h, x[3].h, heads, hd};
+                  x[0], x[1], x[2], x[3], heads, hd};
     for (int i = 0; i < count; i++)
         for (int a = q[i]; a < q[i + 1]; a++)
             for (int h = 0; h < heads; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
-    act *o = spoiled_act(nq), *bare = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk);
-    act *dv = spoiled_act(nk);
-    float *lse = spoiled(nl);
-    float *amax = spoiled(1);
-    attention_forward(o, lse, amax, plain(x[0].a), plain(x[1].a), x[2].a, &s, heads, hd);
+    for (int i = odd * D; odd >= 0 && i < (odd + 1) * D; i++) x[0][i] = NAN;
+    Sequences s = {count, (int *)q, (int *)k, to_device(q, count + 1), to_device(k, count + 1)};
+    act *qs = up_act(x[0], nq), *ks = up_act(x[1], nk), *vs = up_act(x[2], nk), *o = spoiled_act(nq);
+    act *bare = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk), *dv = spoiled_act(nk);
+    float *lse = spoiled(nl), *amax = spoiled(1);
+    attention_forward(o, lse, amax, plain(qs), plain(ks), vs, &s, heads, hd);
     near_maximum(amax, o, nq);
-    attention_forward(bare, NULL, NULL, plain(x[0].a), plain(x[1].a), x[2].a, &s, heads, hd);
-    attention_backward(dq, dk, dv, x[3].a, x[0].a, x[1].a, x[2].a, o, lse, &s, heads, hd);
-    float *got = down(lse, nl), *want = rounded(t.lse, nl);
-    for (int i = 0; i < nl; i++) if (isnan(want[i])) got[i] = want[i] = 0;           // no keys: anything
-    near_act("o", o, rounded(t.o, nq), nq), near_act("o without lse", bare, rounded(t.o, nq), nq);
-    note("lse", relative(got, want, nl)), near_act("dq", dq, rounded(t.dq, nq), nq);
-    near_act("dk", dk, rounded(t.dk, nk), nk), near_act("dv", dv, rounded(t.dv, nk), nk);
-    worst_row(5e-6, fmt("attention, %s, %d heads of %d,", name, heads, hd));
+    attention_forward(bare, NULL, NULL, plain(qs), plain(ks), vs, &s, heads, hd);
+    float *got = down(lse, nl), *sums = rounded(t.lse, nl), *want = rounded(t.o, nq), *seen = down_act(o, nq);
+    for (int i = odd * D; odd >= 0 && i < (odd + 1) * D; i++) seen[i] = isnan(seen[i]) ? want[i] : INFINITY;
+    for (int h = 0; odd >= 0 && h < heads; h++)
+        got[odd * heads + h] = isnan(got[odd * heads + h]) ? sums[odd * heads + h] : INFINITY;
+    for (int i = 0; i < nl; i++) if (isnan(sums[i])) got[i] = sums[i] = 0;           // no keys: anything
+    note("o", relative(seen, want, nq)), note("lse", relative(got, sums, nl));
+    note("o without lse", !same_bits(down_act(bare, nq), down_act(o, nq), nq));
+    if (odd < 0) {
+        attention_backward(dq, dk, dv, up_act(x[3], nq), qs, ks, vs, o, lse, &s, heads, hd);
+        near_act("dq", dq, rounded(t.dq, nq), nq), near_act("dk", dk, rounded(t.dk, nk), nk);
+        near_act("dv", dv, rounded(t.dv, nk), nk);
+    }
+    worst_row(odd < 0 ? 5e-6 : 1e-5, fmt("attention, %s, scores %s, %d heads of %d,", name, SCORES[kind].name,
+                                         heads, hd));
 }
 
 static void check_patches(bool channels_first) {
@@ -495,35 +517,6 @@ static void check_elementwise(void) {
 }
 
 // ---- the sizes that a GPU has kernels of its own for; the same checks hold on a CPU ----------------------
-// Scores that try a softmax: queries and keys lifted apart (scores far below 0), keys that grow from first to
-// last, spikes. Query 5 is NaN: it must stay so, alone.
-static void check_logits(const char *kind, float apart, float first, float last, float spike, int hd) {
-    enum { Q = 70, K = 700 };
-    int start[] = {0, Q, 0, K};
-    float *x[] = {noise(1, Q * hd, 1), noise(2, K * hd, 1), noise(3, K * hd, 1)};
-    for (int i = 0; i < Q * hd; i++)
-        x[0][i] = x[0][i] * (i % 997 ? 1 : spike) + apart / sqrtf(sqrtf((float)hd));
-    for (int i = 0; i < K * hd; i++) {
-        float grown = first + (last - first) * (float)(i / hd) / K;
-        x[1][i] = x[1][i] * grown * (i % 991 ? 1 : spike) - apart / sqrtf(sqrtf((float)hd));
-    }
-    for (int i = 0; i < 3; i++) x[i] = as_act(x[i], i ? K * hd : Q * hd);
-    Attended t = {doubles(Q * hd), doubles(Q * hd), doubles(K * hd), doubles(K * hd), doubles(Q),
-                  x[0], x[1], x[2], x[0], 1, hd};
-    for (int a = 0; a < Q; a++) attention_formula(&t, a, 0, 0, K);
-    for (int i = 5 * hd; i < 6 * hd; i++) x[0][i] = NAN;
-    Sequences s = {1, start, start + 2, to_device(start, 2), to_device(start + 2, 2)};
-    act *o = spoiled_act(Q * hd);
-    float *lse = spoiled(Q), *want = rounded(t.o, Q * hd);
-    attention_forward(o, lse, NULL, plain(up_act(x[0], Q * hd)), plain(up_act(x[1], K * hd)),
-                      up_act(x[2], K * hd), &s, 1, hd);
-    float *got = down_act(o, Q * hd), *sums = down(lse, Q);
-    for (int i = 5 * hd; i < 6 * hd; i++) got[i] = isnan(got[i]) && isnan(sums[5]) ? want[i] : INFINITY;
-    sums[5] = (float)t.lse[5];
-    note("o", relative(got, want, Q * hd)), note("lse", relative(sums, rounded(t.lse, Q), Q));
-    worst_row(1e-5, fmt("attention, %s, head_dim %d,", kind, hd));
-}
-
 // ---- HiF8 as E4M3 codes, on a card that multiplies them: against double precision on the codes' values ---
 static double code_value(uint8_t c) {                        // E4M3: sign, 4 bits of exponent, 3 of mantissa
     int e = c >> 3 & 15, m = c & 7;
@@ -667,20 +660,19 @@ static void check_kernels(void) {
     static const int OTHER[] = {16, 24, 48, 72, 136, 256};
     static const int self[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733};
     static const int q[] = {0, 300, 300, 430, 431}, k[] = {0, 12, 524, 524, 1036}, few[] = {0, 37, 117};
+    static const int some[] = {0, 70, 0, 700};
     for (int i = 0; i < 4; i++) {
         check_norm(150, ROWS[i][0], true, true, false), check_norm(150, ROWS[i][0], false, true, false);
         check_rmsnorm_rope(150, ROWS[i][0], ROWS[i][1], true), check_gathers(ROWS[i][0]);
         check_linear(PRODUCT[i][0], PRODUCT[i][1], PRODUCT[i][2]);
     }
     for (int i = 0; i < 3; i++) {
-        check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, HEAD_DIM[i], 1);
-        check_attention("cross, 12, 512, 0, 512 keys", 4, q, k, 2, HEAD_DIM[i], 1);
-        check_logits("scores far below 0", 8, 1, 1, 1, HEAD_DIM[i]),
-            check_logits("spikes", 0, 1, 1, 30, HEAD_DIM[i]);
-        check_logits("growing", 0, 0, 24, 1, HEAD_DIM[i]),
-            check_logits("shrinking", 0, 24, 0, 1, HEAD_DIM[i]);
+        check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, HEAD_DIM[i], USUAL);
+        check_attention("cross, 12, 512, 0, 512 keys", 4, q, k, 2, HEAD_DIM[i], USUAL);
+        for (int kind = FAR_BELOW; kind <= SHRINKING; kind++)
+            check_attention("700 keys", 1, some, some + 2, 1, HEAD_DIM[i], kind);
     }
-    for (int i = 0; i < 6; i++) check_attention("37 and 80 tokens", 2, few, few, 2, OTHER[i], 1);
+    for (int i = 0; i < 6; i++) check_attention("37 and 80 tokens", 2, few, few, 2, OTHER[i], USUAL);
 }
 
 static void check_ops(void) {
@@ -698,9 +690,9 @@ static void check_ops(void) {
     check_norm(19, 13, false, true, false), check_norm(19, 13, false, false, true);
     check_gathers(6);
     check_rmsnorm_rope(9, 18, 3, true), check_rmsnorm_rope(9, 18, 3, false);
-    check_attention("self, ragged, one empty", 5, self, self, 3, 6, 1);
-    check_attention("cross, no queries or no keys", 4, q, k, 2, 10, 1);
-    check_attention("self, 300 tokens, large scores", 1, one, one, 1, 40, 3);
+    check_attention("self, ragged, one empty", 5, self, self, 3, 6, USUAL);
+    check_attention("cross, no queries or no keys", 4, q, k, 2, 10, USUAL);
+    check_attention("self, 300 tokens", 1, one, one, 1, 40, LARGE);
     check_patches(true), check_patches(false);
     check_words();
     check_elementwise();
@@ -3400,7 +3392,8 @@ static int failed_script(const char *script) {
     return code != 0;
 }
 
-// Runs that are killed up to 3 times and then left alone must end as an unbroken one does, and leave nothing else.
+// Runs that are killed up to 3 times and then left alone must end as an unbroken one does, and leave nothing
+// else.
 static void torture_kills(const char *osp, const char *signal, int kills, uint64_t seed) {
     int failed = 0;
     for (int i = 0; i < kills; i += 3) {
@@ -3422,12 +3415,13 @@ static void torture_kills(const char *osp, const char *signal, int kills, uint64
         fmt("SIG%s at %d random moments: the same bytes at the end, nothing left behind", signal, kills));
 }
 
-// A limit between the sizes of output and state: saving warns, the run ends. One below the output: the old file stays.
+// A limit (in 512 bytes) between the sizes of output and state: saving warns, the run ends. One below the
+// output: the old file stays.
 static void torture_disk(const char *osp) {
     int failed = 0;
     for (int i = 0; i < 20; i++) {
         bool fits = i % 2;
-        int limit = fits ? 4800 + (int)(9000 * rng_uniform(5, 2, i)) : 1 + (int)(4400 * rng_uniform(5, 2, i));    // 512 bytes each
+        int limit = (int)(fits ? 4800 + 9000 * rng_uniform(5, 2, i) : 1 + 4400 * rng_uniform(5, 2, i));
         failed += failed_script(fmt("rm -f it*; cp base.st it.st; (ulimit -f %d; %s %s -o it.st >it.log "
                                     "2>&1); test $? = %d && cmp it.st %s",
                                     limit, osp, LEARN[0], fits ? 0 : 2, fits ? "want0.st" : "base.st"));
@@ -3470,8 +3464,9 @@ static void torture_files(const char *osp, int count) {
 
 // Two ranks told different things must stop with a message, and a killed rank must end the other.
 static void torture_ranks(const char *osp) {
-    static const char *const DIFFER[] = {"--seed 2", "-n 3", "-p 'a large blue square standing still on a gray background'",
-                                         "--lora lora.st", "--noise clip.safetensors", "--shift 4"};
+    static const char *const DIFFER[] = {
+        "--seed 2", "-n 3", "-p 'a large blue square standing still on a gray background'", "--lora lora.st",
+        "--noise clip.safetensors", "--shift 4"};
     const char *mpi = fmt("%s_mpi", osp), *mpirun = "OMP_NUM_THREADS=1 timeout 30 mpirun --oversubscribe -q";
     int failed = 0;
     if (access(fmt("torture/%s", mpi), X_OK)) { skip("ranks: make osp_mpi first"); return; }
@@ -3487,12 +3482,12 @@ static void torture_ranks(const char *osp) {
     failed = 0;
     for (int i = 0; i < 20; i++)
         failed += failed_script(
-            fmt("rm -f it*; %s -np 2 %s %s -o it.st >it.log 2>&1 & p=$!; sleep %.2f; pkill -KILL -n -f '%s "
-                "train' ; "
+            fmt("rm -f it*; %s -np 2 %s %s -o it.st >it.log 2>&1 & p=$!; sleep %.2f; "
+                "pkill -KILL -n -P `pgrep -P $p`; "
                 "for k in 1 2 3 4 5 6 7 8 9 10 11; do kill -0 $p 2>/dev/null || break; sleep 1; done; "
                 "kill -0 $p 2>/dev/null && exit 1; %s -np 2 %s %s -o it.st >it.log 2>&1 && cmp it.st "
                 "want_ranks.st",
-                mpirun, mpi, LEARN[0], 0.4 + rng_uniform(8, 1, i), mpi, mpirun, mpi, LEARN[0]));
+                mpirun, mpi, LEARN[0], 0.4 + rng_uniform(8, 1, i), mpirun, mpi, LEARN[0]));
     row(failed, 0, "20 ranks killed: the others gone within 10 s, the next run ends the same");
 }
 
@@ -3522,7 +3517,7 @@ static int help(void) {
     puts("test_osp [--golden DIR]          every check; test_osp ops: of the operations only\n"
          "test_osp verify                  the paper's claims\n"
          "test_osp bench [-h]              times: of a model; linear, hif8, comm\n"
-         "test_osp show KIND -o FILE.svg   pictures: skiparse, model, hif8, ranks, grpo, loss, reward\n"
+         "test_osp show KIND -o FILE.svg   pictures (show -h lists them)\n"
          "test_osp ranks, test_osp lose    under mpirun: R ranks against one; a rank dies\n"
          "test_osp badinput ./osp          hostile files and options\n"
          "test_osp torture ./osp           kills, full disks, thousands of hostile files, ranks that die: 10 "
