@@ -595,11 +595,15 @@ static void check_code_linear(int R, int O, int I, double mean, float spike) {
     linear_forward(y, x, w, b.f, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
     linear_backward(dx, dw, db, dy, x, w, R, O, I, false);
     linear_backward(more, NULL, NULL, dy, x, w, R, O, I, true);
+    act *g = spoiled_act(ny), *pre = spoiled_act(ny), *bare = spoiled_act(ny);
+    linear_gelu_forward(g, pre, x, w, b.f, R, O, I), linear_gelu_forward(bare, NULL, x, w, b.f, R, O, I);
     float *bias = as_act(b.h, O), *dw_want = product(plus, O, I, R, dv, 1, O, xv, 1, I);
     near_act("y", y, product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1), ny);
     near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), ny);
     near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
     strict_row(2e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
+    float *u = product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1), *want = mapped(gelu, u, NULL, ny);
+    near_act("pre", pre, u, ny), near_act("gelu", g, want, ny), near_act("gelu, pre NULL", bare, want, ny);
     near_act("dx added, rounded twice", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
     strict_row(3e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
     near("dw", dw, dw_want, nw), near("db", db, product(plus, O, 1, R, dv, 1, O, &one, 0, 0), O);
