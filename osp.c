@@ -3986,7 +3986,7 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
 }
 
 // ---- what the commands share -----------------------------------------------------------------------------
-// dim ffn heads layers full_blocks ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse
+// dim ffn heads layers full ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse
 static const Config PRESETS[] = {
     {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 0, 1e-6},
     {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6},
@@ -4299,7 +4299,7 @@ static Bench evaluate(Run *r, int clips, int steps, double shift, double guidanc
 }
 
 // The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
-// BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: of each part; of all.
+// BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: of the parts; of all.
 enum { BINS = 5 };
 static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
     size_t size = latent_size(r), bytes = r->B * size * sizeof(float);
@@ -4387,7 +4387,7 @@ static void cmd_train(const Options *o, Ranks *k) {
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
-// Prints the soft score on 64 clips of captions never trained on, with the adapter's average, and keeps the best.
+// Prints the soft score on 64 held-out clips, with the adapter's average, and keeps the best.
 static void policy_evaluate(Run *r, Optimizer *opt, const Options *o, bool speaks) {
     size_t bytes = opt->n * sizeof(float);
     float *now = (float *)device_alloc(bytes);

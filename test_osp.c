@@ -409,8 +409,8 @@ static void attention_formula(const Attended *t, int a, int h, int k0, int n) {
     free(p);
 }
 
-// Scores that try a softmax: queries and keys lifted apart (scores far below 0), keys that grow from the first
-// to the last, spikes. There query 5 is NaN, and must stay so, alone; gradients are not asked for.
+// Scores that try a softmax: queries and keys lifted apart (scores far below 0), keys that grow from first to
+// last, spikes. There query 5 is NaN, and must stay so, alone; gradients are not asked for.
 enum { USUAL, LARGE, FAR_BELOW, SPIKES, GROWING, SHRINKING };
 static const struct { const char *name; float scale, apart, first, last, spike; } SCORES[] = {
     {"usual", 1, 0, 1, 1, 1}, {"large", 3, 0, 1, 1, 1}, {"far below 0", 1, 8, 1, 1, 1},
@@ -418,7 +418,8 @@ static const struct { const char *name; float scale, apart, first, last, spike; 
 
 static void check_attention(const char *name, int count, const int *q, const int *k, int heads, int hd,
                             int kind) {
-    int D = heads * hd, nq = q[count] * D, nk = k[count] * D, nl = q[count] * heads, odd = kind > LARGE ? 5 : -1;
+    int D = heads * hd, nq = q[count] * D, nk = k[count] * D, nl = q[count] * heads;
+    int odd = kind > LARGE ? 5 : -1;
     float lift = SCORES[kind].apart / sqrtf(sqrtf((float)hd)), first = SCORES[kind].first;
     float *x[] = {noise(1, nq, SCORES[kind].scale), noise(2, nk, SCORES[kind].scale), noise(3, nk, 1),
                   noise(4, nq, 1)};
@@ -598,11 +599,12 @@ static void check_code_linear(int R, int O, int I, double mean, float spike) {
     act *g = spoiled_act(ny), *pre = spoiled_act(ny), *bare = spoiled_act(ny);
     linear_gelu_forward(g, pre, x, w, b.f, R, O, I), linear_gelu_forward(bare, NULL, x, w, b.f, R, O, I);
     float *bias = as_act(b.h, O), *dw_want = product(plus, O, I, R, dv, 1, O, xv, 1, I);
-    near_act("y", y, product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1), ny);
+    float *u = product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1);
+    near_act("y", y, u, ny);
     near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), ny);
     near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
     strict_row(2e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
-    float *u = product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1), *want = mapped(gelu, u, NULL, ny);
+    float *want = mapped(gelu, u, NULL, ny);
     near_act("pre", pre, u, ny), near_act("gelu", g, want, ny), near_act("gelu, pre NULL", bare, want, ny);
     near_act("dx added, rounded twice", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
     strict_row(3e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
