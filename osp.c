@@ -4299,7 +4299,7 @@ static Bench evaluate(Run *r, int clips, int steps, double shift, double guidanc
 }
 
 // The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
-// BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: of the parts; of all.
+// BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: each part; all.
 enum { BINS = 5 };
 static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
     size_t size = latent_size(r), bytes = r->B * size * sizeof(float);
