@@ -115,10 +115,11 @@ figures: test_osp
 	./test_osp show reward assets/grpo_red.log -o assets/red.svg
 	./test_osp show loss assets/float.log assets/float_float.log assets/float_hif8.log -o assets/loss.svg
 
-# ---- what if all sparse blocks were of one kind? tiny, equal steps (15 minutes a seed on two cores); the last column of a
-# name: how many of the 8 blocks are full
+# ---- what if all sparse blocks were of one kind? tiny, equal steps (15 minutes a seed on two cores); a name's digit: how
+# many of the 8 blocks are full. float4, hif84: 300 steps more from both4
 KINDS = "full8 --full" "both4" "token4 --sparse token" "group4 --sparse group" "both0 --full-blocks 0" \
-        "token0 --sparse token --full-blocks 0" "group0 --sparse group --full-blocks 0"
+        "token0 --sparse token --full-blocks 0" "group0 --sparse group --full-blocks 0" "float4 $(MORE)" "hif84 --hif8 $(MORE)"
+MORE = --init what_if_both4_$(SEED).safetensors --seed 9 --steps 300 --lr 1e-3 --warmup 20
 what-if: osp
 	@for kind in $(KINDS); do set -- $$kind; name=what_if_$$1_$(SEED).safetensors; shift; echo "== $$name"; \
 	 ./osp train --preset tiny --seed $(SEED) "$$@" -o $$name >$${name%.safetensors}.log && \
