@@ -1388,6 +1388,50 @@ static void check_batch_fill(void) {
         "training's samples: captions, none held out, half dropped");
 }
 
+// An untrained model answers 0, so its velocity loss is the mean of (ε − x0)² at every σ, of held-out clips.
+static void check_velocity_loss(void) {
+    enum { CLIPS = 5 };
+    Config c = PRESETS[0];
+    Model *m = model_layout(&c);
+    model_allocate(m, true), model_random(m, 1);
+    Run *r = run_of(m, 2, true);
+    size_t n = latent_size(r);
+    float *x0 = floats(n);
+    double mean[BINS + 1], error[BINS + 1], loss[CLIPS], want = 0, spread = 0;
+    int caption = 0, wrong = 0;
+    for (int i = 0; i < CLIPS; i++) {
+        caption = next_held_out(caption), wrong += !held_out(caption);
+        draw_clip(x0, scene_of(caption), 7, i, c.T, c.H_l, c.W_l);
+        double sum = 0;
+        for (size_t j = 0; j < n; j++) {
+            double target = rng_normal(7, NOISE_STREAM, i * n + j) - x0[j];
+            sum += target * target / n;
+        }
+        loss[i] = sum, want += sum / CLIPS;
+    }
+    for (int i = 0; i < CLIPS; i++) spread += (loss[i] - want) * (loss[i] - want) / CLIPS / (CLIPS - 1);
+    velocity_loss(mean, error, r, CLIPS, 7);
+    for (int bin = 0; bin <= BINS; bin++)
+        note("mean", fabs(mean[bin] / want - 1)), note("error", fabs(error[bin] / sqrt(spread) - 1));
+    note("held out", wrong);
+    worst_row(1e-4, "velocity loss of a model that answers 0, by sigma,");
+}
+
+// Blocks of one kind where the config asks for it; the full ones stay.
+static void check_one_kind(void) {
+    int wrong = 0;
+    for (int kind = 0; kind <= GROUP_WISE; kind++) {
+        Config c = PRESETS[1];
+        c.sparse = kind;
+        const Run *r = run_plan(model_layout(&c), &alone, 1, c.T, c.H_l / 2, c.W_l / 2, false);
+        for (int i = 0; i < c.num_layers; i++) {
+            int want = i < 2 || i > 9 ? FULL : kind ? kind : i % 2 ? GROUP_WISE : TOKEN_WISE;
+            wrong += r->saved[i].pattern != want;
+        }
+    }
+    row(wrong, 0, "--sparse both, token, group: the patterns of 12 blocks");
+}
+
 static TrainOptions small_training(void) {
     TrainOptions o = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
     return o;
@@ -1636,7 +1680,7 @@ static int run_tests(const char *folder, bool ops_only) {
         check_words_model();
         check_attention_alone();
         for (int quant = 0; quant < 2; quant++) check_repetition(quant), check_resume(path, quant);
-        check_batch_fill();
+        check_batch_fill(), check_velocity_loss(), check_one_kind();
         check_optimizer();
         for (int i = 0; i < (tally.half ? 2 : 3); i++) check_checkpoint(path, KIND[i]);  // bf16 rounds first
         check_adapter_file(path), check_policy_update();
@@ -2904,6 +2948,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"HiF8: q's maximum before RMSNorm", "absmax(amax, y, rows * D)", "absmax(amax, x, rows * D)"},
     {"HiF8: the text not quantized", "r->context, rows, m->c.dim, 15", "r->context, 0, 0, 15"},
     {"Skiparse: token-wise and group-wise exchanged", "i % 2 == 0 ? TOKEN_WISE", "i % 2 ? TOKEN_WISE"},
+    {"Skiparse: one kind of block not heeded", "&& c->sparse ? c->sparse", "&& 0 ? c->sparse"},
     {"Skiparse: groups one token wide", "h / P % P;", "h % P;"},
     {"Skiparse: one full block too many", "i < F / 2 ||", "i <= F / 2 ||"},
     {"exchange: forward, have and want exchanged", "s->layout, next)->pack", "next, s->layout)->pack"},
@@ -3142,7 +3187,7 @@ static const char *const OPTIONS_BAD[][32] = {
     {"train", "--preset tiny", "--steps"},
     {"train -o new.st", "--preset big", "--steps -1", "--batch 0", "--lr nan", "--dtype fp4", "--init text",
      "--init missing", "--steps 0 -o folder", "--steps 0 -o /dev/full", "--batch 65536 --frames 4096",
-     "--steps 5 -o other.st", "--steps 5 -o torn.st", "--steps 5 -o old.st"},
+     "--steps 5 -o other.st", "--steps 5 -o torn.st", "--steps 5 -o old.st", "--sparse none"},
     {"eval -w base.st", "-n 0", "-w text", "--batch -2", "-w ''", "--steps 0"},
     {"grpo", "-o new.st", "--init base.st"},
     {"grpo -o new.st --init base.st", "--init missing", "--group 1", "-n 5 --window 5", "--rank 64",
