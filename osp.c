@@ -3576,9 +3576,9 @@ static const char *file_write(const char *path, const char *metadata, const Para
 }
 
 // ---- checkpoints: tensors under the names of spec §2, the config in the metadata -------------------------
-// A range that begins at a whole number asks for one.
-static double meta_number(const File *f, const char *key, double least, double most) {
-    const char *given = file_meta(f, key), *text = given ? given : "";
+// standard: where the key is missing; NULL: it must be there. A range from a whole number on asks for one.
+static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
+    const char *given = file_meta(f, key), *text = given ? given : standard ? standard : "";
     char *end;
     double value = strtod(text, &end);
     bool whole = value == floor(value) || least != floor(least);
@@ -3591,9 +3591,8 @@ static Config config_read(const File *f) {
     Config c;
     memset(&c, 0, sizeof c);
     for (int i = 0; i < CONFIG_ROWS; i++)
-        if (i < CONFIG_NEEDED || file_meta(f, CONFIG[i]))
-            *config_field(&c, i) = (int)meta_number(f, CONFIG[i], 0, CONFIG_MOST);
-    c.eps = file_meta(f, "eps") ? meta_number(f, "eps", 1e-12, 0.1) : 1e-6;
+        *config_field(&c, i) = (int)meta_number(f, CONFIG[i], i < CONFIG_NEEDED ? NULL : "0", 0, CONFIG_MOST);
+    c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
     config_check(&c, f->path);
     if (c.in_dim != c.out_dim || (c.vocab && (c.vocab < VOCAB || c.in_dim != 3)))
         die("%s: in_dim %d, out_dim %d, vocab %d: expected equal channels; with a vocab 3 channels, %d words",
@@ -3649,8 +3648,8 @@ static const char *lora_save(const char *path, const Lora *l, const float *weigh
 static void lora_load(Model *m, const char *path) {
     File f;
     file_open(&f, path);
-    int rank = (int)meta_number(&f, "lora_rank", 1, m->c.dim / 2);
-    double alpha = meta_number(&f, "lora_alpha", 1e-6, 1e6);
+    int rank = (int)meta_number(&f, "lora_rank", NULL, 1, m->c.dim / 2);
+    double alpha = meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6);
     if (f.size / 32 / (size_t)rank < (size_t)m->c.num_layers * (size_t)m->c.dim)
         die("%s: too small for rank %d on this model; give an adapter of this model", path, rank);
     lora_new(m, rank, alpha, 0);
@@ -3690,8 +3689,8 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
     if (!of || strcmp(of, run))
         die("%s: of a run with other settings (%.300s); remove it or choose another -o", path, of ? of : "");
     state_params(p, o);
-    o->step = (int)meta_number(&f, "step", 0, INT_MAX);
-    o->update = (int)meta_number(&f, "update", 0, INT_MAX);
+    o->step = (int)meta_number(&f, "step", NULL, 0, INT_MAX);
+    o->update = (int)meta_number(&f, "update", NULL, 0, INT_MAX);
     o->best = atof(file_meta(&f, "best") ? file_meta(&f, "best") : "0");
     weights_read(NULL, p, 4, &f);
     file_close(&f);
