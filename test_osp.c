@@ -3534,7 +3534,7 @@ static void torture_ranks(const char *osp) {
     for (int i = 0; i < 20; i++)
         failed += failed_script(
             fmt("rm -f it*; %s -np 2 %s %s -o it.st >it.log 2>&1 & p=$!; sleep %.2f; "
-                "pkill -KILL -n -P `pgrep -P $p`; "
+                "pkill -KILL -n -P `pgrep -P $p` || exit 3; "
                 "for k in 1 2 3 4 5 6 7 8 9 10 11; do kill -0 $p 2>/dev/null || break; sleep 1; done; "
                 "kill -0 $p 2>/dev/null && exit 1; %s -np 2 %s %s -o it.st >it.log 2>&1 && cmp it.st "
                 "want_ranks.st",
