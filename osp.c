@@ -74,6 +74,8 @@
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...);                       // one line on stderr, exit code 2
 static void *xalloc(size_t count, size_t size);                 // host memory, zeroed
+static float *floats(size_t n);                                 // the same for n floats ...
+static float *device_floats(size_t n);                          // ... and on the device
 static double seconds(void);
 static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index);
 static double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);          // in (0, 1)
@@ -944,7 +946,7 @@ static void sinusoids(float *out, double position, int half) {
 static void time_forward(Run *r, const double *t) {
     const Model *m = r->m;
     size_t B = r->B, D = m->c.dim, freq = m->c.freq_dim;
-    float *host = (float *)xalloc(B * freq, sizeof(float));
+    float *host = floats(B * freq);
     for (size_t b = 0; b < B; b++) sinusoids(host + b * freq, t[b], m->c.freq_dim / 2);
     upload(r->small, host, B * freq * sizeof(float));
     to_act(r->sin, r->small, B * freq);
@@ -1079,9 +1081,8 @@ static void noise_fill(float *x, size_t count, uint64_t seed, uint64_t stream, u
     for (size_t i = 0; i < count; i++) x[i] = rng_normal(seed, stream, first + i);
 }
 
-// v = v_uncond + g·(v_cond − v_uncond), for all samples at one σ. With g = 1 one forward is enough; two
-// halves of ranks do one forward each and swap. The conditional forward is the last: its activations are
-// those kept. v: not r->out.
+// v = v_uncond + g·(v_cond − v_uncond) at one σ; v is not r->out. With g = 1 one forward is enough; two halves
+// of ranks do one forward each and swap. The conditional forward is the last: its activations stay.
 static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text cond, Text uncond,
                             double g) {
     size_t count = r->B * latent_size(r);
@@ -1096,7 +1097,7 @@ static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text
     text_set(r, halves && r->ranks->half ? uncond : cond);
     forward(r, x, t);
     if (halves) {
-        float *both = (float *)device_alloc(2 * count * sizeof(float));
+        float *both = device_floats(2 * count);
         all_gather(r->ranks, both, r->out, (int)count, sizeof(float), GUIDANCE);
         lincomb(v, (float)(1 - g), both + count, (float)g, both, count);
         device_free(both);
@@ -1111,7 +1112,7 @@ static void show_progress(const char *what, int step, int steps, double began);
 static void sample(Run *r, float *x, Text cond, Text uncond, int steps, double shift, double guidance) {
     size_t count = r->B * latent_size(r);
     double *sigma = (double *)xalloc(steps + 1, sizeof(double)), began = seconds();
-    float *v = (float *)device_alloc(count * sizeof(float));
+    float *v = device_floats(count);
     schedule(sigma, steps, shift);
     for (int i = 0; i < steps; i++) {
         if (r->show) show_progress("step", i, steps, began);
@@ -1356,7 +1357,7 @@ static float *kept(const Policy *p, float *all, int i, int video) {
 static void rollout(Policy *p, int first, uint64_t update) {
     Run *r = p->make;
     size_t one = latent_size(r), count = r->B * one, bytes = count * sizeof(float);
-    float *host = (float *)xalloc(count, sizeof(float)), *x = p->batch[0], *v = p->batch[3];
+    float *host = floats(count), *x = p->batch[0], *v = p->batch[3];
     Text cond = {p->ids + (size_t)first * r->m->c.text_len, NULL}, uncond = {p->no_ids, NULL};
     for (int i = -1; i < p->o->steps; i++) {
         for (int b = 0; b < r->B && i < p->o->window; b++) { // the group's first noise, then each video's own
@@ -1417,13 +1418,12 @@ static void micro_batch(Policy *p, const int *video, bool learn, PolicyFigures *
             copy(p->batch[2] + b * one, kept(p, p->mean_ref, i, video[b]), bytes);
             p->batch_advantage[b] = p->advantage[video[b]], p->batch_logp[b] = p->logp[i * p->V + video[b]];
         }
+        if (!learn) policy_mean(r, p->batch[3], &a, p->o->guidance);
+        for (int b = 0; b < r->B && !learn; b++)
+            p->logp[i * p->V + video[b]] =
+                log_probability(p->batch[1] + b * one, p->batch[3] + b * one, std, one);
         if (learn) f->loss += policy_step(r, p->out, p->batch[3], p->batch[4], &a, p->o, 1.0 / W) / W;
-        else policy_mean(r, p->batch[3], &a, p->o->guidance);
-        for (int b = 0; b < r->B; b++) {
-            const Surrogate *s = &p->out[b];
-            double *old = &p->logp[i * p->V + video[b]];
-            if (!learn) *old = log_probability(p->batch[1] + b * one, p->batch[3] + b * one, std, one);
-            if (!learn) continue;
+        for (const Surrogate *s = p->out; s < p->out + r->B && learn; s++) {
             f->ratio_min = fmin(f->ratio_min, s->ratio), f->ratio_max = fmax(f->ratio_max, s->ratio);
             f->ratio_mean += s->ratio, f->kl += s->kl, f->clipped += s->clipped, f->count++;
         }
@@ -2302,21 +2302,21 @@ static size_t model_bytes(const Model *m, bool training) {
 
 static void model_allocate(Model *m, bool training) {
     m->training = training;
-    m->amax = (float *)device_alloc(sizeof(float));
+    m->amax = device_floats(1);
     act *room = coded(m) ? (act *)device_alloc(room_for_codes(m) * act_size()) : NULL;
     if (training) {
-        m->w = (float *)device_alloc(m->count * sizeof(float));
-        m->dw = (float *)device_alloc(m->count * sizeof(float));
+        m->w = device_floats(m->count);
+        m->dw = device_floats(m->count);
     }
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
         bool copied = p->product && needs_work(m);
         if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
-        else if (!copied) p->w = (float *)device_alloc(p->count * sizeof(float));
+        else if (!copied) p->w = device_floats(p->count);
         if (is_codes(m, p)) {
             p->compute = plain(room);
             p->compute.code = (uint8_t *)device_alloc(p->count);
-            p->compute.unit = (float *)device_alloc(sizeof(float));
+            p->compute.unit = device_floats(1);
             if (training) p->compute.turned = (uint8_t *)device_alloc(p->count);
         } else p->compute = plain(copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w);
     }
@@ -2324,7 +2324,7 @@ static void model_allocate(Model *m, bool training) {
 
 // A tensor's values from the host.
 static void param_set(Model *m, Param *p, const float *host) {
-    float *w = p->w ? p->w : (float *)device_alloc(p->count * sizeof(float));
+    float *w = p->w ? p->w : device_floats(p->count);
     upload(w, host, p->count * sizeof(float));
     param_prepare(m, p, w);
     if (!p->w) device_free(w);
@@ -2342,7 +2342,7 @@ static double first_deviation(const Model *m, const Param *p) {
 static void model_random(Model *m, uint64_t seed) {
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
-        float *host = (float *)xalloc(p->count, sizeof(float)), deviation = (float)first_deviation(m, p);
+        float *host = floats(p->count), deviation = (float)first_deviation(m, p);
         bool norm = strstr(p->name, "norm") && strstr(p->name, "weight");
         for (size_t j = 0; j < p->count; j++)
             host[j] = norm ? 1.0f : deviation * rng_normal(seed, WEIGHT_STREAM + (uint64_t)i, j);
@@ -2354,10 +2354,10 @@ static void model_random(Model *m, uint64_t seed) {
 static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
     size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, most = 8 * m->c.num_layers;
-    float *host = (float *)xalloc(size, sizeof(float));
+    float *host = floats(size);
     l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
     l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
-    l->w = (float *)device_alloc(l->n * sizeof(float)), l->dw = (float *)device_alloc(l->n * sizeof(float));
+    l->w = device_floats(l->n), l->dw = device_floats(l->n);
     l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
     l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
     for (int i = 0; i < m->params; i++) {
@@ -2387,7 +2387,7 @@ static int *to_device(const int *host, size_t count) {
 }
 
 static void upload_floats(float **device, float *host, size_t count) {       // host is freed
-    if (!*device) *device = (float *)device_alloc(count * sizeof(float));
+    if (!*device) *device = device_floats(count);
     upload(*device, host, count * sizeof(float));
     free(host);
 }
@@ -2398,7 +2398,7 @@ static void upload_floats(float **device, float *host, size_t count) {       // 
 static void rope_table(float **table, const Pattern *p, int rank, int H, int W, int head_dim) {
     int pairs = head_dim / 2, m[3] = {pairs - 2 * (pairs / 3), pairs / 3, pairs / 3};
     size_t count = (size_t)(p->first[rank + 1] - p->first[rank]) * head_dim;
-    float *host = (float *)xalloc(count, sizeof(float)), *out = host;
+    float *host = floats(count), *out = host;
     for (int i = p->first[rank]; i < p->first[rank + 1]; i++) {
         int token = p->order[i], position[3] = {token / (H * W), token / W % H, token % W};
         for (int axis = 0; axis < 3; axis++)
@@ -2442,7 +2442,7 @@ static void run_maps(Run *r) {
         if (!r->rope[at]) rope_table(&r->rope[at], &r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
     }
     if (!c->vocab) return;
-    float *host = (float *)xalloc((size_t)c->text_len * text_dim, sizeof(float));
+    float *host = floats((size_t)c->text_len * text_dim);
     for (int l = 0; l < c->text_len; l++) sinusoids(host + (size_t)l * text_dim, l, text_dim / 2);
     upload_floats(&r->word_pos, host, (size_t)c->text_len * text_dim);
 }
@@ -2619,7 +2619,7 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
 static void text_set(Run *r, Text text) {
     size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
     if (r->m->c.vocab) { upload(r->ids, text.ids, rows * sizeof(int)); return; }
-    float *room = (float *)device_alloc(count * sizeof(float));
+    float *room = device_floats(count);
     upload(room, text.rows, count * sizeof(float));
     to_act(r->text, room, count);
     device_free(room);
@@ -2627,15 +2627,15 @@ static void text_set(Run *r, Text text) {
 
 static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
     o->w = w, o->dw = dw, o->n = n, o->step = o->update = 0, o->best = 0;
-    o->m = (float *)device_alloc(n * sizeof(float));
-    o->v = (float *)device_alloc(n * sizeof(float));
-    o->ema = (float *)device_alloc(n * sizeof(float));
+    o->m = device_floats(n);
+    o->v = device_floats(n);
+    o->ema = device_floats(n);
     copy(o->ema, w, n * sizeof(float));
 }
 
 static void batch_new(Batch *a, const Run *r) {
     size_t count = r->B * latent_size(r);
-    a->x = (float *)xalloc(count, sizeof(float)), a->target = (float *)xalloc(count, sizeof(float));
+    a->x = floats(count), a->target = floats(count);
     a->ids = (int *)xalloc((size_t)r->B * r->m->c.text_len, sizeof(int));
     a->t = (double *)xalloc(r->B, sizeof(double));
 }
@@ -2653,7 +2653,7 @@ static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
 static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, double shift,
                         double guidance) {
     size_t count = r->B * latent_size(r);
-    float *x = (float *)device_alloc(count * sizeof(float));
+    float *x = device_floats(count);
     upload(x, host, count * sizeof(float));
     sample(r, x, cond, uncond, steps, shift, guidance);
     if (r->show) fputs("\r\033[K", stderr);
@@ -2668,7 +2668,7 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
     Policy *p = (Policy *)xalloc(1, sizeof(Policy));
     size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window;
     size_t V = (size_t)o->prompts * o->group;
-    size_t one = latent_size(make) * sizeof(float);
+    size_t one = latent_size(make);
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
     p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
     p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int));
@@ -2678,8 +2678,8 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
     p->advantage = p->reward + V, p->logp = p->advantage + V, p->batch_advantage = p->logp + W * V;
     p->batch_logp = p->batch_advantage + B, p->sigma = p->batch_logp + B;
     schedule(p->sigma, o->steps, o->shift);
-    p->x = (float *)device_alloc((W + 1) * V * one), p->mean_ref = (float *)device_alloc(W * V * one);
-    for (int i = 0; i < 5; i++) p->batch[i] = (float *)device_alloc(B * one);
+    p->x = device_floats((W + 1) * V * one), p->mean_ref = device_floats(W * V * one);
+    for (int i = 0; i < 5; i++) p->batch[i] = device_floats(B * one);
     return p;
 }
 // ==========================================================================================================
@@ -2851,7 +2851,7 @@ static float look_at_shape(const Look look, int shape, float (*pixel)[5], const 
 static void look_at(Look look, const float *x, int t, int T, int H, int W) {
     int n = H * W;
     float (*pixel)[5] = (float (*)[5])xalloc((size_t)n, sizeof(*pixel));
-    float *weight = (float *)xalloc((size_t)n, sizeof(float));
+    float *weight = floats((size_t)n);
     for (int i = 0; i < n; i++) {
         for (int c = 0; c < 3; c++) pixel[i][c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
         pixel[i][3] = (float)(i % W) + 0.5f;
@@ -3167,7 +3167,7 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     if (R == 1) return;
     if (n > INT_MAX) die("%zu gradients are more than MPI's counts hold: train fewer, or on one rank", n);
     int *send = (int *)xalloc(2 * R, sizeof(int)), *receive = send + R;
-    float *parts = (float *)device_alloc((n + R) * sizeof(float));
+    float *parts = device_floats(n + R);
     for (size_t s = 0; s < R; s++) send[s] = (int)(n * (s + 1) / R - n * s / R);
     size_t mine = (size_t)send[k->rank];
     for (size_t s = 0; s < R; s++) receive[s] = (int)mine;
@@ -3189,7 +3189,7 @@ static void gather_host(Ranks *k, void *all, const void *mine, size_t bytes, int
 }
 
 static void max_over_ranks(Ranks *k, float *m) {
-    float mine, *all = (float *)xalloc(k->size, sizeof(float));
+    float mine, *all = floats(k->size);
     if (k->size > 1) {
         download(&mine, m, sizeof mine);
         gather_host(k, all, &mine, sizeof mine, MAXIMA);
@@ -3255,6 +3255,9 @@ static void *xalloc(size_t count, size_t size) {
     if (!p) die("out of memory: %zu x %zu bytes asked for; use a smaller size or batch", count, size);
     return p;
 }
+
+static float *floats(size_t n) { return (float *)xalloc(n, sizeof(float)); }
+static float *device_floats(size_t n) { return (float *)device_alloc(n * sizeof(float)); }
 
 static double seconds(void) {
     struct timespec t;
@@ -3491,7 +3494,7 @@ static void file_close(File *f) {
 
 // The values of t, which the caller frees. NaN and Inf are refused.
 static float *file_read(const File *f, const Entry *t) {
-    float k = t->dtype == U8 ? 0 : 1, value[256], *out = (float *)xalloc(t->count, sizeof(float));
+    float k = t->dtype == U8 ? 0 : 1, value[256], *out = floats(t->count);
     char name[320];
     snprintf(name, sizeof name, "%.300s.scale", t->name);
     const Entry *scale = file_find(f, name);
@@ -3530,7 +3533,7 @@ static enum Dtype stored_as(const Param *p, const char *dtype) {
 // The data of p from the device; bytes take the place of values. What file_read would refuse is refused here.
 static void write_values(Output *o, const Param *p, const float *values, enum Dtype dtype) {
     size_t width = DTYPE_BYTES[dtype];
-    float *x = (float *)xalloc(p->count, sizeof(float)), amax = 0;
+    float *x = floats(p->count), amax = 0;
     download(x, values, p->count * sizeof(float));
     for (size_t i = 0; i < p->count; i++) amax = fmaxf(amax, fabsf(x[i]));
     float k = hif8_scale(15.0f, amax);
@@ -4183,7 +4186,7 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
     if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", rows);
     if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", rows);
     for (int i = 0; i < count; i++) {
-        x[i] = o->noise ? numbers_of(o->noise, "noise", size) : (float *)xalloc(size, sizeof(float));
+        x[i] = o->noise ? numbers_of(o->noise, "noise", size) : floats(size);
         if (!o->noise) noise_fill(x[i], size, o->seed, SAMPLE_STREAM, (uint64_t)i * size);
         sample_host(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
         if (c->vocab) cond.ids += c->text_len;
@@ -4200,7 +4203,7 @@ static const char *save_latents(const char *path, float **x, int count, const Ru
         snprintf(p[i].name, sizeof p[i].name, i ? "latent.%d" : "latent", i);
         memcpy(p[i].shape, shape, sizeof shape);
         p[i].rank = 4, p[i].count = latent_size(r);
-        p[i].w = (float *)device_alloc(p[i].count * sizeof(float));
+        p[i].w = device_floats(p[i].count);
         upload(p[i].w, x[i], p[i].count * sizeof(float));
     }
     return file_write(path, metadata, p, count, NULL, "f32");
@@ -4262,7 +4265,7 @@ static void mean_and_error(double *mean, double *error, double sum, double squar
 // `clips` samples in batches of r->B; captions drawn in turn from those held out.
 static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
     size_t size = latent_size(r);
-    float *x = (float *)xalloc(r->B * size, sizeof(float)), score[N_SCORES];
+    float *x = floats(r->B * size), score[N_SCORES];
     char (*text)[128] = (char (*)[128])xalloc(r->B, sizeof *text);
     const char **captions = (const char **)xalloc(r->B, sizeof(char *));
     int caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);

@@ -112,7 +112,6 @@ static bool same_bits(const float *a, const float *b, size_t n) {
 }
 
 // ---- between host and device -----------------------------------------------------------------------------
-static float *floats(size_t n) { return (float *)xalloc(n, sizeof(float)); }
 static double *doubles(size_t n) { return (double *)xalloc(n, sizeof(double)); }
 static float *noise(uint64_t stream, size_t n, double scale) {
     float *x = floats(n);
@@ -133,9 +132,8 @@ static float *rounded(const double *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = (float)x[i];
     return y;
 }
-static float *zeros(size_t n) { return (float *)device_alloc(n * sizeof(float)); }
 static float *up(const float *host, size_t n) {
-    float *p = zeros(n);
+    float *p = device_floats(n);
     upload(p, host, n * sizeof(float));
     return p;
 }
@@ -150,7 +148,7 @@ static float *down(const float *device, size_t n) {
     return p;
 }
 static float *down_act(const act *device, size_t n) {
-    float *room = zeros(n);
+    float *room = device_floats(n);
     to_float(room, device, n);
     return down(room, n);
 }
@@ -889,7 +887,7 @@ static void check_units(void) {
     act *v = golden_quantized("attn", "v", "vq", 15), *dout = up_act(golden("unit.attn.do"), eq->count);
     act *o = spoiled_act(eq->count), *dq = spoiled_act(eq->count), *dk = spoiled_act(ek->count),
         *dv = spoiled_act(ek->count);
-    float *dw = zeros(nw), *db = zeros(O);
+    float *dw = device_floats(nw), *db = device_floats(O);
     float *lse = spoiled(eq->count);
     golden_quantized("attn", "dq_raw", "dq", 224), golden_quantized("attn", "dk_raw", "dk", 224);
     golden_quantized("attn", "dv_raw", "dv", 224);
@@ -1024,7 +1022,7 @@ static void check_adamw_file(void) {
                number("beta2"), number("ema_decay"), 1};
     size_t n = entry("param")->count;
     float *w = up_golden("param"), *ema = up_golden("param");
-    float *m = zeros(n), *v = zeros(n);
+    float *m = device_floats(n), *v = device_floats(n);
     for (; o.t <= 3; o.t++) {
         adamw(w, m, v, ema, up_golden(fmt("grad.%d", o.t)), n, o);
         note_float(fmt("param.%d", o.t), w), note_float(fmt("m.%d", o.t), m);
@@ -1123,7 +1121,7 @@ static void check_grpo(void) {
 
 // Rows video[b], step i of W, of a golden [videos, W, ...], on the device.
 static float *golden_videos(const char *name, const int *video, int B, int i, int W, size_t one) {
-    float *all = golden(name), *x = (float *)xalloc(B * one, sizeof(float));
+    float *all = golden(name), *x = floats(B * one);
     for (int b = 0; b < B; b++)
         memcpy(x + b * one, all + ((size_t)video[b] * W + i) * one, one * sizeof(float));
     return up(x, B * one);
