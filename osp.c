@@ -1081,8 +1081,8 @@ static void noise_fill(float *x, size_t count, uint64_t seed, uint64_t stream, u
     for (size_t i = 0; i < count; i++) x[i] = rng_normal(seed, stream, first + i);
 }
 
-// v = v_uncond + g·(v_cond − v_uncond) at one σ; v is not r->out. With g = 1 one forward is enough; two halves
-// of ranks do one forward each and swap. The conditional forward is the last: its activations stay.
+// v = v_uncond + g·(v_cond − v_uncond) at one σ; v is not r->out. With g = 1 one forward is enough; two
+// halves of ranks do one forward each and swap. The conditional forward is the last: its activations stay.
 static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text cond, Text uncond,
                             double g) {
     size_t count = r->B * latent_size(r);
