@@ -19,8 +19,8 @@
 // Why sparse: at 768P a video has N = 21·48·80 = 80,640 tokens. With dim 5120 (the 14B model), attention
 // costs 4·N²·dim = 133 TFLOP a block, all other products 49: 73 % is attention. Attention within 4
 // subsequences of N/4 tokens costs a quarter, 33: a sparse block takes 33 + 49 = 82 TFLOP, 2.2 times less.
-// The model keeps 8 of its 40 blocks full: 40·182 / (8·182 + 32·82) = 1.78 times less in all. Fewer FLOPs are
-// the limit of what speed can gain.
+// The model keeps 8 of its 40 blocks full: 40·182 / (8·182 + 32·82) = 1.78 times less in all. That is the
+// most that sparsity can gain in time.
 //
 // Letters: B samples; C channels; T x H x W the token grid (T frames, H x W patches), N = T·H·W; n tokens of
 // a sample that a rank holds; D = dim; P sparse ratio (P² subsequences); R ranks; L blocks, F full ones; σ
@@ -101,7 +101,7 @@ enum { CAPTION_STREAM = 1, DROP_STREAM, SIGMA_STREAM, NOISE_STREAM, SAMPLE_STREA
 //      0x00 zero, 0x80 NaN, 0x6F +Inf, 0xEF −Inf.   Largest 2^15, smallest 2^−22: 38 binades in 8 bits.
 //
 // Values near 1 get 3 mantissa bits, far ones fewer: a network's numbers cluster, so the bits sit where they
-// are used. E4M3 has 3 mantissa bits everywhere but only 18 binades: what lies below them becomes zero.
+// are used. E4M3 has 3 in 15 binades and 2, 1, 0 in three more: what lies below them becomes zero.
 #ifdef __CUDACC__
 #define EVERYWHERE static inline __host__ __device__
 #else
@@ -170,11 +170,11 @@ EVERYWHERE float hif8_scale(float s, float amax) { return s / (amax < 1e-8f ? 1e
 //       0 1 0 1 0 1 0 1                      2 2 3 3 2 2 3 3
 //       2 3 2 3 2 3 2 3                      2 2 3 3 2 2 3 3
 //
-// The token at (h, w) = (5, 2): token-wise (5 mod 2)·2 + 2 mod 2 = 2; group-wise (2 mod 2)·2 + (1 mod 2) = 1.
-// Token-wise alone leaves each token blind to its neighbours, group-wise alone to the grid between the
-// groups. Two blocks in turn, token-wise and group-wise, let every token hear every other, at 1/P² of the
-// attention's cost each (with P = 2, except where H or W is 3: row 1 then never hears row 2; full blocks at
-// both ends do the rest).
+// The token at (h, w) = (5, 2), which lies as (1, 2) does: token-wise (5 mod 2)·2 + 2 mod 2 = 2; group-wise
+// (⌊5/2⌋ mod 2)·2 + ⌊2/2⌋ mod 2 = 1. Token-wise alone leaves each token blind to its neighbours, group-wise
+// alone to the grid between the groups. Two blocks in turn, token-wise and group-wise, let every token hear
+// every other, at 1/P² of the attention's cost each (where an axis has length 3 and P = 2, row 2 hears row 1
+// one block later).
 enum { FULL, TOKEN_WISE, GROUP_WISE, PATTERNS };
 static const char PATTERN_LETTER[] = "Ftg";
 
@@ -324,8 +324,9 @@ typedef struct { int B, C, T, H, W; } Grid;         // latents x[B, C, T, 2H, 2W
 // and scale go.
 typedef struct { PerSample shift, scale; float one; } Affine;
 
-// What a product or attention reads: x[rows, columns] as act. Under HiF8 a backend that multiplies 8-bit
-// numbers keeps codes of the rounded x beside it, each worth *unit; elsewhere code is NULL, and x is rounded.
+// What a product or attention reads. code NULL: x[rows, columns], under HiF8 rounded in place. Else *unit
+// times the codes, 8-bit numbers that the backend multiplies; x is only what they were made from. (q and k
+// have codes only outside training: attention's backward reads x.)
 typedef struct {
     act *x;
     uint8_t *code;                      // [rows, columns]
@@ -622,7 +623,7 @@ static void max_over_ranks(Ranks *k, float *m);
 // are dealt out over ranks, all tokens and the rank's heads; else the rank's own tokens, as everywhere below.
 typedef struct {
     act *q_raw, *k_raw, *v, *o, *y;              // y: the layer's output
-    Factor q, k, oq;                             // oq: what the o matrix reads, o moved back and rounded
+    Factor q, k, oq;                             // oq: what the o matrix reads: o, moved back, rounded
     float *q_rstd, *k_rstd, *lse;
 } SavedAttention;
 
@@ -771,7 +772,7 @@ static void block_backward(Run *r, int i) {
 }
 
 // ---- linear layers in 8 bits -----------------------------------------------------------------------------
-// Joint training (spec §6) rounds all operands of a layer's products and keeps the weights themselves exact:
+// Joint training (spec §6) rounds all operands of the blocks' linear layers and keeps the weights exact:
 //
 //     forward    y  = Q(x; 15) · Q(W; 15)ᵀ + b
 //     backward   g  = Q(dy; 224),   dx = g · Q(W; 15),   dW = gᵀ · Q(x; 15),   db = Σ g
@@ -873,7 +874,7 @@ static AttentionLayer layer_of(const Run *r, int i, bool cross) {
     return self;
 }
 
-// q, k or v (measured: m->amax has its maximum) to where attention is, rounded.
+// y = q, k or v to attention's layout, rows `in` there, and rounded. measured: m->amax has its maximum.
 static void to_attention(Run *r, const AttentionLayer *a, Factor y, Rows in, bool measured) {
     exchange(r, y.x, y.x, a->have, a->want, r->m->c.dim * act_size());
     if (!r->m->c.quant_attn) return;
@@ -902,7 +903,7 @@ static void attention_layer(Run *r, int i, bool cross) {
     linear(s->y, s->oq, &a.w->o, count_of(a.q));
 }
 
-// In: dy in r->d1. Self-attention leaves dh there; cross-attention dh, and adds to r->dcontext. The text is
+// In: dy in r->d1. Out: dh there; cross-attention also adds the text's gradient to r->dcontext. The text is
 // one tensor that all ranks hold, so the gradients of its k and v are summed over ranks, and only rank 0
 // carries them on.
 static void attention_layer_back(Run *r, int i, bool cross) {
@@ -922,7 +923,7 @@ static void attention_layer_back(Run *r, int i, bool cross) {
         sum_over_ranks(r->ranks, sums, 2 * n, true);
         to_act(r->dk, sums, n), to_act(r->dv, sums + n, n);
     }
-    for (int j = 0; j < 3 && c->quant_attn; j++)
+    for (int j = 0; j < 3 && c->quant_attn; j++)             // straight through Q(q; 15), Q(k; 15), Q(v; 15)
         quantize(r, plain(dqkv[j]), dqkv[j], count_of(j ? a.kv : a.q), c->dim, 224);
     const Param *nq = a.w->norm_q, *nk = a.w->norm_k;
     rmsnorm_rope_backward(r->dk, nk->dw, r->dk, s->k_raw, s->k_rstd, nk->w, a.rope, a.kv, c->num_heads);
@@ -1025,7 +1026,7 @@ static void forward(Run *r, const float *x, const double *t) {
     rows_to_latent(r->out, r->y_all, grid_of(r, c->out_dim), false);
 }
 
-// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out -> r->dx, the gradient of the last block's output.
+// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out -> r->dx, the gradient of the last block's output, and e's.
 static void head_backward(Run *r, const float *dout) {
     const Config *c = &r->m->c;
     Rows rows = rows_of(r, FULL);
@@ -1233,9 +1234,8 @@ static void lora_backward(Model *m) {
 // much as the noise η·√(−dt)·z spreads it: the terms cancel in the equation, for any η. Put in and collected,
 //     mean = x + v·dt + ½η²·(x + (1−σ)v)/σ·dt = a·x + b·v; σ = 0.8 -> 0.7: a = 0.96, b = −0.108, std = 0.253.
 typedef struct { double a, b, std; } SdeStep;  // x_next = a·x + b·v + std·z
-
 static SdeStep sde_step(double sigma, double sigma_next) {
-    double dt = sigma_next - sigma, eta = sigma;  // η = σ_min + (σ_max − σ_min)·σ with 0 and 1
+    double dt = sigma_next - sigma, eta = sigma;  // η = η_min + (η_max − η_min)·σ with 0 and 1
     SdeStep s = {1 + eta * eta / (2 * sigma) * dt, (1 + eta * eta * (1 - sigma) / (2 * sigma)) * dt,
                  eta * sqrt(-dt)};
     return s;
@@ -1309,7 +1309,7 @@ static double policy_step(Run *r, Surrogate *out, float *mean, float *dmean, con
         out[i] = surrogate(p->advantage[i], logp, p->logp_old[i], o->clip);
         out[i].kl = sum_squares(mean_i, ref, one) / n / (2 * variance);
         loss += (out[i].policy_loss + o->beta * out[i].kl) / r->B;
-        // d logp/d mean = (x_next − mean)/(n·std²), d kl/d mean = (mean − ref)/(n·std²), d mean/d v = b·g
+        // d logp/d mean = (x_next − mean)/(n·std²), d kl/d mean = (mean − ref)/(n·std²), d mean/d v_cond = bg
         double chain = share * s.b * o->guidance / (n * variance * r->B);
         double w = out[i].slope * chain, k = o->beta * chain;
         lincomb(d, (float)w, next, (float)(k - w), mean_i, one);
@@ -1444,9 +1444,9 @@ static int shuffled_videos(int *video, const Policy *p, uint64_t update) {
 }
 
 // One AdamW step for each full micro-batch. Before the first the policy is still the one that made the
-// videos, so every ratio must be 1: that proves that rollout and training compute the same log-probability.
-// Where a number depends on what shares its batch (HiF8's maxima, 16-bit products) the micro-batches compute
-// the old ones anew.
+// videos, so every ratio must be 1: in float32 that proves that rollout and training compute the same. Where
+// a number depends on what shares its batch (HiF8's maxima, 16-bit products) the micro-batches compute the
+// old log-probabilities anew, and only a change in between can show.
 static void policy_learn(Policy *p, Optimizer *opt, PolicyFigures *f) {
     Model *m = p->learn->m;
     int *video = (int *)xalloc(p->V, sizeof(int)), B = p->learn->B;

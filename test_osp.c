@@ -1857,7 +1857,7 @@ static void verify_reach(void) {
         bool narrow = P == 2 && (H == 3 || W == 3), all = least == H * W;
         claim(all != narrow, fmt("frame of %dx%d, P = %d: heard after one block of each kind", H, W, P),
               narrow ? "" : "every token", fmt("%d of %d tokens at least%s", least, H * W,
-              narrow ? " (row 1 never hears row 2)" : ""));
+              narrow ? " (row 2 does not hear row 1)" : ""));
     }
 }
 
