@@ -173,8 +173,7 @@ EVERYWHERE float hif8_scale(float s, float amax) { return s / (amax < 1e-8f ? 1e
 // The token at (h, w) = (5, 2), which lies as (1, 2) does: token-wise (5 mod 2)·2 + 2 mod 2 = 2; group-wise
 // (⌊5/2⌋ mod 2)·2 + ⌊2/2⌋ mod 2 = 1. Token-wise alone leaves each token blind to its neighbours, group-wise
 // alone to the grid between the groups. Two blocks in turn, token-wise and group-wise, let every token hear
-// every other, at 1/P² of the attention's cost each (where an axis has length 3 and P = 2, row 2 hears row 1
-// one block later).
+// every other, at 1/P² of the attention's cost each. (P = 2, axis of 3: row 2 hears row 1 one block later.)
 enum { FULL, TOKEN_WISE, GROUP_WISE, PATTERNS };
 static const char PATTERN_LETTER[] = "Ftg";
 
@@ -348,7 +347,7 @@ static void   device_start(const char *dtype, int rank);  // first; f32, bf16, o
 static void   wait_device(void);                          // until all that was asked for is done
 static void  *device_alloc(size_t bytes);      // zeroed; dies with the number of bytes where there is no room
 static void   device_free(void *p);
-static double device_memory(void);                      // bytes that device_alloc may give in all
+static double device_memory(void);                      // bytes that all ranks of this machine share
 static size_t act_size(void);  // bytes of one act
 static void   zero(void *p, size_t bytes);
 static void   copy(void *dst, const void *src, size_t bytes);      // device to device
@@ -377,8 +376,7 @@ static void modulation_forward(float *out, const float *mod, const float *e, int
 static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim);
 // x_out = x + gate·y (gate.p NULL: gate 1), the end of one branch, and the norm that begins the next: h =
 // (x_out − mean)·rstd·(one + scale) + shift, rstd = 1/√(var + eps). stat[rows, 2] keeps mean, rstd; amax[1]
-// (NULL: not wanted) becomes max |h|. x_out may be x. Without a branch (y NULL) x itself is normalised and
-// x_out is not written.
+// (NULL: not wanted) becomes max |h|. x_out may be x. y NULL: no branch, x itself is normalised, x_out stays.
 static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x,
                                   const act *y, PerSample gate, Affine a, Rows r, float eps);
 // From dh: dx += through the norm; d.shift += Σ dh, d.scale += Σ dh·x̂ over the rows of a sample (over all,
@@ -395,9 +393,8 @@ static void residual_gather_forward(float *x_out, const float *x, const act *y, 
                                     const int *map, size_t count, Rows r);
 // dst[j] = src[map[j]], rows of row_bytes each.
 static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes);
-// y = x·rstd·w over the whole dim (rstd = 1/√(mean x² + eps) kept in rstd[rows]), then, where rope is not
-// NULL, pair (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2]. amax
-// as above.
+// y = x·rstd·w over the whole dim, rstd[rows] = 1/√(mean x² + eps), amax as above. Then, where rope is given,
+// pair (2p, 2p+1) of every head turns by rope[token, p] = (cos, sin); rope is [n, head_dim/2, 2], or NULL.
 static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x, const float *w,
                                  const float *rope, Rows r, int heads, float eps);
 // dx written (may be dy), dw +=.
@@ -878,8 +875,8 @@ static AttentionLayer layer_of(const Run *r, int i, bool cross) {
 static void to_attention(Run *r, const AttentionLayer *a, Factor y, Rows in, bool measured) {
     exchange(r, y.x, y.x, a->have, a->want, r->m->c.dim * act_size());
     if (!r->m->c.quant_attn) return;
-    if (!measured) absmax(r->m->amax, y.x, numbers(in));
-    quantize_measured(r, y, y.x, count_of(in), in.dim, 15);
+    if (measured) quantize_measured(r, y, y.x, count_of(in), in.dim, 15);
+    else quantize(r, y, y.x, count_of(in), in.dim, 15);
 }
 
 static void attention_layer(Run *r, int i, bool cross) {
@@ -1026,7 +1023,7 @@ static void forward(Run *r, const float *x, const double *t) {
     rows_to_latent(r->out, r->y_all, grid_of(r, c->out_dim), false);
 }
 
-// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out -> r->dx, the gradient of the last block's output, and e's.
+// dout[B, out_dim, T, 2H, 2W] = d loss / d r->out -> gradients of the last block's output, r->dx, and of e.
 static void head_backward(Run *r, const float *dout) {
     const Config *c = &r->m->c;
     Rows rows = rows_of(r, FULL);
@@ -1567,11 +1564,7 @@ static void *scratch(size_t bytes) {                   // working memory, not ze
 }
 static void  *device_alloc(size_t bytes) { return memset(scratch(bytes), 0, bytes); }
 static void   device_free(void *p) { free(p); }
-static double device_memory(void) {
-    struct rlimit limit;
-    double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    return getrlimit(RLIMIT_AS, &limit) ? machine : fmin(machine, (double)limit.rlim_cur);
-}
+static double device_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
 static size_t act_size(void) { return sizeof(act); }
 static void   zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 static void   copy(void *dst, const void *src, size_t bytes) { if (bytes) memmove(dst, src, bytes); }

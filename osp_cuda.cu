@@ -518,7 +518,7 @@ static Operand codes_of(const uint8_t *code, const Factor &f, bool transposed) {
 
 // The product's description for cuBLASLt: types, transposes, epilogue, shapes. float stays float: no TF32.
 // For codes FAST_ACCUM stays 0, its default: the tensor core adds with 13 bits, so sums move to float32
-// registers every few steps. (With FAST_ACCUM a sum of 80,640 numbers of one sign loses 58 %.)
+// registers every few steps. (With FAST_ACCUM long sums of one sign lose most of their tail.)
 static void plan_describe(Plan *p, const PlanKey *k, bool bias, bool aux) {
     cudaDataType_t in = (cudaDataType_t)k->in, out = (cudaDataType_t)k->out;
     cublasOperation_t ta = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;

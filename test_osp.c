@@ -39,6 +39,13 @@ static char *fmt(const char *format, ...) {
     return text;
 }
 
+// A new folder in $TMPDIR, or in /tmp.
+static char *scratch_folder(const char *what) {
+    char *folder = fmt("%s/osp_%s_XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp", what);
+    if (!mkdtemp(folder)) die("%s: %s; make room there", folder, strerror(errno));
+    return folder;
+}
+
 // What a shell command prints, and its exit code.
 static char *shell(int *code, const char *command) {
     enum { ROOM = 1 << 16 };
@@ -525,21 +532,6 @@ static double code_value(uint8_t c) {                        // E4M3: sign, 4 bi
 
 static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
 
-// Q(x; s) as codes; *value: what they say.
-static Factor coded_factor(float **value, const act *x, int rows, int columns, float s) {
-    size_t n = (size_t)rows * columns;
-    Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)),
-                spoiled(1)};
-    uint8_t *code = (uint8_t *)xalloc(n, 1);
-    float *m = spoiled(1);
-    absmax(m, x, n);
-    hif8_tensor(f, x, rows, columns, s, m);
-    download(code, f.code, n);
-    *value = floats(n);
-    for (size_t i = 0; i < n; i++) (*value)[i] = (float)(code_value(code[i]) * *down(f.unit, 1));
-    return f;
-}
-
 // A factor's numbers on the host, codes or not.
 static float *down_factor(Factor f, size_t n) {
     if (!f.code) return down_act(f.x, n);
@@ -548,6 +540,18 @@ static float *down_factor(Factor f, size_t n) {
     download(code, f.code, n);
     for (size_t i = 0; i < n; i++) x[i] = (float)code_value(code[i]) * unit;
     return x;
+}
+
+// Q(x; s) as codes; *value: what they say.
+static Factor coded_factor(float **value, const act *x, int rows, int columns, float s) {
+    size_t n = (size_t)rows * columns;
+    Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)),
+                spoiled(1)};
+    float *m = spoiled(1);
+    absmax(m, x, n);
+    hif8_tensor(f, x, rows, columns, s, m);
+    *value = down_factor(f, n);
+    return f;
 }
 
 // Some numbers `spike` times as large.
@@ -1664,14 +1668,12 @@ static void check_captions(void) {
 // ---- all of it -------------------------------------------------------------------------------------------
 static int run_tests(const char *folder, bool ops_only) {
     static const char *const KIND[] = {"f32", "bf16", "hif8"};
-    char scratch[] = "/tmp/osp_test_XXXXXX";
     if (!tally.silent) printf("%-88s %9s %9s\n", "check", "measured", "limit");
     check_ops();
     check_all_codes();
     if (ON_GPU || ops_only) check_kernels();                 // 20 s on a CPU
     if (!ops_only) {
-        if (!mkdtemp(scratch)) die("%s: %s; make room there", scratch, strerror(errno));
-        const char *path = fmt("%s/file", scratch);
+        const char *scratch = scratch_folder("test"), *path = fmt("%s/file", scratch);
         check_golden(folder);
         check_exchanges();
         check_batch();
@@ -3027,7 +3029,7 @@ static int run_copy(Raw source, const char *folder, const char *golden_path, cha
     *line = shell(&code, fmt("cp test_osp.c %s; cd %s; %s %s", folder, folder, cc ? cc : "cc", compile));
     if (code) return NOT_COMPILED;
     *line = shell(
-        &code, fmt("cd %s; ulimit -t 300; OMP_NUM_THREADS=1 ./t --golden '%s' >log 2>&1; c=$?; tail -1 log; "
+        &code, fmt("cd %s; ulimit -t 300; TMPDIR=. OMP_NUM_THREADS=1 ./t --golden '%s' >log 2>&1; c=$?; tail -1 log; "
                    "exit $c",
                    folder, golden_path));
     return code ? CAUGHT : MISSED;
@@ -3037,10 +3039,11 @@ static int run_copy(Raw source, const char *folder, const char *golden_path, cha
 static int mutate(const char *golden_folder, const char *only) {
     static const char *const WHAT[] = {"caught: ", "MISSED ", "ERROR, not there exactly once ",
                                        "ERROR, does not compile "};
-    char scratch[] = "/tmp/osp_mutate_XXXXXX", *golden_path = realpath(golden_folder, NULL), *said;
+    char *golden_path = realpath(golden_folder, NULL), *said;
     Raw source = get_file("osp.c");
     int caught_ones = 0, ran = 0, code;
-    if (!golden_path || !mkdtemp(scratch)) die("%s, %s: %s", golden_folder, scratch, strerror(errno));
+    if (!golden_path) die("%s: %s", golden_folder, strerror(errno));
+    const char *scratch = scratch_folder("mutate");
     if (run_copy(source, fmt("%s/unchanged", scratch), golden_path, &said) != MISSED)
         die("the unchanged osp.c fails: %s (%s)", said, scratch);
     #pragma omp parallel for schedule(dynamic) num_threads(2) reduction(+ : caught_ones, ran)
@@ -3214,13 +3217,13 @@ static void put_state(const char *path, const char *run) {
 
 // The number of cases that fail.
 static int bad_input(const char *osp) {
-    char scratch[] = "/tmp/osp_bad_XXXXXX";
+    const char *scratch = scratch_folder("bad");
     int code;
     Config c = PRESETS[0];
     Model *m = model_layout(&c);
     bad.osp = realpath(osp, NULL);
     if (!bad.osp) die("%s: %s; build it first", osp, strerror(errno));
-    if (!mkdtemp(scratch) || chdir(scratch)) die("%s: %s", scratch, strerror(errno));
+    if (chdir(scratch)) die("%s: %s", scratch, strerror(errno));
     setenv("ASAN_OPTIONS", "detect_leaks=0", 0);         // a program that stops with an error frees nothing
     model_allocate(m, true), model_random(m, 1);
     model_save("base.st", m, m->w, "f32"), model_save("hif8.st", m, m->w, "hif8");
