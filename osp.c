@@ -331,8 +331,10 @@ typedef struct {
     uint8_t *code;                      // [rows, columns]
     uint8_t *turned;                    // [columns, rows up to a multiple of 16], for backward; or NULL
     float *unit;                        // on the device, at a multiple of 16 bytes
+    bool exact;                         // x and all that the product reads and writes is float, not act
 } Factor;
-static Factor plain(const act *x) { Factor f = {(act *)x, NULL, NULL, NULL}; return f; }
+static Factor plain(const act *x) { Factor f = {(act *)x, NULL, NULL, NULL, false}; return f; }
+static Factor exact(const float *x) { Factor f = {(act *)x, NULL, NULL, NULL, true}; return f; }
 
 // Ragged sequences that attend within themselves: sequence s has query rows [q[s], q[s+1]) and key rows
 // [k[s], k[s+1]).
@@ -367,8 +369,8 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
 static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
                                 int in);
 static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);  // dx may be dy
-static void silu_forward(act *y, const act *x, size_t n);                     // y = x·sigmoid(x)
-static void silu_backward(act *dx, const act *dy, const act *x, size_t n);    // dx may be dy
+static void silu_forward(float *y, const float *x, size_t n);                   // y = x·sigmoid(x)
+static void silu_backward(float *dx, const float *dy, const float *x, size_t n);              // dx may be dy
 
 // ---- norms, modulation, residual -------------------------------------------------------------------------
 // out[B, J, dim] = mod[J, dim] + e[B, Je, dim], Je = J or 1: the learned table plus what the timestep says.
@@ -473,7 +475,7 @@ typedef struct {
     size_t shape[5], count, offset;          // offset: floats into the arenas
     float *w, *dw;                           // w NULL: only `compute` is kept (sampling with copies)
     Factor compute;
-    bool product;                    // a matrix that products read, not a vector or a table
+    bool product;                    // a matrix of products of acts; not a vector, a table, the timestep's
     bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
 } Param;
@@ -540,7 +542,8 @@ static void param_add(Model *m, const ParamRow *row, void *owner, int block) {
     p->count = 1;
     for (int i = 0; i < 5 && row->shape[i]; i++)
         p->count *= p->shape[p->rank++] = config_size(&m->c, row->shape[i]);
-    p->product = p->rank > 1 && row->shape[0] != 1 && row->shape[0] != VOCABULARY; // modulations begin with 1
+    bool table = row->shape[0] == 1 || row->shape[0] == VOCABULARY;  // modulations begin with 1
+    p->product = p->rank > 1 && !table && strncmp(row->name, "time_", 5);
     p->block_matrix = block >= 0 && p->product;
     *(Param **)(void *)((char *)owner + row->field) = p;
     p->offset = m->count;
@@ -646,8 +649,8 @@ typedef struct {
     float *rope[PATTERNS];                        // [n, head_dim/2, 2] in each layout
     Sequences self[PATTERNS], cross[PATTERNS];
     Saved *saved;                                 // [layers + 1]; the last: the head's input x0 alone, FULL
-    act *sin, *t1, *t1s, *e_act, *es, *e0_act;    // the timestep's embedding, step by step (time_forward)
-    float *e, *e0, *head_e;                       // [B, dim], [B, 6, dim], [B, 2, dim]
+    float *sin, *t1, *t1s, *e, *es;               // the timestep's embedding, step by step (time_forward)
+    float *e0, *head_e;                           // [B, 6, dim], [B, 2, dim]
     act *text, *text_pre, *text_h, *context;      // [B·text_len, ...]
     Factor context_q;                             // what cross-attention reads: context, rounded
     int *ids;                                     // [B·text_len] words, −1 padding
@@ -655,7 +658,7 @@ typedef struct {
     act *patches, *tokens, *h, *y, *y_all;        // h: the head's input; y: its output; y_all: of all ranks
     float *head_stat, *out;                       // out[B, out_dim, T, 2H, 2W]
     float *dx, *dx2;                              // gradient of the residual stream; the other to exchange
-    float *de, *de0, *de_e, *dhead_e, *small;     // gradients of the modulations
+    float *de, *de0, *de_e, *dhead_e, *dt;        // gradients of the modulations; dt[B, dim]
     act *d1, *dout, *dq, *dk, *dv, *dff, *dcontext, *dtext;
     Factor g;                                     // room for the codes of one gradient
     void *packed;                                 // what is sent to other ranks, and what arrives
@@ -800,7 +803,7 @@ static void linear(act *y, Factor x, const Linear *l, size_t rows) {
 static void linear_back(Run *r, act *dx, act *dy, Factor x, const Linear *l, size_t rows, bool add) {
     int out = (int)l->w->shape[0], in = (int)(l->w->count / l->w->shape[0]);
     bool quant = r->m->c.quant && l->w->block_matrix;
-    Factor g = quant ? r->g : plain(dy);
+    Factor g = quant ? r->g : x;
     g.x = dy;
     if (quant) quantize(r, g, dy, rows, out, 224);
     linear_backward(dx, l->w->dw, l->b->dw, g, x, l->w->compute, rows, out, in, add);
@@ -940,36 +943,31 @@ static void sinusoids(float *out, double position, int half) {
     }
 }
 
-// t[B] = 1000σ -> sinusoids -> e[B, dim] -> e0[B, 6, dim], the shifts, scales and gates of all blocks.
+// t[B] = 1000σ -> sinusoids -> e[B, dim] -> e0[B, 6, dim], the shifts, scales and gates of all blocks: in
+// float32, as Wan has it, because what is lost here reaches every row.
 static void time_forward(Run *r, const double *t) {
     const Model *m = r->m;
     size_t B = r->B, D = m->c.dim, freq = m->c.freq_dim;
     float *host = floats(B * freq);
     for (size_t b = 0; b < B; b++) sinusoids(host + b * freq, t[b], m->c.freq_dim / 2);
-    upload(r->small, host, B * freq * sizeof(float));
-    to_act(r->sin, r->small, B * freq);
+    upload(r->sin, host, B * freq * sizeof(float));
     free(host);
-    linear(r->t1, plain(r->sin), &m->time0, B);
+    linear((act *)r->t1, exact(r->sin), &m->time0, B);
     silu_forward(r->t1s, r->t1, B * D);
-    linear(r->e_act, plain(r->t1s), &m->time2, B);
-    silu_forward(r->es, r->e_act, B * D);
-    linear(r->e0_act, plain(r->es), &m->time_proj, B);
-    to_float(r->e, r->e_act, B * D);
-    to_float(r->e0, r->e0_act, B * 6 * D);
+    linear((act *)r->e, exact(r->t1s), &m->time2, B);
+    silu_forward(r->es, r->e, B * D);
+    linear((act *)r->e0, exact(r->es), &m->time_proj, B);
 }
 
 static void time_backward(Run *r) {
     const Model *m = r->m;
     size_t B = r->B, D = m->c.dim;
-    to_act(r->d1, r->de0, B * 6 * D);
-    linear_back(r, r->dout, r->d1, plain(r->es), &m->time_proj, B, false);
-    silu_backward(r->dout, r->dout, r->e_act, B * D);
-    to_float(r->small, r->dout, B * D);
-    lincomb(r->small, 1, r->small, 1, r->de_e, B * D);  // e also reaches the head's modulation
-    to_act(r->dout, r->small, B * D);
-    linear_back(r, r->d1, r->dout, plain(r->t1s), &m->time2, B, false);
-    silu_backward(r->d1, r->d1, r->t1, B * D);
-    linear_back(r, NULL, r->d1, plain(r->sin), &m->time0, B, false);
+    linear_back(r, (act *)r->dt, (act *)r->de0, exact(r->es), &m->time_proj, B, false);
+    silu_backward(r->dt, r->dt, r->e, B * D);
+    lincomb(r->de_e, 1, r->de_e, 1, r->dt, B * D);  // e also reaches the head's modulation
+    linear_back(r, (act *)r->dt, (act *)r->de_e, exact(r->t1s), &m->time2, B, false);
+    silu_backward(r->dt, r->dt, r->t1, B * D);
+    linear_back(r, NULL, (act *)r->dt, exact(r->sin), &m->time0, B, false);
 }
 
 // r->text[B·text_len, text_dim] -> context[B·text_len, dim]. Padding rows are zeros, and are attended.
@@ -1717,12 +1715,12 @@ static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n) {
     }
 }
 
-static void silu_forward(act *y, const act *x, size_t n) {
+static void silu_forward(float *y, const float *x, size_t n) {
     #pragma omp parallel for simd if (n > PARALLEL)
     for (size_t i = 0; i < n; i++) y[i] = x[i] / (1.0f + expf(-x[i]));       // few values, exact
 }
 
-static void silu_backward(act *dx, const act *dy, const act *x, size_t n) {
+static void silu_backward(float *dx, const float *dy, const float *x, size_t n) {
     #pragma omp parallel for simd if (n > PARALLEL)
     for (size_t i = 0; i < n; i++) {
         float e = exp2_fast(-1.44269504f * x[i]), s = 1.0f / (1.0f + e);
@@ -2311,7 +2309,7 @@ static void model_allocate(Model *m, bool training) {
             p->compute.code = (uint8_t *)device_alloc(p->count);
             p->compute.unit = device_floats(1);
             if (training) p->compute.turned = (uint8_t *)device_alloc(p->count);
-        } else p->compute = plain(copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w);
+        } else p->compute = copied ? plain((act *)device_alloc(p->count * act_size())) : exact(p->w);
     }
 }
 
@@ -2520,18 +2518,14 @@ static void block_buffers(Arena *a, Run *r, int i, size_t most) {
 
 static void run_buffers(Arena *a, Run *r, size_t most) {
     const Config *c = &r->m->c;
-    size_t B = r->B, D = c->dim, R = r->ranks->size, rows = B * most, text = B * c->text_len,
-           freq = c->freq_dim;
+    size_t B = r->B, D = c->dim, R = r->ranks->size, rows = B * most, text = B * c->text_len;
     size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_size(), row = D * act_size(), F = sizeof(float);
     size_t share = R > 1 ? larger(rows * D, B * r->N * D / R) : rows * D;
     for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, most);
-    take(a, B * freq * act_size(), &r->sin, NULL);
-    take(a, B * row, &r->t1, &r->t1s, &r->e_act, &r->es, NULL);
-    take(a, B * 6 * row, &r->e0_act, NULL);
-    take(a, B * D * F, &r->e, NULL);
+    take(a, B * c->freq_dim * F, &r->sin, NULL);
+    take(a, B * D * F, &r->t1, &r->t1s, &r->e, &r->es, NULL);
     take(a, B * 6 * D * F, &r->e0, NULL);
     take(a, B * 2 * D * F, &r->head_e, NULL);
-    take(a, B * larger(D, freq) * F, &r->small, NULL);
     take(a, text * c->text_dim * act_size(), &r->text, NULL);
     take(a, text * row, &r->text_h, &r->context, NULL);
     r->context_q = plain(r->context);
@@ -2550,11 +2544,11 @@ static void run_buffers(Arena *a, Run *r, size_t most) {
         take(a, B * r->N * patch, &r->y_all, NULL);
     }
     if (!r->training) return;
-    size_t largest = larger(share, larger(larger(rows, text), 6 * B) * D) * act_size();   // d1 holds de0, too
+    size_t largest = larger(share, larger(rows, text) * D) * act_size();
     take(a, text * row, &r->text_pre, &r->dcontext, NULL);
     take(a, rows * D * F, &r->dx, NULL);
     take(a, B * 6 * D * F, &r->de, &r->de0, NULL);
-    take(a, B * D * F, &r->de_e, NULL);
+    take(a, B * D * F, &r->de_e, &r->dt, NULL);
     take(a, B * 2 * D * F, &r->dhead_e, NULL);
     take(a, largest, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
     take(a, rows * c->ffn_dim * act_size(), &r->dff, NULL);
@@ -3517,7 +3511,7 @@ static char *shape_text(char text[200], int rank, const size_t *shape) {        
     return strcpy(end, "]"), text;
 }
 
-// dtype f32, bf16 or hif8. Vectors and tables are small and matter: they stay F32.
+// dtype f32, bf16 or hif8. Vectors, tables and the timestep's matrices are small and matter: they stay F32.
 static enum Dtype stored_as(const Param *p, const char *dtype) {
     if (!strcmp(dtype, "hif8") && p->block_matrix) return U8;
     return strcmp(dtype, "f32") && p->product ? BF16 : F32;

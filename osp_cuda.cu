@@ -477,12 +477,12 @@ static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n) {
     BY_TYPE(LAUNCH8((map_backward_kernel<A, gelu_slope>), n, (A *)dx, (const A *)dy, (const A *)pre));
 }
 
-static void silu_forward(act *y, const act *x, size_t n) {
-    BY_TYPE(LAUNCH8((map_kernel<A, A, silu>), n, (A *)y, (const A *)x));
+static void silu_forward(float *y, const float *x, size_t n) {
+    LAUNCH8((map_kernel<float, float, silu>), n, y, x);
 }
 
-static void silu_backward(act *dx, const act *dy, const act *x, size_t n) {
-    BY_TYPE(LAUNCH8((map_backward_kernel<A, silu_slope>), n, (A *)dx, (const A *)dy, (const A *)x));
+static void silu_backward(float *dx, const float *dy, const float *x, size_t n) {
+    LAUNCH8((map_backward_kernel<float, silu_slope>), n, dx, dy, x);
 }
 
 // ==========================================================================================================
@@ -508,11 +508,15 @@ static void plan_set(Plan *p, cublasLtMatmulDescAttributes_t attribute, const vo
     blas_check(cublasLtMatmulDescSetAttribute(p->op, attribute, value, bytes));
 }
 
-// A matrix as cuBLASLt is to read it: act, or 8-bit codes, each worth *unit.
-typedef struct { const void *p; bool transposed; const float *unit; } Operand;
-static Operand numbers_of(Factor f, bool transposed) { Operand o = {f.x, transposed, NULL}; return o; }
+// A matrix as cuBLASLt is to read it: act, float, or 8-bit codes, each worth *unit.
+typedef struct { const void *p; bool transposed; cudaDataType_t type; const float *unit; } Operand;
+static cudaDataType_t type_of(const Factor &f) { return f.exact ? CUDA_R_32F : act_type(); }
+static Operand numbers_of(const Factor &f, bool transposed) {
+    Operand o = {f.x, transposed, type_of(f), NULL};
+    return o;
+}
 static Operand codes_of(const uint8_t *code, const Factor &f, bool transposed) {
-    Operand o = {code, transposed, f.unit};
+    Operand o = {code, transposed, CUDA_R_8F_E4M3, f.unit};
     return o;
 }
 
@@ -523,14 +527,13 @@ static void plan_describe(Plan *p, const PlanKey *k, bool bias, bool aux) {
     cudaDataType_t in = (cudaDataType_t)k->in, out = (cudaDataType_t)k->out;
     cublasOperation_t ta = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t tb = k->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cudaDataType_t bias_type = act_type();
     int64_t aux_row = (int64_t)k->m;
     blas_check(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     plan_set(p, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof(ta));
     plan_set(p, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof(tb));
     plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, &k->epilogue, sizeof(k->epilogue));
     if (aux) plan_set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_row, sizeof(aux_row));
-    if (bias) plan_set(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof(bias_type));
+    if (bias) plan_set(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &out, sizeof(out));
     size_t a_rows = k->transpose_a ? k->k : k->m, a_cols = k->transpose_a ? k->m : k->k;
     size_t b_rows = k->transpose_b ? k->n : k->k, b_cols = k->transpose_b ? k->k : k->n;
     blas_check(cublasLtMatrixLayoutCreate(&p->a, in, a_rows, a_cols, (int64_t)a_rows));
@@ -579,8 +582,8 @@ static void plan_make(Plan *p, const PlanKey *k, bool aux) {
 static bool matmul(void *d, cudaDataType_t out, Operand a, Operand b, size_t m, size_t n, size_t k,
                    float beta, int epilogue = CUBLASLT_EPILOGUE_DEFAULT, const void *bias = NULL,
                    void *aux = NULL) {
-    const PlanKey key = {m, n, k, a.unit ? CUDA_R_8F_E4M3 : act_type(), out, a.transposed, b.transposed,
-                         epilogue, alignment(a.p), alignment(b.p), alignment(d)};
+    const PlanKey key = {m, n, k, a.type, out, a.transposed, b.transposed, epilogue, alignment(a.p),
+                         alignment(b.p), alignment(d)};
     Plan *p = NULL;
     for (int i = 0; i < PLANS && gpu.plan[i].used && !p; i++)
         if (!memcmp(&gpu.plan[i].key, &key, sizeof(key))) p = &gpu.plan[i];
@@ -610,7 +613,7 @@ static bool product(act *y, Factor x, Factor w, size_t rows, int out, int in, in
     bool codes = x.code && w.code;
     Operand a = codes ? codes_of(w.code, w, true) : numbers_of(w, true);
     Operand b = codes ? codes_of(x.code, x, false) : numbers_of(x, false);
-    return matmul(y, act_type(), a, b, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, aux);
+    return matmul(y, type_of(x), a, b, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, aux);
 }
 
 // cuBLASLt's epilogue wants the bias in the type of y.
@@ -623,7 +626,7 @@ static const void *bias_as_act(const float *b, int out) {
 
 static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
     if (!rows) return;
-    const void *bias = bias_as_act(b, out);
+    const void *bias = x.exact ? b : bias_as_act(b, out);
     if (!product(y, x, w, rows, out, in, b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias))
         die("cuBLASLt has no algorithm for y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
 }
@@ -692,7 +695,7 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
     if (dx) {
         Operand a = codes ? codes_of(w.turned, w, true) : numbers_of(w, false);
         Operand b = codes ? codes_of(dy.code, dy, false) : numbers_of(dy, false);
-        ok &= matmul(dx, act_type(), a, b, i, rows, o, accumulate ? 1.0f : 0.0f);
+        ok &= matmul(dx, type_of(dy), a, b, i, rows, o, accumulate ? 1.0f : 0.0f);
     }
     if (dw) {
         Operand a = codes ? codes_of(x.turned, x, true) : numbers_of(x, false);
@@ -701,6 +704,7 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
     }
     if (!ok) die("cuBLASLt has no algorithm for the gradient of y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
     if (db && codes) LAUNCH(code_sum_kernel, out, 512, db, dy.turned, dy.unit, padded);
+    else if (db && dy.exact) fold(shared(db), NONE, (const float *)dy.x, (int)rows, 1, out, 1);
     else if (db) column_sum(db, dy.x, rows, out);
 }
 
@@ -1655,6 +1659,7 @@ template <int HD> INLINE uint32_t chunk_at(int r, int c) {
 
 // Start the copy of ROWS rows by 128 threads, 2048 bytes at a time; rows from `valid` on become 0.
 template <int HD, int ROWS> INLINE void copy_rows(uint32_t to, const bf16 *x, size_t stride, int valid) {
+    static_assert(ROWS * HD % 1024 == 0, "128 threads copy 2048 bytes at a time");
     int r = threadIdx.x / (HD / 8), c = threadIdx.x % (HD / 8);
     to += chunk_at<HD>(r, c);                // the same every 2048 bytes: there the swizzle begins anew
     x += 8 * c;
@@ -1791,13 +1796,13 @@ static __global__ void __launch_bounds__(128, 2) attention_mma(const Forward<bf1
 // columns at a time in 2 stages. P and dS go from accumulators to operands in registers; nothing returns to
 // shared memory. M and BN are what the registers hold: sums (two for keys), scores and dP.
 template <int HD, bool KEYS> struct BackwardShape {
-    enum { M = KEYS && HD == 128 ? 1 : 2, ROWS = 64 * M, BN = HD == 128 || (KEYS && HD == 64) ? 32 : 64,
+    enum { M = KEYS && HD == 128 ? 1 : 2, ROWS = 64 * M, BN = HD == 16 ? 64 : 32,
            A_BYTES = ROWS * HD * 2, B_BYTES = BN * HD * 2,
            SHARED = 2 * A_BYTES + 4 * B_BYTES + 4 * BN * 4 };   // rows; 2 stages of columns, lse and delta
 };
 
 template <int HD, bool KEYS>
-static __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Backward<bf16> b) {
+static __global__ void __launch_bounds__(128, HD > 32 ? 2 : 3) attention_backward_mma(const Backward<bf16> b) {
     extern __shared__ __align__(128) char raw[];
     typedef BackwardShape<HD, KEYS> Shape;
     enum { M = Shape::M, BN = Shape::BN, A_BYTES = Shape::A_BYTES, B_BYTES = Shape::B_BYTES };
@@ -1846,11 +1851,13 @@ static __global__ void __launch_bounds__(128, 2) attention_backward_mma(const Ba
         products_rows<HD, M, BN>(s, a1, row, b1 + stage);
         products_rows<HD, M, BN>(dp, a2, row, b2 + stage);
         int left = t.columns - j * BN - 2 * (lane % 4), mine = j % 2 * BN + 2 * (lane % 4);
+        if (!KEYS && left < BN)                                         // the last block: it may be partial
+            UNROLL for (int i = 0; i < M * BN / 2; i++)
+                if (i % (BN / 2) / 4 * 8 + i % 2 >= left) s[i / (BN / 2)][i % (BN / 2)] = -INFINITY;
         UNROLL for (int i = 0; i < M; i++)
             UNROLL for (int e = 0; e < BN / 2; e++) {
                 int column = e / 4 * 8 + e % 2, r = e / 2 % 2;
                 float p = ex2(s[i][e] * c - (KEYS ? column_lse[mine + column] : row_lse[i][r]));
-                if (!KEYS && column >= left) p = 0;
                 s[i][e] = p;
                 dp[i][e] = p * (dp[i][e] - (KEYS ? column_delta[mine + column] : row_delta[i][r]));
             }

@@ -255,13 +255,17 @@ static void check_linear(int R, int O, int I) {
     Factor xs = plain(x.a), ws = plain(w.a), dys = plain(dy.a);
     float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O), one = 1;
     act *y = spoiled_act(n), *z = spoiled_act(n), *dx = spoiled_act(nx), *more = up_act(plus, nx);
-    act *g = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n), *s = spoiled_act(n);
-    act *dg = up_act(dy.h, n), *ds = up_act(dy.h, n);
+    act *g = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n), *dg = up_act(dy.h, n);
+    float *ye = spoiled(n), *dxe = spoiled(nx), *dwe = up(plus, nw), *dbe = up(plus, O);
+    float *s = spoiled(n), *ds = up(dy.h, n);
     linear_forward(y, xs, ws, b.f, R, O, I), linear_forward(z, xs, ws, NULL, R, O, I);
     linear_backward(dx, dw, db, dys, xs, ws, R, O, I, false);
     linear_backward(more, NULL, NULL, dys, xs, ws, R, O, I, true);
     linear_gelu_forward(g, pre, xs, ws, b.f, R, O, I), linear_gelu_forward(bare, NULL, xs, ws, b.f, R, O, I);
-    gelu_backward(dg, dg, pre, n), silu_forward(s, pre, n), silu_backward(ds, ds, pre, n);
+    gelu_backward(dg, dg, pre, n);
+    linear_forward((act *)ye, exact(x.f), exact(w.f), b.f, R, O, I);
+    linear_backward((act *)dxe, dwe, dbe, exact(dy.f), exact(x.f), exact(w.f), R, O, I, false);
+    silu_forward(s, ye, n), silu_backward(ds, ds, ye, n);
     float *u = product(repeated(b.h, O, R), R, O, I, x.h, I, 1, w.h, I, 1);
     near_act("y", y, u, n), near_act("pre", pre, u, n);
     near_act("y without bias", z, product(NULL, R, O, I, x.h, I, 1, w.h, I, 1), n);
@@ -272,8 +276,11 @@ static void check_linear(int R, int O, int I) {
     near_act("gelu", g, mapped(gelu, u, NULL, n), n);
     near_act("gelu, pre NULL", bare, mapped(gelu, u, NULL, n), n);
     near_act("gelu backward", dg, mapped(gelu, u, dy.h, n), n);
-    near_act("silu", s, mapped(silu, u, NULL, n), n);
-    near_act("silu backward", ds, mapped(silu, u, dy.h, n), n);
+    near("exact y", ye, u, n), near("exact db", dbe, product(plus, O, 1, R, dy.h, 1, O, &one, 0, 0), O);
+    near("exact dx", dxe, product(NULL, R, I, O, dy.h, O, 1, w.h, 1, I), nx);
+    near("exact dw", dwe, product(plus, O, I, R, dy.h, 1, O, x.h, 1, I), nw);
+    near("silu", s, mapped(silu, u, NULL, n), n);
+    near("silu backward", ds, mapped(silu, u, dy.h, n), n);
     worst_row(2e-6, fmt("linear %dx%dx%d, GELU, SiLU,", R, O, I));
 }
 
@@ -546,7 +553,7 @@ static float *down_factor(Factor f, size_t n) {
 static Factor coded_factor(float **value, const act *x, int rows, int columns, float s) {
     size_t n = (size_t)rows * columns;
     Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)),
-                spoiled(1)};
+                spoiled(1), false};
     float *m = spoiled(1);
     absmax(m, x, n);
     hif8_tensor(f, x, rows, columns, s, m);
@@ -814,7 +821,7 @@ static float *stream_get(Run *r, int i) {
 }
 
 static void check_activations_of(Run *r, double limit) {
-    note_act("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
+    note_float("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
     note_float("act.e", r->e), note_float("act.e0", r->e0);
     worst_row(1e-5, "act.sin, e, e0, context, patch,");
     for (int i = 0; i < r->m->c.num_layers && limit <= 1e-5; i++)
@@ -2191,7 +2198,7 @@ static void bench_hif8(void) {
     bool codes = codes_multiply(5120, 5120);
     double best[3] = {1e30, 1e30, 1e30}, gigabytes = (double)(n * act_size()) / 1e9;
     act *x = up_act(noise(1, n, 1), n), *y = spoiled_act(n);
-    Factor q = {y, codes ? (uint8_t *)y : NULL, NULL, spoiled(1)};
+    Factor q = {y, codes ? (uint8_t *)y : NULL, NULL, spoiled(1), false};
     float *m = spoiled(1);
     for (int i = 0; i < 20; i++) {
         double t[4] = {seconds()};
@@ -2966,7 +2973,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"text: dtext not from the loss", "dw, r->dtext", "dw, r->text"},
     {"text: no GELU in backward", "r->text_pre, rows", "r->text_pre, 0 * rows"},
     {"patches: pw for ph", "2 * h + patch / 2", "2 * h + patch % 2"},
-    {"time backward: nothing from the head", "r->small, 1, r->de_e", "r->small, 0, r->de_e"},
+    {"time backward: nothing from the head", "r->de_e, 1, r->de_e, 1, r->dt", "r->de_e, 0, r->de_e, 1, r->dt"},
     {"sampling: steps the wrong way", "(float)(sigma[i + 1] - sigma[i])", "(float)(sigma[i] - sigma[i + 1])"},
     {"guidance: both sides exchanged", "(float)(1 - g), v, (float)g", "(float)g, v, (float)(1 - g)"},
     {"training: the target's sign", "target[i] = noise - x0", "target[i] = x0 - noise"},
