@@ -360,13 +360,13 @@ static void   to_float(float *y, const act *x, size_t n);          // y = x
 
 // ---- matrix products: y[rows, out] = x[rows, in] · w[out, in]^T + b[out] ---------------------------------
 // b may be NULL.
-static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in);
+static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in);
 // dx[rows, in] (=, or += where accumulate) dy[rows, out] · w;  dw[out, in] += dy^T · x;  db[out] += Σ_rows
 // dy. Each of dx, dw, db may be NULL. dx, dy, x do not overlap.
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
                             int out, int in, bool accumulate);
 // y = gelu(pre), pre = x·w^T + b (NULL: not kept); gelu(u) = u/2·(1 + tanh(√(2/π)·(u + 0.044715·u³))).
-static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
+static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const act *b, size_t rows, int out,
                                 int in);
 static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n);  // dx may be dy
 static void silu_forward(float *y, const float *x, size_t n);                   // y = x·sigmoid(x)
@@ -468,14 +468,15 @@ typedef struct {
 
 // One tensor of weights. w is the master copy; `compute` is what products read: w as act, with a LoRA merged,
 // rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. For codes
-// compute.x is only room to make them, the same for all matrices.
+// compute.x is only room to make them.
 typedef struct {
     char name[64];
     int rank;
     size_t shape[5], count, offset;          // offset: floats into the arenas
     float *w, *dw;                           // w NULL: only `compute` is kept (sampling with copies)
     Factor compute;
-    bool product;                    // a matrix of products of acts; not a vector, a table, the timestep's
+    bool product;                            // a matrix that products read, not a vector or a table
+    bool exact;                              // the timestep's: float in all products
     bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
 } Param;
@@ -493,6 +494,7 @@ typedef struct {
     Param *param;  // all tensors in file order ...
     int params;
     float *w, *dw;  // ... and, in training, their two arenas of `count` floats
+    act *copy;      // w as act, where products read a copy
     size_t count;
     bool training;
     float *amax;                             // room for one maximum
@@ -542,8 +544,8 @@ static void param_add(Model *m, const ParamRow *row, void *owner, int block) {
     p->count = 1;
     for (int i = 0; i < 5 && row->shape[i]; i++)
         p->count *= p->shape[p->rank++] = config_size(&m->c, row->shape[i]);
-    bool table = row->shape[0] == 1 || row->shape[0] == VOCABULARY;  // modulations begin with 1
-    p->product = p->rank > 1 && !table && strncmp(row->name, "time_", 5);
+    p->product = p->rank > 1 && row->shape[0] != 1 && row->shape[0] != VOCABULARY; // modulations begin with 1
+    p->exact = !strncmp(row->name, "time_", 5);
     p->block_matrix = block >= 0 && p->product;
     *(Param **)(void *)((char *)owner + row->field) = p;
     p->offset = m->count;
@@ -570,19 +572,18 @@ static bool coded(const Model *m) { return m->c.quant && codes_multiply(m->c.dim
 
 static void lora_merge(Model *m, Param *p);  // in Mix-GRPO
 
-// Master weight w[count] -> p->compute: cast, LoRA merged, rounded to HiF8.
-static void param_prepare(Model *m, Param *p, const float *w) {
-    if (!p->product || !needs_work(m)) return;
-    to_act(p->compute.x, w, p->count);
+// p->compute.x holds the master weight as act: what is left to do. LoRA merged, rounded to HiF8.
+static void param_finish(Model *m, Param *p) {
     if (m->lora) lora_merge(m, p);
     if (!m->c.quant || !p->block_matrix || (p->codes && !m->lora && !p->compute.code)) return;
     absmax(m->amax, p->compute.x, p->count);
     hif8_tensor(p->compute, p->compute.x, p->shape[0], (int)p->shape[1], 15, m->amax);
 }
 
-// After every change of the weights.
+// In training, after every change of the weights.
 static void weights_prepare(Model *m) {
-    for (int i = 0; i < m->params; i++) param_prepare(m, &m->param[i], m->param[i].w);
+    if (m->copy) to_act(m->copy, m->w, m->count);
+    for (int i = 0; i < m->params && m->copy; i++) param_finish(m, &m->param[i]);
 }
 // ==========================================================================================================
 // Ranks: one sample on many processes (spec §5)
@@ -722,7 +723,8 @@ static void block_forward(Run *r, int i) {
     residual_norm_forward(s->x2, s->h3.x, s->stat3, amax, s->x1, s->cross.y, NONE, modulated(s->e, 3, 6, D),
                           rows, c->eps);
     if (c->quant) quantize_measured(r, s->h3, s->h3.x, count, D, 15);
-    linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, count, c->ffn_dim, D);
+    linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->compute.x, count, c->ffn_dim,
+                        D);
     if (c->quant) quantize(r, s->f, s->f.x, count, c->ffn_dim, 15);
     linear(s->y, s->f, &w->ffn2, count);
 
@@ -796,7 +798,7 @@ static void quantize(Run *r, Factor y, const act *x, size_t rows, int columns, f
 // y[rows, out] = x[rows, in]·Wᵀ + b, where x and W are rounded already.
 static void linear(act *y, Factor x, const Linear *l, size_t rows) {
     size_t out = l->w->shape[0];
-    linear_forward(y, x, l->w->compute, l->b->w, rows, (int)out, (int)(l->w->count / out));
+    linear_forward(y, x, l->w->compute, l->b->compute.x, rows, (int)out, (int)(l->w->count / out));
 }
 
 // dx[rows, in], dW and db from dy[rows, out], which a quantized layer may overwrite with Q(dy; 224).
@@ -976,7 +978,7 @@ static void text_forward(Run *r) {
     size_t rows = (size_t)r->B * m->c.text_len;
     if (m->c.vocab)
         embed_forward(r->text, m->words->w, r->word_pos, r->ids, rows, m->c.text_len, m->c.text_dim);
-    linear_gelu_forward(r->text_h, r->text_pre, plain(r->text), m->text0.w->compute, m->text0.b->w, rows,
+    linear_gelu_forward(r->text_h, r->text_pre, plain(r->text), m->text0.w->compute, m->text0.b->compute.x, rows,
                         m->c.dim, m->c.text_dim);
     linear(r->context, plain(r->text_h), &m->text2, rows);
     if (m->c.quant) quantize(r, r->context_q, r->context, rows, m->c.dim, 15);
@@ -1665,7 +1667,7 @@ static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CH
 
 // With few rows (the timestep's) the bias comes after the sum, which rounds less: e0 may nearly cancel
 // `modulation`.
-static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
+static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in) {
     bool after = b && rows < 64;
     size_t O = out, I = in;
     View xs = {x.x, I, 1}, w_transposed = {w.x, 1, I};
@@ -1695,7 +1697,7 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
 
 // gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): no cancellation
 // anywhere.
-static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
+static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const act *b, size_t rows, int out,
                                 int in) {
     const float *u = pre ? pre : y;
     size_t n = rows * out;
@@ -2270,46 +2272,42 @@ static void config_check(const Config *c, const char *where) {
         die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
 
-// Is this matrix kept as codes? All of them are made in one room, for as many numbers as the largest has.
+// Is this matrix kept as codes? Does training make them from m->copy, sampling in one room, for all the same?
 static bool is_codes(const Model *m, const Param *p) { return p->block_matrix && coded(m); }
-static size_t room_for_codes(const Model *m) {
-    size_t most = 0;
-    for (const Param *p = m->param; p < m->param + m->params; p++)
-        if (is_codes(m, p)) most = larger(most, p->count);
-    return most;
+static size_t room_for_codes(const Model *m, bool training) {
+    return coded(m) && !training ? (size_t)m->c.dim * larger(m->c.dim, m->c.ffn_dim) : 0;
 }
 
-// Bytes of weights on the device. Only training keeps masters (and gradients) of matrices that have a working
-// copy.
+// Of a parameter: does it have a copy as act; and in sampling, which needs no masters of matrices, one as float?
+static bool copied(const Model *m, const Param *p) { return needs_work(m) && !p->exact; }
+static bool mastered(const Model *m, const Param *p) { return !copied(m, p) || !p->product; }
+
+// Bytes of weights on the device.
 static size_t model_bytes(const Model *m, bool training) {
-    size_t bytes = training ? 2 * m->count * sizeof(float) : 0;
+    size_t F = sizeof(float), A = act_size(), bytes = room_for_codes(m, training) * A;
+    if (training) bytes = m->count * (2 * F + (needs_work(m) ? A : 0));
     for (const Param *p = m->param; p < m->param + m->params; p++) {
         if (is_codes(m, p)) bytes += p->count * (training ? 2 : 1);
-        else if (p->product && needs_work(m)) bytes += p->count * act_size();
-        else if (!training) bytes += p->count * sizeof(float);
+        else if (!training) bytes += p->count * ((copied(m, p) ? A : 0) + (mastered(m, p) ? F : 0));
     }
-    return bytes + room_for_codes(m) * act_size();
+    return bytes;
 }
 
 static void model_allocate(Model *m, bool training) {
+    act *room = (act *)device_alloc(room_for_codes(m, training) * act_size());
     m->training = training;
     m->amax = device_floats(1);
-    act *room = coded(m) ? (act *)device_alloc(room_for_codes(m) * act_size()) : NULL;
-    if (training) {
-        m->w = device_floats(m->count);
-        m->dw = device_floats(m->count);
-    }
-    for (int i = 0; i < m->params; i++) {
-        Param *p = &m->param[i];
-        bool copied = p->product && needs_work(m);
+    if (training) m->w = device_floats(m->count), m->dw = device_floats(m->count);
+    if (training && needs_work(m)) m->copy = (act *)device_alloc(m->count * act_size());
+    for (Param *p = m->param; p < m->param + m->params; p++) {
+        bool codes = is_codes(m, p);
         if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
-        else if (!copied) p->w = device_floats(p->count);
-        if (is_codes(m, p)) {
-            p->compute = plain(room);
-            p->compute.code = (uint8_t *)device_alloc(p->count);
-            p->compute.unit = device_floats(1);
-            if (training) p->compute.turned = (uint8_t *)device_alloc(p->count);
-        } else p->compute = copied ? plain((act *)device_alloc(p->count * act_size())) : exact(p->w);
+        else if (mastered(m, p)) p->w = device_floats(p->count);
+        p->compute = copied(m, p) ? plain(room) : exact(p->w);
+        if (training && copied(m, p)) p->compute.x = (act *)((char *)m->copy + p->offset * act_size());
+        else if (copied(m, p) && !codes) p->compute.x = (act *)device_alloc(p->count * act_size());
+        if (codes) p->compute.code = (uint8_t *)device_alloc(p->count), p->compute.unit = device_floats(1);
+        if (codes && training) p->compute.turned = (uint8_t *)device_alloc(p->count);
     }
 }
 
@@ -2317,7 +2315,7 @@ static void model_allocate(Model *m, bool training) {
 static void param_set(Model *m, Param *p, const float *host) {
     float *w = p->w ? p->w : device_floats(p->count);
     upload(w, host, p->count * sizeof(float));
-    param_prepare(m, p, w);
+    if (p->compute.x && !p->compute.exact) to_act(p->compute.x, w, p->count), param_finish(m, p);
     if (!p->w) device_free(w);
 }
 
@@ -3511,7 +3509,7 @@ static char *shape_text(char text[200], int rank, const size_t *shape) {        
     return strcpy(end, "]"), text;
 }
 
-// dtype f32, bf16 or hif8. Vectors, tables and the timestep's matrices are small and matter: they stay F32.
+// dtype f32, bf16 or hif8. Vectors and tables are small and matter: they stay F32.
 static enum Dtype stored_as(const Param *p, const char *dtype) {
     if (!strcmp(dtype, "hif8") && p->block_matrix) return U8;
     return strcmp(dtype, "f32") && p->product ? BF16 : F32;

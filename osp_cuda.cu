@@ -53,7 +53,7 @@ static struct {
     void *workspace;                         // cuBLASLt's
     Plan plan[PLANS];
     int plans;
-    char *scratch;                           // partial sums, biases as act; grows, never shrinks
+    char *scratch;                           // partial sums; grows, never shrinks
     size_t scratch_bytes;
     double *sums, *sums_host;                // [SUM_BLOCKS]
     struct { void *host; cudaEvent_t free; } stage[STAGES];    // pinned memory on the way to the card
@@ -608,7 +608,7 @@ static bool matmul(void *d, cudaDataType_t out, Operand a, Operand b, size_t m, 
 }
 
 // y = x·w^T as cuBLASLt's y^T = w·x^T, of codes where both have them.
-static bool product(act *y, Factor x, Factor w, size_t rows, int out, int in, int epilogue, const void *bias,
+static bool product(act *y, Factor x, Factor w, size_t rows, int out, int in, int epilogue, const act *bias,
                     void *aux = NULL) {
     bool codes = x.code && w.code;
     Operand a = codes ? codes_of(w.code, w, true) : numbers_of(w, true);
@@ -616,29 +616,19 @@ static bool product(act *y, Factor x, Factor w, size_t rows, int out, int in, in
     return matmul(y, type_of(x), a, b, (size_t)out, rows, (size_t)in, 0.0f, epilogue, bias, aux);
 }
 
-// cuBLASLt's epilogue wants the bias in the type of y.
-static const void *bias_as_act(const float *b, int out) {
-    if (!b || !gpu.half) return b;
-    act *copy = (act *)scratch((size_t)out * act_size());
-    to_act(copy, b, (size_t)out);
-    return copy;
-}
-
-static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
-    if (!rows) return;
-    const void *bias = x.exact ? b : bias_as_act(b, out);
-    if (!product(y, x, w, rows, out, in, b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, bias))
+static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in) {
+    cublasLtEpilogue_t epilogue = b ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    if (rows && !product(y, x, w, rows, out, in, epilogue, b))
         die("cuBLASLt has no algorithm for y[%zu, %d] = x[.., %d]·w^T", rows, out, in);
 }
 
 // float: the product's bias epilogue, then a pass of our own gelu. bfloat16: gelu in the epilogue too, on
 // numbers still in float32 (it is the tanh form); AUX keeps those before it, in rows of whole 16 bytes.
-static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
+static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const act *b, size_t rows, int out,
                                 int in) {
     if (!rows) return;
-    const void *bias = bias_as_act(b, out);
     int epilogue = pre ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_BIAS;
-    if (gpu.half && b && aligned(8, (size_t)out, pre) && product(y, x, w, rows, out, in, epilogue, bias, pre))
+    if (gpu.half && b && aligned(8, (size_t)out, pre) && product(y, x, w, rows, out, in, epilogue, b, pre))
         return;
     act *u = pre ? pre : y;
     linear_forward(u, x, w, b, rows, out, in);

@@ -258,12 +258,12 @@ static void check_linear(int R, int O, int I) {
     act *g = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n), *dg = up_act(dy.h, n);
     float *ye = spoiled(n), *dxe = spoiled(nx), *dwe = up(plus, nw), *dbe = up(plus, O);
     float *s = spoiled(n), *ds = up(dy.h, n);
-    linear_forward(y, xs, ws, b.f, R, O, I), linear_forward(z, xs, ws, NULL, R, O, I);
+    linear_forward(y, xs, ws, b.a, R, O, I), linear_forward(z, xs, ws, NULL, R, O, I);
     linear_backward(dx, dw, db, dys, xs, ws, R, O, I, false);
     linear_backward(more, NULL, NULL, dys, xs, ws, R, O, I, true);
-    linear_gelu_forward(g, pre, xs, ws, b.f, R, O, I), linear_gelu_forward(bare, NULL, xs, ws, b.f, R, O, I);
+    linear_gelu_forward(g, pre, xs, ws, b.a, R, O, I), linear_gelu_forward(bare, NULL, xs, ws, b.a, R, O, I);
     gelu_backward(dg, dg, pre, n);
-    linear_forward((act *)ye, exact(x.f), exact(w.f), b.f, R, O, I);
+    linear_forward((act *)ye, exact(x.f), exact(w.f), (act *)b.f, R, O, I);
     linear_backward((act *)dxe, dwe, dbe, exact(dy.f), exact(x.f), exact(w.f), R, O, I, false);
     silu_forward(s, ye, n), silu_backward(ds, ds, ye, n);
     float *u = product(repeated(b.h, O, R), R, O, I, x.h, I, 1, w.h, I, 1);
@@ -602,11 +602,11 @@ static void check_code_linear(int R, int O, int I, double mean, float spike) {
     Given b = given(3, O, 1);
     float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O);
     act *y = spoiled_act(ny), *z = spoiled_act(ny), *dx = spoiled_act(nx), *more = up_act(plus, nx);
-    linear_forward(y, x, w, b.f, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
+    linear_forward(y, x, w, b.a, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
     linear_backward(dx, dw, db, dy, x, w, R, O, I, false);
     linear_backward(more, NULL, NULL, dy, x, w, R, O, I, true);
     act *g = spoiled_act(ny), *pre = spoiled_act(ny), *bare = spoiled_act(ny);
-    linear_gelu_forward(g, pre, x, w, b.f, R, O, I), linear_gelu_forward(bare, NULL, x, w, b.f, R, O, I);
+    linear_gelu_forward(g, pre, x, w, b.a, R, O, I), linear_gelu_forward(bare, NULL, x, w, b.a, R, O, I);
     float *bias = as_act(b.h, O), *dw_want = product(plus, O, I, R, dv, 1, O, xv, 1, I);
     float *u = product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1);
     near_act("y", y, u, ny);
@@ -903,7 +903,7 @@ static void check_units(void) {
     golden_quantized("attn", "dq_raw", "dq", 224), golden_quantized("attn", "dk_raw", "dk", 224);
     golden_quantized("attn", "dv_raw", "dv", 224);
     worst_row(0, "what Q makes of operands and gradients, bit for bit,");
-    linear_forward(y, plain(x), plain(w), up_golden("unit.linear.b"), ny / O, (int)O, (int)(nw / O));
+    linear_forward(y, plain(x), plain(w), up_act(golden("unit.linear.b"), O), ny / O, (int)O, (int)(nw / O));
     linear_backward(dx, dw, db, plain(dy), plain(x), plain(w), ny / O, (int)O, (int)(nw / O), false);
     attention_forward(o, lse, NULL, plain(q), plain(k), v, &s, heads, hd);
     attention_backward(dq, dk, dv, dout, q, k, v, o, lse, &s, heads, hd);
@@ -2005,7 +2005,7 @@ static void block_part(Run *r, int i, int part) {
     if (part == CROSS_ATTENTION)
         attention_forward(b->o, b->lse, amax, b->q, b->k, b->v, &r->cross[s->layout], heads, hd);
     if (part == FFN_UP)
-        linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->w, n, c->ffn_dim, D);
+        linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->compute.x, n, c->ffn_dim, D);
     if (part == FFN_DOWN) linear(s->y, s->f, &w->ffn2, n);
     if (part == REARRANGE) residual_gather_forward(next->x0, s->x2, s->y, gate2, map, n, rows);
     if (part == ROUNDING && c->quant) block_rounding(r, s, n);
