@@ -1499,9 +1499,8 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 // ==========================================================================================================
 // PART II, what it stands on. The operations on a CPU
 // ==========================================================================================================
-// float32 throughout. OpenMP splits rows, tiles or heads; a sum is cut only at places that do not depend on
-// the number of threads, so any number of them gives the same bytes. Matrix products and attention share one
-// inner kernel, `tile`; all else is plain loops that the compiler vectorises.
+// float32 throughout. OpenMP splits rows, tiles or heads, but never a sum: any number of threads gives the
+// same bytes. Products and attention share one inner kernel, `tile`; the rest are loops that vectorise.
 
 // A vector of LANES floats in one register, and the tile of a product that fits the register file.
 #if defined(__AVX512F__)
@@ -1513,19 +1512,15 @@ enum { LANES = 4, TILE_M = 6 };
 #endif
 enum {
     TILE_N = 2 * LANES,
-    TILE_K = 256,             // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
-    CHUNKS = 16,              // a sum over rows is cut in this many parts, whatever the number of threads
-    KEYS = 64,                // attention: keys taken at a time
-    QUERY_BLOCKS = 16,   // attention forward: blocks of TILE_N queries that one task carries through all keys
-    PARALLEL = 1 << 14        // less work than this is not worth waking threads
+    TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
+    TASK_M = 384,           // rows of a product that one task computes with each panel
+    CHUNKS = 16,            // a sum over rows is cut in this many parts, whatever the number of threads
+    KEYS = 64,              // attention: keys taken at a time
+    QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
+    PARALLEL = 1 << 14      // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
-#ifdef _OPENMP
-static int threads(void) { return omp_get_max_threads(); }
-#else
-static int threads(void) { return 1; }
-#endif
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -1533,8 +1528,7 @@ static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / 
 static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
 
 // 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
-// 2^-126 it gives 0, above 2^126 that; NaN stays NaN. The ends are cut with bit masks, not branches: loops
-// over it vectorise.
+// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
 static inline float exp2_fast(float x) {
     uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
     float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
@@ -1576,11 +1570,13 @@ static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 // ---- matrix products -------------------------------------------------------------------------------------
 // A matrix that may lie in memory either way: element [i, k] stands at p + i·row + k·col.
 typedef struct { const float *p; size_t row, col; } View;
+static View matrix(const float *p, size_t columns) { View v = {p, columns, 1}; return v; }
+static View turned(View v) { View w = {v.p, v.col, v.row}; return w; }
 static View at(View v, size_t i, size_t k) { View w = {v.p + i * v.row + k * v.col, v.row, v.col}; return w; }
 
-// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < rows, j < TILE_N, k < depth; start_row 0: one
-// row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in registers. More than
-// TILE_M rows are cut to TILE_M; fewer repeat the last one and are not stored.
+// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < min(rows, TILE_M), j < TILE_N, k < depth;
+// start_row 0: one row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in
+// registers. Where rows are fewer than TILE_M the last one is repeated, and not stored.
 static inline __attribute__((always_inline))
 void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, size_t rows, const float *b,
           size_t depth) {
@@ -1589,7 +1585,7 @@ void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, 
     for (size_t i = 0; i < TILE_M; i++) {
         size_t row = least(i, rows - 1);
         p[i] = a.p + row * a.row;
-        for (int half = 0; half < 2; half++) 
+        for (int half = 0; half < 2; half++)
             t[i][half] = start ? load(start + row * start_row + half * LANES) : none;
     }
     for (size_t k = 0, step = 0; k < depth; k++, step += a.col, b += TILE_N) {
@@ -1599,8 +1595,7 @@ void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, 
             t[i][1] += p[i][step] * b1;
         }
     }
-    for (size_t i = 0; i < TILE_M; i++) {
-        if (i >= rows) break;
+    for (size_t i = 0; i < TILE_M && i < rows; i++) {
         store(c + i * c_row, t[i][0]);
         store(c + i * c_row + LANES, t[i][1]);
     }
@@ -1618,38 +1613,30 @@ static void pack(float *panel, View b, size_t depth, size_t columns) {
                     panel[k * TILE_N + j] = b.p[k * b.row + j * b.col];
 }
 
-// Rows first..last-1 and the panel of columns from j on of matmul below, TILE_K steps of every sum at a time.
-static void matmul_panel(float *c, const float *bias, bool add, View a, View b, size_t N, size_t K,
-                         size_t first, size_t last, size_t j) {
-    float panel[TILE_K * TILE_N], head[TILE_N] = {0}, edge[TILE_M * TILE_N];
-    size_t columns = least(TILE_N, N - j);
-    if (bias) memcpy(head, bias + j, 4 * columns);
-    for (size_t k = 0; k < K; k += TILE_K) {
-        size_t depth = least(TILE_K, K - k);
-        pack(panel, at(b, k, j), depth, columns);
-        for (size_t i = first; i < last; i += TILE_M) {
-            size_t rows = least(TILE_M, last - i), row = add || k ? N : 0;
-            float *cij = c + i * N + j;
-            const float *start = row ? cij : head;
-            if (columns == TILE_N) { tile(cij, N, start, row, at(a, i, k), rows, panel, depth); continue; }
-            for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, start + r * row, 4 * columns);
-            tile(edge, TILE_N, edge, TILE_N, at(a, i, k), rows, panel, depth);
-            for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
-        }
-    }
-}
-
 // c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. Views make this
-// the forward product, dx and dw alike. How c is cut into tasks depends on the threads; the order of a sum
-// does not: k from 0 to K−1, partial sums stored in c every TILE_K terms.
+// the forward product, dx and dw alike. A sum runs over k from 0 to K−1, stored in c every TILE_K terms.
 static void matmul(float *c, const float *bias, bool add, View a, View b, size_t M, size_t N, size_t K) {
-    size_t wanted = 4 * threads(), panels = blocks_of(N, TILE_N);
-    size_t rows = blocks_of(blocks_of(M, blocks_of(wanted, panels)), TILE_M) * TILE_M;
-    size_t high = rows < 64 ? 64 : least(rows, 1024), tasks = panels * blocks_of(M, high);
+    size_t panels = blocks_of(N, TILE_N), tasks = panels * blocks_of(M, TASK_M);
     #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
     for (size_t task = 0; task < tasks; task++) {
-        size_t first = task / panels * high;
-        matmul_panel(c, bias, add, a, b, N, K, first, least(first + high, M), task % panels * TILE_N);
+        float panel[TILE_K * TILE_N], head[TILE_N] = {0}, edge[TILE_M * TILE_N];
+        size_t first = task / panels * TASK_M, last = least(first + TASK_M, M);
+        size_t j = task % panels * TILE_N, columns = least(TILE_N, N - j);
+        if (bias) memcpy(head, bias + j, 4 * columns);
+        for (size_t k = 0; k < K; k += TILE_K) {
+            size_t depth = least(TILE_K, K - k);
+            pack(panel, at(b, k, j), depth, columns);
+            for (size_t i = first; i < last; i += TILE_M) {
+                size_t rows = least(TILE_M, last - i), row = add || k ? N : 0;
+                float *cij = c + i * N + j;
+                const float *start = row ? cij : head;
+                View ai = at(a, i, k);
+                if (columns == TILE_N) { tile(cij, N, start, row, ai, rows, panel, depth); continue; }
+                for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, start + r * row, 4 * columns);
+                tile(edge, TILE_N, edge, TILE_N, ai, rows, panel, depth);
+                for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
+            }
+        }
     }
 }
 
@@ -1665,22 +1652,19 @@ static void add_partials(PerSample dst, const float *partial, size_t width, size
 }
 static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CHUNKS; }
 
-// With few rows (the timestep's) the bias comes after the sum, which rounds less: e0 may nearly cancel
-// `modulation`.
+// With few rows (the timestep's) the bias comes last, which rounds less: e0 may nearly cancel `modulation`.
 static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
     bool after = b && rows < 64;
-    size_t O = out, I = in;
-    View xs = {x.x, I, 1}, w_transposed = {w.x, 1, I};
-    matmul(y, after ? NULL : b, false, xs, w_transposed, rows, O, I);
-    for (size_t i = 0; after && i < rows * O; i++) y[i] += b[i % O];
+    matmul(y, after ? NULL : b, false, matrix(x.x, in), turned(matrix(w.x, in)), rows, out, in);
+    for (size_t i = 0; after && i < rows * out; i++) y[i] += b[i % out];
 }
 
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
                             int out, int in, bool accumulate) {
-    size_t O = out, I = in;
-    View dys = {dy.x, O, 1}, dy_transposed = {dy.x, 1, O}, xs = {x.x, I, 1}, ws = {w.x, I, 1};
-    if (dx) matmul(dx, NULL, accumulate, dys, ws, rows, I, O);
-    if (dw) matmul(dw, NULL, true, dy_transposed, xs, O, I, rows);
+    size_t O = out;
+    View dys = matrix(dy.x, out);
+    if (dx) matmul(dx, NULL, accumulate, dys, matrix(w.x, in), rows, in, out);
+    if (dw) matmul(dw, NULL, true, turned(dys), matrix(x.x, in), out, in, rows);
     if (!db) return;
     float *partial = (float *)scratch(4 * CHUNKS * O);
     #pragma omp parallel for if (rows * O > PARALLEL)
@@ -1695,13 +1679,12 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
     free(partial);
 }
 
-// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): no cancellation
-// anywhere.
+// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): it never cancels.
 static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const float *b, size_t rows, int out,
                                 int in) {
-    const float *u = pre ? pre : y;
+    float *u = pre ? pre : y;
     size_t n = rows * out;
-    linear_forward(pre ? pre : y, x, w, b, rows, out, in);
+    linear_forward(u, x, w, b, rows, out, in);
     #pragma omp parallel for simd if (n > PARALLEL)
     for (size_t i = 0; i < n; i++)
         y[i] = u[i] * sigmoid(1.5957691f * (u[i] + 0.044715f * u[i] * u[i] * u[i]));
@@ -1732,46 +1715,40 @@ static void silu_backward(act *dx, const act *dy, const act *x, size_t n) {
 
 // ---- norms, modulation, residual -------------------------------------------------------------------------
 static void modulation_forward(float *out, const float *mod, const float *e, int B, int J, int Je, int dim) {
-    size_t D = dim, rows = (size_t)B * J;
-    for (size_t r = 0; r < rows; r++) {
-        size_t b = r / J, j = r % J;
-        const float *m = mod + j * D, *t = e + (b * Je + (Je == 1 ? 0 : j)) * D;
-        for (size_t i = 0; i < D; i++) out[r * D + i] = m[i] + t[i];
-    }
+    size_t D = dim, sample = J * D;
+    for (size_t i = 0; i < B * sample; i++)
+        out[i] = mod[i % sample] + e[Je == 1 ? i / sample * D + i % D : i];
 }
 
 static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim) {
-    size_t D = dim, rows = (size_t)B * J;
-    for (size_t r = 0; r < rows; r++) {
-        size_t b = r / J, j = r % J;
-        float *m = dmod + j * D, *t = de + (b * Je + (Je == 1 ? 0 : j)) * D;
-        #pragma omp simd
-        for (size_t i = 0; i < D; i++) { m[i] += dout[r * D + i]; t[i] += dout[r * D + i]; }
+    size_t D = dim, sample = J * D;
+    for (size_t i = 0; i < B * sample; i++) {
+        dmod[i % sample] += dout[i];
+        de[Je == 1 ? i / sample * D + i % D : i] += dout[i];
     }
 }
 
-// x_out = x + gate·y over one row (gate NULL: 1).
-static inline void add_branch(float *x_out, const float *x, const act *y, const float *gate, size_t dim) {
-    if (gate) {
-        #pragma omp simd
-        for (size_t i = 0; i < dim; i++) x_out[i] = x[i] + gate[i] * y[i];
-    } else {
-        #pragma omp simd
-        for (size_t i = 0; i < dim; i++) x_out[i] = x[i] + y[i];
+static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate,
+                                    const int *map, size_t count, Rows r) {
+    size_t D = r.dim;
+    #pragma omp parallel for if (count * D > PARALLEL)
+    for (size_t j = 0; j < count; j++) {
+        size_t i = map ? (size_t)map[j] : j;
+        float *to = x_out + j * D;
+        const float *xr = x + i * D, *yr = y + i * D, *g = of_sample(gate, i / r.n);
+        if (!y) memmove(to, xr, 4 * D);
+        for (size_t d = 0; d < D && y; d++) to[d] = xr[d] + (g ? g[d] * yr[d] : yr[d]);
     }
 }
 
 static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x,
                                   const act *y, PerSample gate, Affine a, Rows r, float eps) {
-    size_t D = r.dim, rows = r.B * r.n;
+    size_t D = r.dim, rows = count_of(r);
+    if (y) residual_gather_forward(x_out, x, y, gate, NULL, rows, r), x = x_out;
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
-        const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n),
-                    *shift = of_sample(a.shift, i / r.n);
-        if (y) {
-            add_branch(x_out + i * D, row, y + i * D, of_sample(gate, i / r.n), D);
-            row = x_out + i * D;
-        }
+        const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n);
+        const float *shift = of_sample(a.shift, i / r.n);
         float mean = 0.0f, var = 0.0f;
         #pragma omp simd reduction(+ : mean)
         for (size_t d = 0; d < D; d++) mean += row[d];
@@ -1854,17 +1831,6 @@ static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *
     free(partial);
 }
 
-static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate,
-                                    const int *map, size_t count, Rows r) {
-    size_t D = r.dim;
-    #pragma omp parallel for if (count * D > PARALLEL)
-    for (size_t j = 0; j < count; j++) {
-        size_t i = map ? (size_t)map[j] : j;
-        if (y) add_branch(x_out + j * D, x + i * D, y + i * D, of_sample(gate, i / r.n), D);
-        else if (x_out + j * D != x + i * D) memcpy(x_out + j * D, x + i * D, 4 * D);
-    }
-}
-
 static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes) {
     #pragma omp parallel for if (count * row_bytes > 8 * PARALLEL)
     for (size_t j = 0; j < count; j++)
@@ -1941,25 +1907,12 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // What one task works on: head h of queries q0..q1-1 against keys k0..k1-1.
 typedef struct { size_t q0, q1, k0, k1, h, heads, dim; } Head;
 
-// All tasks, of at most `span` queries; a sequence without queries still has one a head. The caller frees
-// them.
-static Head *head_tasks(size_t *count, const Sequences *s, int heads, int head_dim, size_t span) {
-    size_t H = heads, most = 0;
-    for (int i = 0; i < s->count; i++) most += H * (1 + (size_t)(s->q[i + 1] - s->q[i]) / span);
-    Head *task = (Head *)xalloc(most, sizeof(Head));
-    *count = 0;
-    for (int i = 0; i < s->count; i++) {
-        size_t q0 = (size_t)s->q[i], end = (size_t)s->q[i + 1];
-        do {
-            for (size_t h = 0; h < H; h++) {
-                Head t = {q0, least(q0 + span, end), (size_t)s->k[i], (size_t)s->k[i + 1], h,
-                          H,  (size_t)head_dim};
-                task[(*count)++] = t;
-            }
-            q0 += span;
-        } while (q0 < end);
-    }
-    return task;
+// A head of a sequence, and `span` of its queries after the first `skip`.
+static Head head_of(const Sequences *s, size_t task, int heads, int head_dim, size_t skip, size_t span) {
+    size_t i = task / heads, end = (size_t)s->q[i + 1], q0 = least(s->q[i] + skip, end);
+    Head t = {q0, least(q0 + span, end), (size_t)s->k[i], (size_t)s->k[i + 1], task % heads, (size_t)heads,
+              (size_t)head_dim};
+    return t;
 }
 
 // block[n, dim] = the head's columns of rows first..first+n-1 of x[.., heads·dim].
@@ -1968,28 +1921,12 @@ static void take_rows(float *block, const float *x, size_t first, size_t n, Head
         memcpy(block + i * t.dim, x + ((first + i) * t.heads + t.h) * t.dim, 4 * t.dim);
 }
 
-// out[i, query] = Σ_d a[i, d]·panel[d, query]: the scores of n keys (or v·dout) against TILE_N queries.
-static void scores(float *out, const float *a, const float *panel, size_t n, size_t head_dim) {
-    View keys = {a, head_dim, 1};
-    for (size_t i = 0; i < n; i += TILE_M)
-        tile(out + i * TILE_N, TILE_N, NULL, 0, at(keys, i, 0), n - i, panel, head_dim);
-}
-
-// sum[d, query] += Σ_i a[i, d]·p[i, query] over n keys.
-static void mix(float *sum, const float *a, const float *p, size_t n, size_t head_dim) {
-    View keys = {a, 1, head_dim};
-    for (size_t d = 0; d < head_dim; d += TILE_M, sum += TILE_M * TILE_N)
-        tile(sum, TILE_N, sum, TILE_N, at(keys, d, 0), head_dim - d, p, n);
-}
-
-// sum[i, d] += Σ_query p[i, query]·r[query, d] over n keys; r in panels [TILE_N queries, TILE_N dims], sum
-// [n, wide].
-static void mix_back(float *sum, const float *p, const float *r, size_t n, size_t wide) {
-    View ps = {p, TILE_N, 1};
-    for (size_t d = 0; d < wide; d += TILE_N)
-        for (size_t i = 0; i < n; i += TILE_M) {
-            float *to = sum + i * wide + d;
-            tile(to, wide, to, wide, at(ps, i, 0), n - i, r + d * TILE_N, TILE_N);
+// c[rows, columns] = a[rows, depth]·b[depth, columns], or += where add; b in panels of TILE_N columns.
+static void tiles(float *c, size_t columns, bool add, View a, size_t rows, const float *b, size_t depth) {
+    for (size_t j = 0; j < columns; j += TILE_N)
+        for (size_t i = 0; i < rows; i += TILE_M) {
+            float *to = c + i * columns + j;
+            tile(to, columns, add ? to : NULL, columns, at(a, i, 0), rows - i, b + j * depth, depth);
         }
 }
 
@@ -1997,7 +1934,7 @@ static void mix_back(float *sum, const float *p, const float *r, size_t n, size_
 // o[head_dim, query] are scaled from the old maximum to the new one, and sum takes the new terms.
 static void softmax_step(float *s, float *m, float *sum, float *o, float c, size_t n, size_t head_dim) {
     float top[TILE_N], shrink[TILE_N], part[TILE_N] = {0};
-    for (int j = 0; j < TILE_N; j++) top[j] = s[j];
+    memcpy(top, s, sizeof top);
     for (size_t i = 1; i < n; i++)
         for (int j = 0; j < TILE_N; j++) top[j] = s[i * TILE_N + j] > top[j] ? s[i * TILE_N + j] : top[j];
     for (int j = 0; j < TILE_N; j++) {
@@ -2019,24 +1956,23 @@ static void softmax_step(float *s, float *m, float *sum, float *o, float c, size
 // One task: its queries, in blocks of TILE_N, through all keys of their sequence.
 static void attend(act *o, float *lse, const act *q, const act *k, const act *v, Head t) {
     size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim;
-    size_t panel = t.dim * TILE_N, queries = blocks * TILE_N;
-    float *room = (float *)scratch(4 * (2 * KEYS * t.dim + KEYS * TILE_N + 2 * queries + 2 * blocks * panel));
-    float *kb = room, *vb = kb + KEYS * t.dim, *s = vb + KEYS * t.dim, *m = s + KEYS * TILE_N,
-          *sum = m + queries;
-    float *qt = sum + queries, *ot = qt + blocks * panel, c = (float)(LOG2E / sqrt((double)t.dim));
-    View queries_transposed = {q + t.q0 * row + t.h * t.dim, 1, row};
+    size_t panel = t.dim * TILE_N, keys = KEYS * t.dim;
+    float m[QUERIES], sum[QUERIES] = {0}, s[KEYS * TILE_N], c = (float)(LOG2E / sqrt((double)t.dim));
+    float *qt = (float *)scratch(8 * (blocks * panel + keys)), *ot = qt + blocks * panel;   // [dim, query]
+    float *kb = ot + blocks * panel, *vb = kb + keys;                                       // [key, dim]
+    View queries = turned(matrix(q + t.q0 * row + t.h * t.dim, row));
     for (size_t g = 0; g < blocks; g++)
-        pack(qt + g * panel, at(queries_transposed, 0, g * TILE_N), t.dim, least(TILE_N, count - g * TILE_N));
-    for (size_t j = 0; j < queries; j++) { m[j] = -INFINITY; sum[j] = 0.0f; }
+        pack(qt + g * panel, at(queries, 0, g * TILE_N), t.dim, least(TILE_N, count - g * TILE_N));
+    for (int j = 0; j < QUERIES; j++) m[j] = -INFINITY;
     memset(ot, 0, 4 * blocks * panel);
     for (size_t key = t.k0; key < t.k1; key += KEYS) {
         size_t n = least(KEYS, t.k1 - key);
         take_rows(kb, k, key, n, t);
         take_rows(vb, v, key, n, t);
         for (size_t g = 0; g < blocks; g++) {
-            scores(s, kb, qt + g * panel, n, t.dim);
+            tiles(s, TILE_N, false, matrix(kb, t.dim), n, qt + g * panel, t.dim);
             softmax_step(s, m + g * TILE_N, sum + g * TILE_N, ot + g * panel, c, n, t.dim);
-            mix(ot + g * panel, vb, s, n, t.dim);
+            tiles(ot + g * panel, TILE_N, true, turned(matrix(vb, t.dim)), t.dim, s, n);
         }
     }
     for (size_t i = 0; i < count; i++) {
@@ -2045,17 +1981,27 @@ static void attend(act *o, float *lse, const act *q, const act *k, const act *v,
         for (size_t d = 0; d < t.dim; d++) out[d] = column[d * TILE_N] * inverse;
         if (lse) lse[(t.q0 + i) * t.heads + t.h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
     }
-    free(room);
+    free(qt);
 }
 
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    size_t count;
-    Head *task = head_tasks(&count, s, heads, head_dim, QUERY_BLOCKS * TILE_N);
-    #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < count; i++) attend(o, lse, q.x, k.x, v, task[i]);
-    free(task);
-    if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
+    size_t queries = (size_t)s->q[s->count];
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int task = 0; task < s->count * heads; task++)
+        for (size_t skip = 0; skip < queries; skip += QUERIES) {
+            Head t = head_of(s, task, heads, head_dim, skip, QUERIES);
+            if (t.q0 < t.q1) attend(o, lse, q.x, k.x, v, t);
+        }
+    if (amax) absmax(amax, o, queries * heads * head_dim);
+}
+
+// A block of n queries' rows: transposed [dim, TILE_N], and in panels [TILE_N, TILE_N dims].
+static void pack_queries(float *xt, float *xr, const float *x, size_t row, size_t n, size_t dim) {
+    View xs = matrix(x, row);
+    pack(xt, turned(xs), dim, n);
+    for (size_t d = 0; d < dim; d += TILE_N)
+        pack(xr + d * TILE_N, at(xs, 0, d), n, least(TILE_N, dim - d));
 }
 
 // s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).
@@ -2069,73 +2015,63 @@ static void softmax_back(float *s, float *dp, const float *lse2, const float *de
 
 // The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
 //   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
-// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks, in
-// order.
+// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks.
 static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                             const act *v, const act *o, const float *lse, Head t) {
     size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim, first = t.h * t.dim;
-    size_t panel = t.dim * TILE_N, wide = blocks_of(t.dim, TILE_N) * TILE_N, rows = wide * TILE_N;
+    size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, panel = wide * TILE_N, all = blocks * panel;
     float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
-    float *room = (float *)scratch(
-        4 * (blocks * (3 * panel + 2 * rows + 2 * TILE_N) + 2 * KEYS * (t.dim + wide + TILE_N)));
-    float *qt = room, *dot = qt + blocks * panel, *dqt = dot + blocks * panel;     // transposed: [dim, query]
-    float *qr = dqt + blocks * panel, *dor = qr + blocks * rows;                // panels [query, TILE_N dims]
-    float *lse2 = dor + blocks * rows, *delta = lse2 + blocks * TILE_N;         // of each query
-    float *kb = delta + blocks * TILE_N, *vb = kb + KEYS * t.dim, *dkb = vb + KEYS * t.dim,
-          *dvb = dkb + KEYS * wide;
-    float *p = dvb + KEYS * wide, *ds = p + KEYS * TILE_N;
-    memset(dqt, 0, 4 * (blocks * (panel + 2 * rows + 2 * TILE_N)));
-    for (size_t g = 0; g < blocks; g++) {
-        size_t from = (t.q0 + g * TILE_N) * row + first, n = least(TILE_N, count - g * TILE_N);
-        View qs = {q + from, row, 1}, q_transposed = {q + from, 1, row};
-        View douts = {dout + from, row, 1}, dout_transposed = {dout + from, 1, row};
-        pack(qt + g * panel, q_transposed, t.dim, n);
-        pack(dot + g * panel, dout_transposed, t.dim, n);
-        for (size_t d = 0; d < t.dim; d += TILE_N) {
-            pack(qr + g * rows + d * TILE_N, at(qs, 0, d), n, least(TILE_N, t.dim - d));
-            pack(dor + g * rows + d * TILE_N, at(douts, 0, d), n, least(TILE_N, t.dim - d));
+    float p[KEYS * TILE_N], ds[KEYS * TILE_N];
+    float *qt = (float *)scratch(4 * (5 * all + 2 * blocks * TILE_N + 4 * KEYS * wide)), *dot = qt + all;
+    float *dqt = dot + all, *qr = dqt + all, *dor = qr + all, *lse2 = dor + all;
+    float *delta = lse2 + blocks * TILE_N, *kb = delta + blocks * TILE_N, *vb = kb + KEYS * wide;
+    float *dkb = vb + KEYS * wide, *dvb = dkb + KEYS * wide;
+    memset(dqt, 0, 4 * (3 * all + 2 * blocks * TILE_N));
+    for (size_t i = 0; i < count; i++) {
+        size_t from = (t.q0 + i) * row + first, g = i / TILE_N * panel, n = least(TILE_N, count - i);
+        if (i % TILE_N == 0) {
+            pack_queries(qt + g, qr + g, q + from, row, n, t.dim);
+            pack_queries(dot + g, dor + g, dout + from, row, n, t.dim);
         }
-        for (size_t j = 0; j < n; j++) {
-            float sum = 0.0f;
-            #pragma omp simd reduction(+ : sum)
-            for (size_t d = 0; d < t.dim; d++) sum += dout[from + j * row + d] * o[from + j * row + d];
-            delta[g * TILE_N + j] = sum;
-            lse2[g * TILE_N + j] = (float)(LOG2E * lse[(t.q0 + g * TILE_N + j) * t.heads + t.h]);
-        }
+        float sum = 0.0f;
+        #pragma omp simd reduction(+ : sum)
+        for (size_t d = 0; d < t.dim; d++) sum += dout[from + d] * o[from + d];
+        delta[i] = sum;
+        lse2[i] = (float)(LOG2E * lse[(t.q0 + i) * t.heads + t.h]);
     }
     for (size_t key = t.k0; key < t.k1; key += KEYS) {
         size_t n = least(KEYS, t.k1 - key);
         take_rows(kb, k, key, n, t);
         take_rows(vb, v, key, n, t);
         memset(dkb, 0, 4 * 2 * KEYS * wide);
-        for (size_t g = 0; g < blocks; g++) {
-            scores(p, kb, qt + g * panel, n, t.dim);
-            scores(ds, vb, dot + g * panel, n, t.dim);
-            softmax_back(p, ds, lse2 + g * TILE_N, delta + g * TILE_N, c, n);
-            mix(dqt + g * panel, kb, ds, n, t.dim);
-            mix_back(dkb, ds, qr + g * rows, n, wide);
-            mix_back(dvb, p, dor + g * rows, n, wide);
+        for (size_t i = 0; i < count; i += TILE_N) {
+            size_t g = i / TILE_N * panel;
+            tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + g, t.dim);
+            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dot + g, t.dim);
+            softmax_back(p, ds, lse2 + i, delta + i, c, n);
+            tiles(dqt + g, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
+            tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + g, TILE_N);
+            tiles(dvb, wide, true, matrix(p, TILE_N), n, dor + g, TILE_N);
         }
-        for (size_t i = 0; i < n; i++)
-            for (size_t d = 0; d < t.dim; d++) {
-                dk[(key + i) * row + first + d] = scale * dkb[i * wide + d];
-                dv[(key + i) * row + first + d] = dvb[i * wide + d];
-            }
+        for (size_t i = 0; i < n * t.dim; i++) {
+            size_t from = i / t.dim * wide + i % t.dim, to = (key + i / t.dim) * row + first + i % t.dim;
+            dk[to] = scale * dkb[from];
+            dv[to] = dvb[from];
+        }
     }
     for (size_t i = 0; i < count; i++)
         for (size_t d = 0; d < t.dim; d++)
             dq[(t.q0 + i) * row + first + d] = scale * dqt[i / TILE_N * panel + d * TILE_N + i % TILE_N];
-    free(room);
+    free(qt);
 }
 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
-    size_t count;
-    Head *task = head_tasks(&count, s, heads, head_dim, SIZE_MAX / 2);
     #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < count; i++) attend_backward(dq, dk, dv, dout, q, k, v, o, lse, task[i]);
-    free(task);
+    for (int task = 0; task < s->count * heads; task++)
+        attend_backward(dq, dk, dv, dout, q, k, v, o, lse,
+                        head_of(s, task, heads, head_dim, 0, SIZE_MAX / 2));
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
