@@ -1513,7 +1513,7 @@ enum { LANES = 4, TILE_M = 6 };
 enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
-    TASK_M = 384,           // rows of a product that one task computes with each panel
+    TASK_M = 512,           // rows of a product that one task computes with each panel
     CHUNKS = 16,            // a sum over rows is cut in this many parts, whatever the number of threads
     KEYS = 64,              // attention: keys taken at a time
     QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
@@ -1595,7 +1595,8 @@ void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, 
             t[i][1] += p[i][step] * b1;
         }
     }
-    for (size_t i = 0; i < TILE_M && i < rows; i++) {
+    for (size_t i = 0; i < TILE_M; i++) {
+        if (i >= rows) break;
         store(c + i * c_row, t[i][0]);
         store(c + i * c_row + LANES, t[i][1]);
     }
