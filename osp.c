@@ -1736,9 +1736,9 @@ static void residual_gather_forward(float *x_out, const float *x, const act *y, 
     for (size_t j = 0; j < count; j++) {
         size_t i = map ? (size_t)map[j] : j;
         float *to = x_out + j * D;
-        const float *xr = x + i * D, *yr = y + i * D, *g = of_sample(gate, i / r.n);
-        if (!y) memmove(to, xr, 4 * D);
-        for (size_t d = 0; d < D && y; d++) to[d] = xr[d] + (g ? g[d] * yr[d] : yr[d]);
+        const float *from = x + i * D, *g = of_sample(gate, i / r.n);
+        if (!y) memmove(to, from, 4 * D);
+        for (size_t d = 0; d < D && y; d++) to[d] = from[d] + (g ? g[d] * y[i * D + d] : y[i * D + d]);
     }
 }
 
@@ -2212,14 +2212,10 @@ static void config_check(const Config *c, const char *where) {
 // Is this matrix kept as codes? All of them are made in one room, for as many numbers as the largest has.
 static bool is_codes(const Model *m, const Param *p) { return p->block_matrix && coded(m); }
 static size_t room_for_codes(const Model *m) {
-    size_t most = 0;
-    for (const Param *p = m->param; p < m->param + m->params; p++)
-        if (is_codes(m, p)) most = larger(most, p->count);
-    return most;
+    return coded(m) ? m->c.dim * larger(m->c.dim, m->c.ffn_dim) : 0;
 }
 
-// Bytes of weights on the device. Only training keeps masters (and gradients) of matrices that have a working
-// copy.
+// Bytes of weights on the device. Only training keeps the masters of matrices that have a working copy.
 static size_t model_bytes(const Model *m, bool training) {
     size_t bytes = training ? 2 * m->count * sizeof(float) : 0;
     for (const Param *p = m->param; p < m->param + m->params; p++) {
@@ -2231,24 +2227,18 @@ static size_t model_bytes(const Model *m, bool training) {
 }
 
 static void model_allocate(Model *m, bool training) {
+    act *room = coded(m) ? (act *)device_alloc(room_for_codes(m) * act_size()) : NULL;
     m->training = training;
     m->amax = device_floats(1);
-    act *room = coded(m) ? (act *)device_alloc(room_for_codes(m) * act_size()) : NULL;
-    if (training) {
-        m->w = device_floats(m->count);
-        m->dw = device_floats(m->count);
-    }
-    for (int i = 0; i < m->params; i++) {
-        Param *p = &m->param[i];
-        bool copied = p->product && needs_work(m);
+    if (training) m->w = device_floats(m->count), m->dw = device_floats(m->count);
+    for (Param *p = m->param; p < m->param + m->params; p++) {
+        bool copied = p->product && needs_work(m), codes = is_codes(m, p);
         if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
         else if (!copied) p->w = device_floats(p->count);
-        if (is_codes(m, p)) {
-            p->compute = plain(room);
-            p->compute.code = (uint8_t *)device_alloc(p->count);
-            p->compute.unit = device_floats(1);
-            if (training) p->compute.turned = (uint8_t *)device_alloc(p->count);
-        } else p->compute = plain(copied ? (act *)device_alloc(p->count * act_size()) : (act *)p->w);
+        p->compute = plain(codes ? room : (act *)p->w);
+        if (copied && !codes) p->compute.x = (act *)device_alloc(p->count * act_size());
+        if (codes) p->compute.code = (uint8_t *)device_alloc(p->count), p->compute.unit = device_floats(1);
+        if (codes && training) p->compute.turned = (uint8_t *)device_alloc(p->count);
     }
 }
 
@@ -2260,8 +2250,8 @@ static void param_set(Model *m, Param *p, const float *host) {
     if (!p->w) device_free(w);
 }
 
-// First weights: matrices normal with deviation 1/√in, biases 0, norms 1, modulation normal with 1/√dim. The
-// head is zero: an untrained model answers v = 0, the best constant.
+// First weights: matrices normal with deviation 1/√in, modulation with 1/√dim, biases 0, norms 1. The head is
+// zero: an untrained model answers v = 0, the best constant.
 static double first_deviation(const Model *m, const Param *p) {
     if (strstr(p->name, "modulation")) return 1 / sqrt((double)m->c.dim);
     if (strstr(p->name, "text_encoder")) return 1;
@@ -2290,8 +2280,7 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     l->w = device_floats(l->n), l->dw = device_floats(l->n);
     l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
     l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
-    for (int i = 0; i < m->params; i++) {
-        Param *p = &m->param[i];
+    for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
         for (int k = 0; k < 2; k++) {
             Param *ab = &l->param[2 * l->count + k];
@@ -2316,19 +2305,12 @@ static int *to_device(const int *host, size_t count) {
     return p;
 }
 
-static void upload_floats(float **device, float *host, size_t count) {       // host is freed
-    if (!*device) *device = device_floats(count);
-    upload(*device, host, count * sizeof(float));
-    free(host);
-}
-
-// (cos, sin) for every token this rank holds in a pattern's order: table[n, head_dim/2, 2]. A head's pairs
-// are shared out over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m). A token
-// keeps its own (t, h, w).
-static void rope_table(float **table, const Pattern *p, int rank, int H, int W, int head_dim) {
+// (cos, sin) for every token this rank holds in a pattern's order: [n, head_dim/2, 2]. A head's pairs are
+// shared out over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m).
+static float *rope_table(const Pattern *p, int rank, int H, int W, int head_dim) {
     int pairs = head_dim / 2, m[3] = {pairs - 2 * (pairs / 3), pairs / 3, pairs / 3};
     size_t count = (size_t)(p->first[rank + 1] - p->first[rank]) * head_dim;
-    float *host = floats(count), *out = host;
+    float *host = floats(count), *out = host, *table = device_floats(count);
     for (int i = p->first[rank]; i < p->first[rank + 1]; i++) {
         int token = p->order[i], position[3] = {token / (H * W), token / W % H, token % W};
         for (int axis = 0; axis < 3; axis++)
@@ -2337,26 +2319,23 @@ static void rope_table(float **table, const Pattern *p, int rank, int H, int W, 
                 *out++ = (float)cos(angle), *out++ = (float)sin(angle);
             }
     }
-    upload_floats(table, host, count);
+    upload(table, host, count * sizeof(float));
+    free(host);
+    return table;
 }
 
-// Every sample's subsequences [low, high) of a pattern; rows of a sample follow each other.
-static void sequences_init(Sequences *s, const Pattern *p, int low, int high, int B) {
-    int n = p->start[high] - p->start[low];
-    s->q = (int *)xalloc((size_t)B * (high - low) + 1, sizeof(int));
-    for (int b = 0; b < B; b++)
-        for (int i = low; i < high; i++) s->q[s->count++] = b * n + p->start[i] - p->start[low];
-    s->q[s->count] = B * n;
-    s->k = s->q;
-    s->q_device = s->k_device = to_device(s->q, s->count + 1);
+// The same `count` sequences in every sample, one after another: where each starts, and where the last ends.
+static int *starts_of(const int *start, int count, int B) {
+    int *all = (int *)xalloc((size_t)B * count + 1, sizeof(int)), n = start[count] - start[0];
+    for (int i = 0; i < B * count; i++) all[i] = i / count * n + start[i % count] - start[0];
+    all[B * count] = B * n;
+    return all;
 }
 
-static void cross_sequences_init(Sequences *s, size_t n, int text_len, int B) {
-    s->q = (int *)xalloc(2 * (B + 1), sizeof(int));
-    s->k = s->q + B + 1;
-    for (int b = 0; b <= B; b++) s->q[b] = b * (int)n, s->k[b] = b * text_len;
-    s->count = B;
-    s->q_device = to_device(s->q, B + 1), s->k_device = to_device(s->k, B + 1);
+static Sequences sequences_new(const int *q, const int *k, int count, int B) {
+    int *qs = starts_of(q, count, B), *ks = starts_of(k, count, B), n = B * count;
+    Sequences s = {n, qs, ks, to_device(qs, n + 1), to_device(ks, n + 1)};
+    return s;
 }
 
 // Orders, rotary tables, sequences, positions of words. (Exchanges are built when they are first needed.)
@@ -2367,19 +2346,20 @@ static void run_maps(Run *r) {
     for (int i = 0; i < c->num_layers; i++) {
         int at = r->saved[i].layout, pattern = r->saved[i].pattern, all = r->pattern[pattern].count;
         int low = at == FULL ? 0 : all * rank / R, high = at == FULL ? all : all * (rank + 1) / R;
-        if (!r->self[pattern].q) sequences_init(&r->self[pattern], &r->pattern[pattern], low, high, r->B);
-        if (!r->cross[at].q) cross_sequences_init(&r->cross[at], r->n[at], c->text_len, r->B);
-        if (!r->rope[at]) rope_table(&r->rope[at], &r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
+        int *start = r->pattern[pattern].start + low, n[] = {0, (int)r->n[at]}, words[] = {0, c->text_len};
+        if (!r->self[pattern].q) r->self[pattern] = sequences_new(start, start, high - low, r->B);
+        if (!r->cross[at].q) r->cross[at] = sequences_new(n, words, 1, r->B);
+        if (!r->rope[at]) r->rope[at] = rope_table(&r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
     }
     if (!c->vocab) return;
     float *host = floats((size_t)c->text_len * text_dim);
     for (int l = 0; l < c->text_len; l++) sinusoids(host + (size_t)l * text_dim, l, text_dim / 2);
-    upload_floats(&r->word_pos, host, (size_t)c->text_len * text_dim);
+    upload(r->word_pos, host, (size_t)c->text_len * text_dim * sizeof(float));
+    free(host);
 }
 
 // ---- buffers ---------------------------------------------------------------------------------------------
-// One pass over every buffer: with base NULL it only adds up the bytes, so memory is known before any is
-// asked for.
+// One pass over every buffer: with base NULL it only adds up the bytes, so that memory is known beforehand.
 typedef struct { char *base; size_t used; } Arena;
 
 // The next `bytes` for each pointer whose address is given, up to NULL.
@@ -2394,44 +2374,40 @@ static void take(Arena *a, size_t bytes, ...) {
 }
 
 // A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block:
-// all share those of `room`, which has `most` rows. Training keeps the turned ones.
-static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t most,
-                        size_t columns) {
-    if (!coded(r->m)) { take(a, rows * columns * act_size(), &f->x, NULL); return; }
-    if (f == room) take(a, most * columns * act_size(), &f->x, NULL), take(a, most * columns, &f->code, NULL);
+// all share those of `room`. Training keeps the turned ones.
+static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t columns) {
+    if (f == room || !coded(r->m)) take(a, rows * columns * act_size(), &f->x, NULL);
+    if (!coded(r->m)) return;
+    if (f == room) take(a, rows * columns, &f->code, NULL);
     f->x = room->x, f->code = room->code;
     take(a, sizeof(float), &f->unit, NULL);
-    if (r->training) take(a, columns * ((rows + 15) & ~(size_t)15), &f->turned, NULL);
+    if (r->training) take(a, columns * (rows + 15), &f->turned, NULL);
 }
 
-// share: numbers of q, k, v, o where heads are dealt out over ranks (all tokens, 1/R of the heads); else 0.
 static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, const Factor *room, size_t rows,
-                              size_t most, size_t kv_rows, size_t share) {
+                              size_t kv_rows, bool spread) {
     const Config *c = &r->m->c;
-    size_t D = c->dim, row = D * act_size(), heads = c->num_heads, wide = share * act_size();
-    take(a, larger(rows * row, wide), &s->q.x, &s->o, NULL);
-    take(a, larger(kv_rows * row, wide), &s->k.x, &s->v, NULL);
-    if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
-        take(a, larger(rows * D, share), &s->q.code, NULL);
-        take(a, larger(kv_rows * D, share), &s->k.code, NULL);
-        take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
-    }
-    take(a, rows * row, &s->q_raw, &s->y, NULL);
-    take(a, kv_rows * row, &s->k_raw, NULL);
+    size_t D = c->dim, row = D * act_size();
+    take(a, rows * row, &s->q.x, &s->o, &s->q_raw, &s->y, NULL);
+    take(a, kv_rows * row, &s->k.x, &s->v, &s->k_raw, NULL);
     take(a, rows * sizeof(float), &s->q_rstd, NULL);
     take(a, kv_rows * sizeof(float), &s->k_rstd, NULL);
+    if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
+        take(a, rows * D, &s->q.code, NULL);
+        take(a, kv_rows * D, &s->k.code, NULL);
+        take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
+    }
     s->oq.x = s->o;
-    if (c->quant || share) take_factor(a, r, &s->oq, room, rows, most, D);
-    if (r->training) take(a, (share ? share / D : rows) * heads * sizeof(float), &s->lse, NULL);
+    if (c->quant || spread) take_factor(a, r, &s->oq, room, rows, D);
+    if (r->training) take(a, rows * c->num_heads * sizeof(float), &s->lse, NULL);
 }
 
 // Training keeps every block's activations; otherwise all blocks share those of the first, and x0 alternates
-// between two. most: the rows of a sample in the largest layout.
-static void block_buffers(Arena *a, Run *r, int i, size_t most) {
+// between two. rows: those of the largest layout.
+static void block_buffers(Arena *a, Run *r, int i, size_t rows) {
     const Config *c = &r->m->c;
     Saved *s = &r->saved[i], *first = &r->saved[0], own = *s;
-    size_t B = r->B, D = c->dim, rows = r->training ? B * r->n[s->layout] : B * most;
-    size_t row = D * sizeof(float), ffn = rows * c->ffn_dim * act_size();
+    size_t B = r->B, D = c->dim, row = D * sizeof(float);
     if (r->training || i < 2) take(a, rows * row, &s->x0, NULL);
     else s->x0 = r->saved[i - 2].x0;
     if (i == c->num_layers) return;
@@ -2442,63 +2418,52 @@ static void block_buffers(Arena *a, Run *r, int i, size_t most) {
         return;
     }
     s->x1 = s->x2 = s->x0;
-    if (r->training) take(a, rows * row, &s->x1, &s->x2, NULL), take(a, ffn, &s->f_pre, NULL);
+    if (r->training) take(a, rows * row, &s->x1, &s->x2, NULL);
+    if (r->training) take(a, rows * c->ffn_dim * act_size(), &s->f_pre, NULL);
     take(a, rows * 2 * sizeof(float), &s->stat1, &s->stat2, &s->stat3, NULL);
     take(a, B * 6 * row, &s->e, NULL);
     take(a, rows * D * act_size(), &s->y, NULL);
-    take_factor(a, r, &s->h1, &first->h1, rows, B * most, D);
-    take_factor(a, r, &s->h2, &first->h1, rows, B * most, D);
-    take_factor(a, r, &s->h3, &first->h1, rows, B * most, D);
-    take_factor(a, r, &s->f, &first->f, rows, B * most, c->ffn_dim);
-    attention_buffers(a, r, &s->self, &first->h1, rows, B * most, rows,
-                      spread(r, s) ? B * r->N * D / r->ranks->size : 0);
-    attention_buffers(a, r, &s->cross, &first->h1, rows, B * most, B * c->text_len, 0);
+    take_factor(a, r, &s->h1, &first->h1, rows, D);
+    take_factor(a, r, &s->h2, &first->h1, rows, D);
+    take_factor(a, r, &s->h3, &first->h1, rows, D);
+    take_factor(a, r, &s->f, &first->f, rows, c->ffn_dim);
+    attention_buffers(a, r, &s->self, &first->h1, rows, rows, spread(r, s));
+    attention_buffers(a, r, &s->cross, &first->h1, rows, B * c->text_len, false);
 }
 
-static void run_buffers(Arena *a, Run *r, size_t most) {
+static void run_buffers(Arena *a, Run *r, size_t rows) {
     const Config *c = &r->m->c;
-    size_t B = r->B, D = c->dim, R = r->ranks->size, rows = B * most, text = B * c->text_len,
-           freq = c->freq_dim;
-    size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_size(), row = D * act_size(), F = sizeof(float);
-    size_t share = R > 1 ? larger(rows * D, B * r->N * D / R) : rows * D;
-    for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, most);
-    take(a, B * freq * act_size(), &r->sin, NULL);
-    take(a, B * row, &r->t1, &r->t1s, &r->e_act, &r->es, NULL);
-    take(a, B * 6 * row, &r->e0_act, NULL);
-    take(a, B * D * F, &r->e, NULL);
-    take(a, B * 6 * D * F, &r->e0, NULL);
-    take(a, B * 2 * D * F, &r->head_e, NULL);
-    take(a, B * larger(D, freq) * F, &r->small, NULL);
-    take(a, text * c->text_dim * act_size(), &r->text, NULL);
-    take(a, text * row, &r->text_h, &r->context, NULL);
+    size_t B = r->B, D = c->dim, R = r->ranks->size, F = sizeof(float), act_bytes = act_size();
+    size_t text = B * c->text_len, both = larger(rows, text);
+    size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_bytes;
+    size_t modulation = B * larger(6 * D, c->freq_dim) * F, words = text * larger(D, c->text_dim) * act_bytes;
+    for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, rows);
+    take(a, modulation, &r->sin, &r->t1, &r->t1s, &r->e_act, &r->es, &r->e0_act, &r->e, &r->e0, &r->head_e,
+         &r->small, NULL);
+    take(a, words, &r->text, &r->text_h, &r->context, NULL);
     r->context_q = plain(r->context);
-    if (c->quant) take_factor(a, r, &r->context_q, &r->context_q, text, text, D);
+    if (c->quant) take_factor(a, r, &r->context_q, &r->context_q, text, D);
     take(a, text * sizeof(int), &r->ids, NULL);
     take(a, (size_t)c->text_len * c->text_dim * F, &r->word_pos, NULL);
     take(a, rows * patch, &r->patches, &r->y, NULL);
-    take(a, rows * row, &r->tokens, &r->h, NULL);
+    take(a, rows * D * act_bytes, &r->tokens, &r->h, NULL);
     take(a, rows * 2 * F, &r->head_stat, NULL);
     take(a, B * c->out_dim * r->N * 4 * F, &r->out, NULL);
     take(a, rows * D * F, &r->dx2, NULL);
     r->y_all = r->y;
     if (R > 1) {
-        size_t x = 2 * larger(rows, text) * D * F, heads = 2 * share * act_size();
-        take(a, larger(larger(x, heads), (R * B * r->n[FULL] + B * r->N) * patch), &r->packed, NULL);
+        take(a, larger(2 * both * D * F, (R * rows + B * r->N) * patch), &r->packed, NULL);
         take(a, B * r->N * patch, &r->y_all, NULL);
     }
     if (!r->training) return;
-    size_t largest = larger(share, larger(larger(rows, text), 6 * B) * D) * act_size();   // d1 holds de0, too
-    take(a, text * row, &r->text_pre, &r->dcontext, NULL);
+    take(a, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
     take(a, rows * D * F, &r->dx, NULL);
-    take(a, B * 6 * D * F, &r->de, &r->de0, NULL);
-    take(a, B * D * F, &r->de_e, NULL);
-    take(a, B * 2 * D * F, &r->dhead_e, NULL);
-    take(a, largest, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
-    take(a, rows * c->ffn_dim * act_size(), &r->dff, NULL);
-    take(a, text * c->text_dim * act_size(), &r->dtext, NULL);
+    take(a, modulation, &r->de, &r->de0, &r->de_e, &r->dhead_e, NULL);
+    take(a, larger(both, 6 * B) * D * act_bytes, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);  // d1: de0
+    take(a, rows * c->ffn_dim * act_bytes, &r->dff, NULL);
     if (!coded(r->m)) return;
-    take(a, (larger(rows, text) + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
-    take(a, sizeof(float), &r->g.unit, NULL);
+    take(a, (both + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
+    take(a, F, &r->g.unit, NULL);
 }
 
 // ---- a run -----------------------------------------------------------------------------------------------
@@ -2531,10 +2496,13 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tr
     return r;
 }
 
-// The bytes of a run's buffers, from a plan alone. *base: memory for them, or NULL to only add up.
+// The bytes of a run's buffers, from a plan alone. *base: memory for them, or NULL to only add up. Every
+// layout gets the rows of the largest: a pattern's, or a share of all tokens where heads are dealt out.
 static size_t run_place(Run *r, void *base) {
     Arena a = {(char *)base, 0};
-    run_buffers(&a, r, larger(r->n[FULL], larger(r->n[TOKEN_WISE], r->n[GROUP_WISE])));
+    size_t most = (r->N + r->ranks->size - 1) / r->ranks->size;
+    for (int p = 0; p < PATTERNS; p++) most = larger(most, r->n[p]);
+    run_buffers(&a, r, r->B * most);
     return a.used;
 }
 
@@ -2556,10 +2524,8 @@ static void text_set(Run *r, Text text) {
 }
 
 static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
-    o->w = w, o->dw = dw, o->n = n, o->step = o->update = 0, o->best = 0;
-    o->m = device_floats(n);
-    o->v = device_floats(n);
-    o->ema = device_floats(n);
+    Optimizer fresh = {w, dw, device_floats(n), device_floats(n), device_floats(n), n, 0, 0, 0};
+    *o = fresh;
     copy(o->ema, w, n * sizeof(float));
 }
 
