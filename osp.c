@@ -1514,7 +1514,6 @@ enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     TASK_M = 512,           // rows of a product that one task computes with each panel
-    CHUNKS = 16,            // a sum over rows is cut in this many parts, whatever the number of threads
     KEYS = 64,              // attention: keys taken at a time
     QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
@@ -1641,17 +1640,22 @@ static void matmul(float *c, const float *bias, bool add, View a, View b, size_t
     }
 }
 
-// dst_b[dim] += the CHUNKS partial sums of sample b, in order; partial[B, CHUNKS, width] starts at the wanted
-// column.
-static void add_partials(PerSample dst, const float *partial, size_t width, size_t B, size_t dim) {
-    for (size_t part = 0; part < B * CHUNKS; part++) {
-        float *d = dst.p + part / CHUNKS * dst.stride;
-        const float *p = partial + part * width;
-        #pragma omp simd
-        for (size_t i = 0; i < dim; i++) d[i] += p[i];
-    }
+// sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
+static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
+    size_t D = r.dim;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t j = 0; j < (sum.p ? D : 0); j += TILE_N)
+        for (int b = 0; b < r.B; b++) {
+            float part[TILE_N] = {0};
+            size_t columns = least(TILE_N, D - j);
+            for (size_t row = b * r.n; row < (b + 1) * r.n; row++) {
+                float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
+                for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
+                    part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
+            }
+            for (size_t i = 0; i < columns; i++) sum.p[b * sum.stride + j + i] += part[i];
+        }
 }
-static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CHUNKS; }
 
 // With few rows (the timestep's) the bias comes last, which rounds less: e0 may nearly cancel `modulation`.
 static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t rows, int out, int in) {
@@ -1662,22 +1666,11 @@ static void linear_forward(act *y, Factor x, Factor w, const float *b, size_t ro
 
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
                             int out, int in, bool accumulate) {
-    size_t O = out;
     View dys = matrix(dy.x, out);
+    Rows all = {1, rows, out};
     if (dx) matmul(dx, NULL, accumulate, dys, matrix(w.x, in), rows, in, out);
     if (dw) matmul(dw, NULL, true, turned(dys), matrix(x.x, in), out, in, rows);
-    if (!db) return;
-    float *partial = (float *)scratch(4 * CHUNKS * O);
-    #pragma omp parallel for if (rows * O > PARALLEL)
-    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
-        float *p = partial + chunk * O;
-        memset(p, 0, 4 * O);
-        for (size_t r = chunk_start(rows, chunk); r < chunk_start(rows, chunk + 1); r++)
-            for (size_t i = 0; i < O; i++) p[i] += dy.x[r * O + i];
-    }
-    PerSample all = {db, 0};
-    add_partials(all, partial, O, 1, O);
-    free(partial);
+    column_sums(shared(db), dy.x, NULL, NULL, all);
 }
 
 // gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): it never cancels.
@@ -1765,71 +1758,38 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax
     if (amax) absmax(amax, h, rows * D);
 }
 
-// The sums over rows of the three backward passes below go by CHUNKS parts of each sample, in parallel: part
-// p of them covers rows [begin, end) and has its own partial sums.
-typedef struct { size_t begin, end, sample; } Part;
-static inline Part part_of(size_t part, size_t n) {
-    size_t sample = part / CHUNKS, chunk = part % CHUNKS;
-    Part p = {sample * n + chunk_start(n, chunk), sample * n + chunk_start(n, chunk + 1), sample};
-    return p;
-}
-
 // With g = dh·(one + scale) and x̂ = (x − mean)·rstd:  dx += rstd·(g − mean g − x̂·mean(g·x̂)).
 static void norm_backward(float *dx, Affine d, const act *dh, const float *x, const float *stat, Affine a,
                           Rows r) {
-    size_t D = r.dim, parts = (size_t)r.B * CHUNKS;
-    float *partial = (float *)scratch(8 * parts * D);                    // [B, CHUNKS, (shift, scale), dim]
-    #pragma omp parallel for if (r.B * r.n * D > PARALLEL)
-    for (size_t part = 0; part < parts; part++) {
-        Part p = part_of(part, r.n);
-        float *to_shift = partial + part * 2 * D, *to_scale = to_shift + D;
-        const float *scale = of_sample(a.scale, p.sample);
-        memset(to_shift, 0, 8 * D);
-        for (size_t row = p.begin; row < p.end; row++) {
-            const float *xr = x + row * D, *dr = dh + row * D;
-            float *dxr = dx + row * D, mean = stat[2 * row], rstd = stat[2 * row + 1], sum_g = 0.0f,
-                  sum_gx = 0.0f;
-            #pragma omp simd reduction(+ : sum_g, sum_gx)
-            for (size_t i = 0; i < D; i++) {
-                float xhat = (xr[i] - mean) * rstd, g = dr[i] * (a.one + scale[i]);
-                sum_g += g;
-                sum_gx += g * xhat;
-                to_shift[i] += dr[i];
-                to_scale[i] += dr[i] * xhat;
-            }
-            sum_g /= (float)D;
-            sum_gx /= (float)D;
-            #pragma omp simd
-            for (size_t i = 0; i < D; i++)
-                dxr[i] += rstd * (dr[i] * (a.one + scale[i]) - sum_g - (xr[i] - mean) * rstd * sum_gx);
+    size_t D = r.dim;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        const float *xr = x + row * D, *dr = dh + row * D, *scale = of_sample(a.scale, row / r.n);
+        float *to = dx + row * D, mean = stat[2 * row], rstd = stat[2 * row + 1], sum_g = 0.0f, sum_gx = 0.0f;
+        #pragma omp simd reduction(+ : sum_g, sum_gx)
+        for (size_t i = 0; i < D; i++) {
+            float g = dr[i] * (a.one + scale[i]);
+            sum_g += g;
+            sum_gx += g * ((xr[i] - mean) * rstd);
         }
+        sum_g /= (float)D;
+        sum_gx /= (float)D;
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++)
+            to[i] += rstd * (dr[i] * (a.one + scale[i]) - sum_g - (xr[i] - mean) * rstd * sum_gx);
     }
-    if (d.shift.p) add_partials(d.shift, partial, 2 * D, r.B, D);
-    if (d.scale.p) add_partials(d.scale, partial + D, 2 * D, r.B, D);
-    free(partial);
+    column_sums(d.shift, dh, NULL, NULL, r);
+    column_sums(d.scale, dh, x, stat, r);
 }
 
 static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, Rows r) {
-    size_t D = r.dim, parts = (size_t)r.B * CHUNKS;
-    float *partial = (float *)scratch(4 * parts * D);
-    #pragma omp parallel for if (r.B * r.n * D > PARALLEL)
-    for (size_t part = 0; part < parts; part++) {
-        Part p = part_of(part, r.n);
-        float *sum = partial + part * D;
-        const float *g = of_sample(gate, p.sample);
-        memset(sum, 0, 4 * D);
-        for (size_t row = p.begin; row < p.end; row++) {
-            const float *dxr = dx + row * D, *yr = y + row * D;
-            float *dyr = dy + row * D;
-            #pragma omp simd
-            for (size_t i = 0; i < D; i++) {
-                sum[i] += dxr[i] * yr[i];
-                dyr[i] = g ? g[i] * dxr[i] : dxr[i];
-            }
-        }
+    size_t D = r.dim;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        const float *g = of_sample(gate, row / r.n), *from = dx + row * D;
+        for (size_t i = 0; i < D; i++) dy[row * D + i] = g ? g[i] * from[i] : from[i];
     }
-    if (dgate.p) add_partials(dgate, partial, D, r.B, D);
-    free(partial);
+    column_sums(dgate, dx, y, NULL, r);
 }
 
 static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes) {
@@ -1868,35 +1828,27 @@ static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x,
     if (amax) absmax(amax, y, rows * D);
 }
 
-// With g = dy turned back and x̂ = x·rstd:  dw += Σ g·x̂,  dx = rstd·(g·w − x̂·mean(g·w·x̂)).
+// With g = dy turned back, times rstd:  dw += Σ g·x,  dx = g·w − x·rstd²·mean(g·w·x).
 static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd,
                                   const float *w, const float *rope, Rows r, int heads) {
-    size_t D = r.dim, head_dim = D / heads, rows = r.B * r.n;
-    float *partial = (float *)scratch(4 * CHUNKS * D);
-    #pragma omp parallel for if (rows * D > PARALLEL)
-    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
-        Part p = part_of(chunk, rows);
-        float *to_w = partial + chunk * D;
-        memset(to_w, 0, 4 * D);
-        for (size_t row = p.begin; row < p.end; row++) {
-            const float *xr = x + row * D;
-            float *g = dx + row * D, scale = rstd[row], sum = 0.0f;
-            if (dx != dy) memcpy(g, dy + row * D, 4 * D);
-            if (rope) rotate(g, rope + row % r.n * head_dim, -1.0f, heads, head_dim);
-            #pragma omp simd reduction(+ : sum)
-            for (size_t i = 0; i < D; i++) {
-                float gx = g[i] * xr[i] * scale;
-                to_w[i] += gx;
-                sum += gx * w[i];
-            }
-            sum *= scale / (float)D;
-            #pragma omp simd
-            for (size_t i = 0; i < D; i++) g[i] = scale * (g[i] * w[i] - xr[i] * sum);
-        }
+    size_t D = r.dim, head_dim = D / heads;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        float *g = dx + row * D;
+        for (size_t i = 0; i < D; i++) g[i] = dy[row * D + i] * rstd[row];
+        if (rope) rotate(g, rope + row % r.n * head_dim, -1.0f, heads, head_dim);
     }
-    PerSample all = {dw, 0};
-    add_partials(all, partial, D, 1, D);
-    free(partial);
+    column_sums(shared(dw), dx, x, NULL, r);
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        const float *xr = x + row * D;
+        float *g = dx + row * D, sum = 0.0f;
+        #pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < D; i++) sum += g[i] * w[i] * xr[i];
+        sum *= rstd[row] * rstd[row] / (float)D;
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++) g[i] = g[i] * w[i] - xr[i] * sum;
+    }
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
@@ -2054,11 +2006,11 @@ static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const ac
             tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + g, TILE_N);
             tiles(dvb, wide, true, matrix(p, TILE_N), n, dor + g, TILE_N);
         }
-        for (size_t i = 0; i < n * t.dim; i++) {
-            size_t from = i / t.dim * wide + i % t.dim, to = (key + i / t.dim) * row + first + i % t.dim;
-            dk[to] = scale * dkb[from];
-            dv[to] = dvb[from];
-        }
+        for (size_t i = 0; i < n; i++)
+            for (size_t d = 0; d < t.dim; d++) {
+                dk[(key + i) * row + first + d] = scale * dkb[i * wide + d];
+                dv[(key + i) * row + first + d] = dvb[i * wide + d];
+            }
     }
     for (size_t i = 0; i < count; i++)
         for (size_t d = 0; d < t.dim; d++)
@@ -2137,19 +2089,13 @@ static void lincomb(float *y, float a, const float *x, float b, const float *z, 
 }
 
 static double sum_squares(const float *x, const float *z, size_t n) {
-    double parts[CHUNKS], total = 0.0;
-    #pragma omp parallel for if (n > PARALLEL)
-    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
-        double sum = 0.0;
-        #pragma omp simd reduction(+ : sum)
-        for (size_t i = chunk_start(n, chunk); i < chunk_start(n, chunk + 1); i++) {
-            double d = (double)x[i] - (z ? (double)z[i] : 0.0);
-            sum += d * d;
-        }
-        parts[chunk] = sum;
+    double sum = 0.0;
+    #pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) {
+        double d = (double)x[i] - (z ? (double)z[i] : 0.0);
+        sum += d * d;
     }
-    for (int chunk = 0; chunk < CHUNKS; chunk++) total += parts[chunk];
-    return total;
+    return sum;
 }
 
 static double mse(float *dout, const float *out, const float *target, size_t n) {
