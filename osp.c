@@ -1499,9 +1499,8 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 // ==========================================================================================================
 // PART II, what it stands on. The operations on a CPU
 // ==========================================================================================================
-// float32 throughout. OpenMP splits rows, tiles or heads; a sum is cut only at places that do not depend on
-// the number of threads, so any number of them gives the same bytes. Matrix products and attention share one
-// inner kernel, `tile`; all else is plain loops that the compiler vectorises.
+// float32 throughout. OpenMP splits rows, tiles or heads, but never a sum: any number of threads gives the
+// same bytes. Products and attention share one inner kernel, `tile`; the rest are loops that vectorise.
 
 // A vector of LANES floats in one register, and the tile of a product that fits the register file.
 #if defined(__AVX512F__)
@@ -1513,19 +1512,14 @@ enum { LANES = 4, TILE_M = 6 };
 #endif
 enum {
     TILE_N = 2 * LANES,
-    TILE_K = 256,             // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
-    CHUNKS = 16,              // a sum over rows is cut in this many parts, whatever the number of threads
-    KEYS = 64,                // attention: keys taken at a time
-    QUERY_BLOCKS = 16,   // attention forward: blocks of TILE_N queries that one task carries through all keys
-    PARALLEL = 1 << 14        // less work than this is not worth waking threads
+    TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
+    TASK_M = 512,           // rows of a product that one task computes with each panel
+    KEYS = 64,              // attention: keys taken at a time
+    QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
+    PARALLEL = 1 << 14      // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
-#ifdef _OPENMP
-static int threads(void) { return omp_get_max_threads(); }
-#else
-static int threads(void) { return 1; }
-#endif
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -1533,8 +1527,7 @@ static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / 
 static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
 
 // 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
-// 2^-126 it gives 0, above 2^126 that; NaN stays NaN. The ends are cut with bit masks, not branches: loops
-// over it vectorise.
+// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
 static inline float exp2_fast(float x) {
     uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
     float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
@@ -1576,11 +1569,13 @@ static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 // ---- matrix products -------------------------------------------------------------------------------------
 // A matrix that may lie in memory either way: element [i, k] stands at p + i·row + k·col.
 typedef struct { const float *p; size_t row, col; } View;
+static View matrix(const float *p, size_t columns) { View v = {p, columns, 1}; return v; }
+static View turned(View v) { View w = {v.p, v.col, v.row}; return w; }
 static View at(View v, size_t i, size_t k) { View w = {v.p + i * v.row + k * v.col, v.row, v.col}; return w; }
 
-// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < rows, j < TILE_N, k < depth; start_row 0: one
-// row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in registers. More than
-// TILE_M rows are cut to TILE_M; fewer repeat the last one and are not stored.
+// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < min(rows, TILE_M), j < TILE_N, k < depth;
+// start_row 0: one row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in
+// registers. Where rows are fewer than TILE_M the last one is repeated, and not stored.
 static inline __attribute__((always_inline))
 void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, size_t rows, const float *b,
           size_t depth) {
@@ -1589,7 +1584,7 @@ void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, 
     for (size_t i = 0; i < TILE_M; i++) {
         size_t row = least(i, rows - 1);
         p[i] = a.p + row * a.row;
-        for (int half = 0; half < 2; half++) 
+        for (int half = 0; half < 2; half++)
             t[i][half] = start ? load(start + row * start_row + half * LANES) : none;
     }
     for (size_t k = 0, step = 0; k < depth; k++, step += a.col, b += TILE_N) {
@@ -1618,90 +1613,72 @@ static void pack(float *panel, View b, size_t depth, size_t columns) {
                     panel[k * TILE_N + j] = b.p[k * b.row + j * b.col];
 }
 
-// Rows first..last-1 and the panel of columns from j on of matmul below, TILE_K steps of every sum at a time.
-static void matmul_panel(float *c, const float *bias, bool add, View a, View b, size_t N, size_t K,
-                         size_t first, size_t last, size_t j) {
-    float panel[TILE_K * TILE_N], head[TILE_N] = {0}, edge[TILE_M * TILE_N];
-    size_t columns = least(TILE_N, N - j);
-    if (bias) memcpy(head, bias + j, 4 * columns);
-    for (size_t k = 0; k < K; k += TILE_K) {
-        size_t depth = least(TILE_K, K - k);
-        pack(panel, at(b, k, j), depth, columns);
-        for (size_t i = first; i < last; i += TILE_M) {
-            size_t rows = least(TILE_M, last - i), row = add || k ? N : 0;
-            float *cij = c + i * N + j;
-            const float *start = row ? cij : head;
-            if (columns == TILE_N) { tile(cij, N, start, row, at(a, i, k), rows, panel, depth); continue; }
-            for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, start + r * row, 4 * columns);
-            tile(edge, TILE_N, edge, TILE_N, at(a, i, k), rows, panel, depth);
-            for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
+// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. Views make this
+// the forward product, dx and dw alike. A sum runs over k from 0 to K−1, stored in c every TILE_K terms.
+static void matmul(float *c, const float *bias, bool add, View a, View b, size_t M, size_t N, size_t K) {
+    size_t panels = blocks_of(N, TILE_N), tasks = panels * blocks_of(M, TASK_M);
+    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
+    for (size_t task = 0; task < tasks; task++) {
+        float panel[TILE_K * TILE_N], head[TILE_N] = {0}, edge[TILE_M * TILE_N];
+        size_t first = task / panels * TASK_M, last = least(first + TASK_M, M);
+        size_t j = task % panels * TILE_N, columns = least(TILE_N, N - j);
+        if (bias) memcpy(head, bias + j, 4 * columns);
+        for (size_t k = 0; k < K; k += TILE_K) {
+            size_t depth = least(TILE_K, K - k);
+            pack(panel, at(b, k, j), depth, columns);
+            for (size_t i = first; i < last; i += TILE_M) {
+                size_t rows = least(TILE_M, last - i), row = add || k ? N : 0;
+                float *cij = c + i * N + j;
+                const float *start = row ? cij : head;
+                View ai = at(a, i, k);
+                if (columns == TILE_N) { tile(cij, N, start, row, ai, rows, panel, depth); continue; }
+                for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, start + r * row, 4 * columns);
+                tile(edge, TILE_N, edge, TILE_N, ai, rows, panel, depth);
+                for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
+            }
         }
     }
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. Views make this
-// the forward product, dx and dw alike. How c is cut into tasks depends on the threads; the order of a sum
-// does not: k from 0 to K−1, partial sums stored in c every TILE_K terms.
-static void matmul(float *c, const float *bias, bool add, View a, View b, size_t M, size_t N, size_t K) {
-    size_t wanted = 4 * threads(), panels = blocks_of(N, TILE_N);
-    size_t rows = blocks_of(blocks_of(M, blocks_of(wanted, panels)), TILE_M) * TILE_M;
-    size_t high = rows < 64 ? 64 : least(rows, 1024), tasks = panels * blocks_of(M, high);
-    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
-    for (size_t task = 0; task < tasks; task++) {
-        size_t first = task / panels * high;
-        matmul_panel(c, bias, add, a, b, N, K, first, least(first + high, M), task % panels * TILE_N);
-    }
+// sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
+static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
+    size_t D = r.dim;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t j = 0; j < (sum.p ? D : 0); j += TILE_N)
+        for (int b = 0; b < r.B; b++) {
+            float part[TILE_N] = {0};
+            size_t columns = least(TILE_N, D - j);
+            for (size_t row = b * r.n; row < (b + 1) * r.n; row++) {
+                float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
+                for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
+                    part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
+            }
+            for (size_t i = 0; i < columns; i++) sum.p[b * sum.stride + j + i] += part[i];
+        }
 }
 
-// dst_b[dim] += the CHUNKS partial sums of sample b, in order; partial[B, CHUNKS, width] starts at the wanted
-// column.
-static void add_partials(PerSample dst, const float *partial, size_t width, size_t B, size_t dim) {
-    for (size_t part = 0; part < B * CHUNKS; part++) {
-        float *d = dst.p + part / CHUNKS * dst.stride;
-        const float *p = partial + part * width;
-        #pragma omp simd
-        for (size_t i = 0; i < dim; i++) d[i] += p[i];
-    }
-}
-static inline size_t chunk_start(size_t n, size_t chunk) { return n * chunk / CHUNKS; }
-
-// With few rows (the timestep's) the bias comes after the sum, which rounds less: e0 may nearly cancel
-// `modulation`.
+// With few rows (the timestep's) the bias comes last, which rounds less: e0 may nearly cancel `modulation`.
 static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in) {
     bool after = b && rows < 64;
-    size_t O = out, I = in;
-    View xs = {x.x, I, 1}, w_transposed = {w.x, 1, I};
-    matmul(y, after ? NULL : b, false, xs, w_transposed, rows, O, I);
-    for (size_t i = 0; after && i < rows * O; i++) y[i] += b[i % O];
+    matmul(y, after ? NULL : b, false, matrix(x.x, in), turned(matrix(w.x, in)), rows, out, in);
+    for (size_t i = 0; after && i < rows * out; i++) y[i] += b[i % out];
 }
 
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
                             int out, int in, bool accumulate) {
-    size_t O = out, I = in;
-    View dys = {dy.x, O, 1}, dy_transposed = {dy.x, 1, O}, xs = {x.x, I, 1}, ws = {w.x, I, 1};
-    if (dx) matmul(dx, NULL, accumulate, dys, ws, rows, I, O);
-    if (dw) matmul(dw, NULL, true, dy_transposed, xs, O, I, rows);
-    if (!db) return;
-    float *partial = (float *)scratch(4 * CHUNKS * O);
-    #pragma omp parallel for if (rows * O > PARALLEL)
-    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
-        float *p = partial + chunk * O;
-        memset(p, 0, 4 * O);
-        for (size_t r = chunk_start(rows, chunk); r < chunk_start(rows, chunk + 1); r++)
-            for (size_t i = 0; i < O; i++) p[i] += dy.x[r * O + i];
-    }
-    PerSample all = {db, 0};
-    add_partials(all, partial, O, 1, O);
-    free(partial);
+    View dys = matrix(dy.x, out);
+    Rows all = {1, rows, out};
+    if (dx) matmul(dx, NULL, accumulate, dys, matrix(w.x, in), rows, in, out);
+    if (dw) matmul(dw, NULL, true, turned(dys), matrix(x.x, in), out, in, rows);
+    column_sums(shared(db), dy.x, NULL, NULL, all);
 }
 
-// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): no cancellation
-// anywhere.
+// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): it never cancels.
 static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const act *b, size_t rows, int out,
                                 int in) {
-    const float *u = pre ? pre : y;
+    float *u = pre ? pre : y;
     size_t n = rows * out;
-    linear_forward(pre ? pre : y, x, w, b, rows, out, in);
+    linear_forward(u, x, w, b, rows, out, in);
     #pragma omp parallel for simd if (n > PARALLEL)
     for (size_t i = 0; i < n; i++)
         y[i] = u[i] * sigmoid(1.5957691f * (u[i] + 0.044715f * u[i] * u[i] * u[i]));
@@ -1732,46 +1709,40 @@ static void silu_backward(float *dx, const float *dy, const float *x, size_t n) 
 
 // ---- norms, modulation, residual -------------------------------------------------------------------------
 static void modulation_forward(float *out, const float *mod, const float *e, int B, int J, int Je, int dim) {
-    size_t D = dim, rows = (size_t)B * J;
-    for (size_t r = 0; r < rows; r++) {
-        size_t b = r / J, j = r % J;
-        const float *m = mod + j * D, *t = e + (b * Je + (Je == 1 ? 0 : j)) * D;
-        for (size_t i = 0; i < D; i++) out[r * D + i] = m[i] + t[i];
-    }
+    size_t D = dim, sample = J * D;
+    for (size_t i = 0; i < B * sample; i++)
+        out[i] = mod[i % sample] + e[Je == 1 ? i / sample * D + i % D : i];
 }
 
 static void modulation_backward(float *dmod, float *de, const float *dout, int B, int J, int Je, int dim) {
-    size_t D = dim, rows = (size_t)B * J;
-    for (size_t r = 0; r < rows; r++) {
-        size_t b = r / J, j = r % J;
-        float *m = dmod + j * D, *t = de + (b * Je + (Je == 1 ? 0 : j)) * D;
-        #pragma omp simd
-        for (size_t i = 0; i < D; i++) { m[i] += dout[r * D + i]; t[i] += dout[r * D + i]; }
+    size_t D = dim, sample = J * D;
+    for (size_t i = 0; i < B * sample; i++) {
+        dmod[i % sample] += dout[i];
+        de[Je == 1 ? i / sample * D + i % D : i] += dout[i];
     }
 }
 
-// x_out = x + gate·y over one row (gate NULL: 1).
-static inline void add_branch(float *x_out, const float *x, const act *y, const float *gate, size_t dim) {
-    if (gate) {
-        #pragma omp simd
-        for (size_t i = 0; i < dim; i++) x_out[i] = x[i] + gate[i] * y[i];
-    } else {
-        #pragma omp simd
-        for (size_t i = 0; i < dim; i++) x_out[i] = x[i] + y[i];
+static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate,
+                                    const int *map, size_t count, Rows r) {
+    size_t D = r.dim;
+    #pragma omp parallel for if (count * D > PARALLEL)
+    for (size_t j = 0; j < count; j++) {
+        size_t i = map ? (size_t)map[j] : j;
+        float *to = x_out + j * D;
+        const float *from = x + i * D, *g = of_sample(gate, i / r.n);
+        if (!y) memmove(to, from, 4 * D);
+        for (size_t d = 0; d < D && y; d++) to[d] = from[d] + (g ? g[d] * y[i * D + d] : y[i * D + d]);
     }
 }
 
 static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax, const float *x,
                                   const act *y, PerSample gate, Affine a, Rows r, float eps) {
-    size_t D = r.dim, rows = r.B * r.n;
+    size_t D = r.dim, rows = count_of(r);
+    if (y) residual_gather_forward(x_out, x, y, gate, NULL, rows, r), x = x_out;
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
-        const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n),
-                    *shift = of_sample(a.shift, i / r.n);
-        if (y) {
-            add_branch(x_out + i * D, row, y + i * D, of_sample(gate, i / r.n), D);
-            row = x_out + i * D;
-        }
+        const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n);
+        const float *shift = of_sample(a.shift, i / r.n);
         float mean = 0.0f, var = 0.0f;
         #pragma omp simd reduction(+ : mean)
         for (size_t d = 0; d < D; d++) mean += row[d];
@@ -1787,82 +1758,38 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax
     if (amax) absmax(amax, h, rows * D);
 }
 
-// The sums over rows of the three backward passes below go by CHUNKS parts of each sample, in parallel: part
-// p of them covers rows [begin, end) and has its own partial sums.
-typedef struct { size_t begin, end, sample; } Part;
-static inline Part part_of(size_t part, size_t n) {
-    size_t sample = part / CHUNKS, chunk = part % CHUNKS;
-    Part p = {sample * n + chunk_start(n, chunk), sample * n + chunk_start(n, chunk + 1), sample};
-    return p;
-}
-
 // With g = dh·(one + scale) and x̂ = (x − mean)·rstd:  dx += rstd·(g − mean g − x̂·mean(g·x̂)).
 static void norm_backward(float *dx, Affine d, const act *dh, const float *x, const float *stat, Affine a,
                           Rows r) {
-    size_t D = r.dim, parts = (size_t)r.B * CHUNKS;
-    float *partial = (float *)scratch(8 * parts * D);                    // [B, CHUNKS, (shift, scale), dim]
-    #pragma omp parallel for if (r.B * r.n * D > PARALLEL)
-    for (size_t part = 0; part < parts; part++) {
-        Part p = part_of(part, r.n);
-        float *to_shift = partial + part * 2 * D, *to_scale = to_shift + D;
-        const float *scale = of_sample(a.scale, p.sample);
-        memset(to_shift, 0, 8 * D);
-        for (size_t row = p.begin; row < p.end; row++) {
-            const float *xr = x + row * D, *dr = dh + row * D;
-            float *dxr = dx + row * D, mean = stat[2 * row], rstd = stat[2 * row + 1], sum_g = 0.0f,
-                  sum_gx = 0.0f;
-            #pragma omp simd reduction(+ : sum_g, sum_gx)
-            for (size_t i = 0; i < D; i++) {
-                float xhat = (xr[i] - mean) * rstd, g = dr[i] * (a.one + scale[i]);
-                sum_g += g;
-                sum_gx += g * xhat;
-                to_shift[i] += dr[i];
-                to_scale[i] += dr[i] * xhat;
-            }
-            sum_g /= (float)D;
-            sum_gx /= (float)D;
-            #pragma omp simd
-            for (size_t i = 0; i < D; i++)
-                dxr[i] += rstd * (dr[i] * (a.one + scale[i]) - sum_g - (xr[i] - mean) * rstd * sum_gx);
+    size_t D = r.dim;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        const float *xr = x + row * D, *dr = dh + row * D, *scale = of_sample(a.scale, row / r.n);
+        float *to = dx + row * D, mean = stat[2 * row], rstd = stat[2 * row + 1], sum_g = 0.0f, sum_gx = 0.0f;
+        #pragma omp simd reduction(+ : sum_g, sum_gx)
+        for (size_t i = 0; i < D; i++) {
+            float g = dr[i] * (a.one + scale[i]);
+            sum_g += g;
+            sum_gx += g * ((xr[i] - mean) * rstd);
         }
+        sum_g /= (float)D;
+        sum_gx /= (float)D;
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++)
+            to[i] += rstd * (dr[i] * (a.one + scale[i]) - sum_g - (xr[i] - mean) * rstd * sum_gx);
     }
-    if (d.shift.p) add_partials(d.shift, partial, 2 * D, r.B, D);
-    if (d.scale.p) add_partials(d.scale, partial + D, 2 * D, r.B, D);
-    free(partial);
+    column_sums(d.shift, dh, NULL, NULL, r);
+    column_sums(d.scale, dh, x, stat, r);
 }
 
 static void gate_backward(act *dy, PerSample dgate, const float *dx, const act *y, PerSample gate, Rows r) {
-    size_t D = r.dim, parts = (size_t)r.B * CHUNKS;
-    float *partial = (float *)scratch(4 * parts * D);
-    #pragma omp parallel for if (r.B * r.n * D > PARALLEL)
-    for (size_t part = 0; part < parts; part++) {
-        Part p = part_of(part, r.n);
-        float *sum = partial + part * D;
-        const float *g = of_sample(gate, p.sample);
-        memset(sum, 0, 4 * D);
-        for (size_t row = p.begin; row < p.end; row++) {
-            const float *dxr = dx + row * D, *yr = y + row * D;
-            float *dyr = dy + row * D;
-            #pragma omp simd
-            for (size_t i = 0; i < D; i++) {
-                sum[i] += dxr[i] * yr[i];
-                dyr[i] = g ? g[i] * dxr[i] : dxr[i];
-            }
-        }
-    }
-    if (dgate.p) add_partials(dgate, partial, D, r.B, D);
-    free(partial);
-}
-
-static void residual_gather_forward(float *x_out, const float *x, const act *y, PerSample gate,
-                                    const int *map, size_t count, Rows r) {
     size_t D = r.dim;
-    #pragma omp parallel for if (count * D > PARALLEL)
-    for (size_t j = 0; j < count; j++) {
-        size_t i = map ? (size_t)map[j] : j;
-        if (y) add_branch(x_out + j * D, x + i * D, y + i * D, of_sample(gate, i / r.n), D);
-        else if (x_out + j * D != x + i * D) memcpy(x_out + j * D, x + i * D, 4 * D);
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        const float *g = of_sample(gate, row / r.n), *from = dx + row * D;
+        for (size_t i = 0; i < D; i++) dy[row * D + i] = g ? g[i] * from[i] : from[i];
     }
+    column_sums(dgate, dx, y, NULL, r);
 }
 
 static void gather_rows(void *dst, const void *src, const int *map, size_t count, size_t row_bytes) {
@@ -1901,35 +1828,27 @@ static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x,
     if (amax) absmax(amax, y, rows * D);
 }
 
-// With g = dy turned back and x̂ = x·rstd:  dw += Σ g·x̂,  dx = rstd·(g·w − x̂·mean(g·w·x̂)).
+// With g = dy turned back, times rstd:  dw += Σ g·x,  dx = g·w − x·rstd²·mean(g·w·x).
 static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *x, const float *rstd,
                                   const float *w, const float *rope, Rows r, int heads) {
-    size_t D = r.dim, head_dim = D / heads, rows = r.B * r.n;
-    float *partial = (float *)scratch(4 * CHUNKS * D);
-    #pragma omp parallel for if (rows * D > PARALLEL)
-    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
-        Part p = part_of(chunk, rows);
-        float *to_w = partial + chunk * D;
-        memset(to_w, 0, 4 * D);
-        for (size_t row = p.begin; row < p.end; row++) {
-            const float *xr = x + row * D;
-            float *g = dx + row * D, scale = rstd[row], sum = 0.0f;
-            if (dx != dy) memcpy(g, dy + row * D, 4 * D);
-            if (rope) rotate(g, rope + row % r.n * head_dim, -1.0f, heads, head_dim);
-            #pragma omp simd reduction(+ : sum)
-            for (size_t i = 0; i < D; i++) {
-                float gx = g[i] * xr[i] * scale;
-                to_w[i] += gx;
-                sum += gx * w[i];
-            }
-            sum *= scale / (float)D;
-            #pragma omp simd
-            for (size_t i = 0; i < D; i++) g[i] = scale * (g[i] * w[i] - xr[i] * sum);
-        }
+    size_t D = r.dim, head_dim = D / heads;
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        float *g = dx + row * D;
+        for (size_t i = 0; i < D; i++) g[i] = dy[row * D + i] * rstd[row];
+        if (rope) rotate(g, rope + row % r.n * head_dim, -1.0f, heads, head_dim);
     }
-    PerSample all = {dw, 0};
-    add_partials(all, partial, D, 1, D);
-    free(partial);
+    column_sums(shared(dw), dx, x, NULL, r);
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    for (size_t row = 0; row < count_of(r); row++) {
+        const float *xr = x + row * D;
+        float *g = dx + row * D, sum = 0.0f;
+        #pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < D; i++) sum += g[i] * w[i] * xr[i];
+        sum *= rstd[row] * rstd[row] / (float)D;
+        #pragma omp simd
+        for (size_t i = 0; i < D; i++) g[i] = g[i] * w[i] - xr[i] * sum;
+    }
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
@@ -1941,25 +1860,12 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // What one task works on: head h of queries q0..q1-1 against keys k0..k1-1.
 typedef struct { size_t q0, q1, k0, k1, h, heads, dim; } Head;
 
-// All tasks, of at most `span` queries; a sequence without queries still has one a head. The caller frees
-// them.
-static Head *head_tasks(size_t *count, const Sequences *s, int heads, int head_dim, size_t span) {
-    size_t H = heads, most = 0;
-    for (int i = 0; i < s->count; i++) most += H * (1 + (size_t)(s->q[i + 1] - s->q[i]) / span);
-    Head *task = (Head *)xalloc(most, sizeof(Head));
-    *count = 0;
-    for (int i = 0; i < s->count; i++) {
-        size_t q0 = (size_t)s->q[i], end = (size_t)s->q[i + 1];
-        do {
-            for (size_t h = 0; h < H; h++) {
-                Head t = {q0, least(q0 + span, end), (size_t)s->k[i], (size_t)s->k[i + 1], h,
-                          H,  (size_t)head_dim};
-                task[(*count)++] = t;
-            }
-            q0 += span;
-        } while (q0 < end);
-    }
-    return task;
+// A head of a sequence, and `span` of its queries after the first `skip`.
+static Head head_of(const Sequences *s, size_t task, int heads, int head_dim, size_t skip, size_t span) {
+    size_t i = task / heads, end = (size_t)s->q[i + 1], q0 = least(s->q[i] + skip, end);
+    Head t = {q0, least(q0 + span, end), (size_t)s->k[i], (size_t)s->k[i + 1], task % heads, (size_t)heads,
+              (size_t)head_dim};
+    return t;
 }
 
 // block[n, dim] = the head's columns of rows first..first+n-1 of x[.., heads·dim].
@@ -1968,28 +1874,12 @@ static void take_rows(float *block, const float *x, size_t first, size_t n, Head
         memcpy(block + i * t.dim, x + ((first + i) * t.heads + t.h) * t.dim, 4 * t.dim);
 }
 
-// out[i, query] = Σ_d a[i, d]·panel[d, query]: the scores of n keys (or v·dout) against TILE_N queries.
-static void scores(float *out, const float *a, const float *panel, size_t n, size_t head_dim) {
-    View keys = {a, head_dim, 1};
-    for (size_t i = 0; i < n; i += TILE_M)
-        tile(out + i * TILE_N, TILE_N, NULL, 0, at(keys, i, 0), n - i, panel, head_dim);
-}
-
-// sum[d, query] += Σ_i a[i, d]·p[i, query] over n keys.
-static void mix(float *sum, const float *a, const float *p, size_t n, size_t head_dim) {
-    View keys = {a, 1, head_dim};
-    for (size_t d = 0; d < head_dim; d += TILE_M, sum += TILE_M * TILE_N)
-        tile(sum, TILE_N, sum, TILE_N, at(keys, d, 0), head_dim - d, p, n);
-}
-
-// sum[i, d] += Σ_query p[i, query]·r[query, d] over n keys; r in panels [TILE_N queries, TILE_N dims], sum
-// [n, wide].
-static void mix_back(float *sum, const float *p, const float *r, size_t n, size_t wide) {
-    View ps = {p, TILE_N, 1};
-    for (size_t d = 0; d < wide; d += TILE_N)
-        for (size_t i = 0; i < n; i += TILE_M) {
-            float *to = sum + i * wide + d;
-            tile(to, wide, to, wide, at(ps, i, 0), n - i, r + d * TILE_N, TILE_N);
+// c[rows, columns] = a[rows, depth]·b[depth, columns], or += where add; b in panels of TILE_N columns.
+static void tiles(float *c, size_t columns, bool add, View a, size_t rows, const float *b, size_t depth) {
+    for (size_t j = 0; j < columns; j += TILE_N)
+        for (size_t i = 0; i < rows; i += TILE_M) {
+            float *to = c + i * columns + j;
+            tile(to, columns, add ? to : NULL, columns, at(a, i, 0), rows - i, b + j * depth, depth);
         }
 }
 
@@ -1997,7 +1887,7 @@ static void mix_back(float *sum, const float *p, const float *r, size_t n, size_
 // o[head_dim, query] are scaled from the old maximum to the new one, and sum takes the new terms.
 static void softmax_step(float *s, float *m, float *sum, float *o, float c, size_t n, size_t head_dim) {
     float top[TILE_N], shrink[TILE_N], part[TILE_N] = {0};
-    for (int j = 0; j < TILE_N; j++) top[j] = s[j];
+    memcpy(top, s, sizeof top);
     for (size_t i = 1; i < n; i++)
         for (int j = 0; j < TILE_N; j++) top[j] = s[i * TILE_N + j] > top[j] ? s[i * TILE_N + j] : top[j];
     for (int j = 0; j < TILE_N; j++) {
@@ -2019,24 +1909,23 @@ static void softmax_step(float *s, float *m, float *sum, float *o, float c, size
 // One task: its queries, in blocks of TILE_N, through all keys of their sequence.
 static void attend(act *o, float *lse, const act *q, const act *k, const act *v, Head t) {
     size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim;
-    size_t panel = t.dim * TILE_N, queries = blocks * TILE_N;
-    float *room = (float *)scratch(4 * (2 * KEYS * t.dim + KEYS * TILE_N + 2 * queries + 2 * blocks * panel));
-    float *kb = room, *vb = kb + KEYS * t.dim, *s = vb + KEYS * t.dim, *m = s + KEYS * TILE_N,
-          *sum = m + queries;
-    float *qt = sum + queries, *ot = qt + blocks * panel, c = (float)(LOG2E / sqrt((double)t.dim));
-    View queries_transposed = {q + t.q0 * row + t.h * t.dim, 1, row};
+    size_t panel = t.dim * TILE_N, keys = KEYS * t.dim;
+    float m[QUERIES], sum[QUERIES] = {0}, s[KEYS * TILE_N], c = (float)(LOG2E / sqrt((double)t.dim));
+    float *qt = (float *)scratch(8 * (blocks * panel + keys)), *ot = qt + blocks * panel;   // [dim, query]
+    float *kb = ot + blocks * panel, *vb = kb + keys;                                       // [key, dim]
+    View queries = turned(matrix(q + t.q0 * row + t.h * t.dim, row));
     for (size_t g = 0; g < blocks; g++)
-        pack(qt + g * panel, at(queries_transposed, 0, g * TILE_N), t.dim, least(TILE_N, count - g * TILE_N));
-    for (size_t j = 0; j < queries; j++) { m[j] = -INFINITY; sum[j] = 0.0f; }
+        pack(qt + g * panel, at(queries, 0, g * TILE_N), t.dim, least(TILE_N, count - g * TILE_N));
+    for (int j = 0; j < QUERIES; j++) m[j] = -INFINITY;
     memset(ot, 0, 4 * blocks * panel);
     for (size_t key = t.k0; key < t.k1; key += KEYS) {
         size_t n = least(KEYS, t.k1 - key);
         take_rows(kb, k, key, n, t);
         take_rows(vb, v, key, n, t);
         for (size_t g = 0; g < blocks; g++) {
-            scores(s, kb, qt + g * panel, n, t.dim);
+            tiles(s, TILE_N, false, matrix(kb, t.dim), n, qt + g * panel, t.dim);
             softmax_step(s, m + g * TILE_N, sum + g * TILE_N, ot + g * panel, c, n, t.dim);
-            mix(ot + g * panel, vb, s, n, t.dim);
+            tiles(ot + g * panel, TILE_N, true, turned(matrix(vb, t.dim)), t.dim, s, n);
         }
     }
     for (size_t i = 0; i < count; i++) {
@@ -2045,17 +1934,27 @@ static void attend(act *o, float *lse, const act *q, const act *k, const act *v,
         for (size_t d = 0; d < t.dim; d++) out[d] = column[d * TILE_N] * inverse;
         if (lse) lse[(t.q0 + i) * t.heads + t.h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
     }
-    free(room);
+    free(qt);
 }
 
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    size_t count;
-    Head *task = head_tasks(&count, s, heads, head_dim, QUERY_BLOCKS * TILE_N);
-    #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < count; i++) attend(o, lse, q.x, k.x, v, task[i]);
-    free(task);
-    if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
+    size_t queries = (size_t)s->q[s->count];
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int task = 0; task < s->count * heads; task++)
+        for (size_t skip = 0; skip < queries; skip += QUERIES) {
+            Head t = head_of(s, task, heads, head_dim, skip, QUERIES);
+            if (t.q0 < t.q1) attend(o, lse, q.x, k.x, v, t);
+        }
+    if (amax) absmax(amax, o, queries * heads * head_dim);
+}
+
+// A block of n queries' rows: transposed [dim, TILE_N], and in panels [TILE_N, TILE_N dims].
+static void pack_queries(float *xt, float *xr, const float *x, size_t row, size_t n, size_t dim) {
+    View xs = matrix(x, row);
+    pack(xt, turned(xs), dim, n);
+    for (size_t d = 0; d < dim; d += TILE_N)
+        pack(xr + d * TILE_N, at(xs, 0, d), n, least(TILE_N, dim - d));
 }
 
 // s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).
@@ -2069,52 +1968,43 @@ static void softmax_back(float *s, float *dp, const float *lse2, const float *de
 
 // The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
 //   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
-// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks, in
-// order.
+// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks.
 static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                             const act *v, const act *o, const float *lse, Head t) {
     size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim, first = t.h * t.dim;
-    size_t panel = t.dim * TILE_N, wide = blocks_of(t.dim, TILE_N) * TILE_N, rows = wide * TILE_N;
+    size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, panel = wide * TILE_N, all = blocks * panel;
     float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
-    float *room = (float *)scratch(
-        4 * (blocks * (3 * panel + 2 * rows + 2 * TILE_N) + 2 * KEYS * (t.dim + wide + TILE_N)));
-    float *qt = room, *dot = qt + blocks * panel, *dqt = dot + blocks * panel;     // transposed: [dim, query]
-    float *qr = dqt + blocks * panel, *dor = qr + blocks * rows;                // panels [query, TILE_N dims]
-    float *lse2 = dor + blocks * rows, *delta = lse2 + blocks * TILE_N;         // of each query
-    float *kb = delta + blocks * TILE_N, *vb = kb + KEYS * t.dim, *dkb = vb + KEYS * t.dim,
-          *dvb = dkb + KEYS * wide;
-    float *p = dvb + KEYS * wide, *ds = p + KEYS * TILE_N;
-    memset(dqt, 0, 4 * (blocks * (panel + 2 * rows + 2 * TILE_N)));
-    for (size_t g = 0; g < blocks; g++) {
-        size_t from = (t.q0 + g * TILE_N) * row + first, n = least(TILE_N, count - g * TILE_N);
-        View qs = {q + from, row, 1}, q_transposed = {q + from, 1, row};
-        View douts = {dout + from, row, 1}, dout_transposed = {dout + from, 1, row};
-        pack(qt + g * panel, q_transposed, t.dim, n);
-        pack(dot + g * panel, dout_transposed, t.dim, n);
-        for (size_t d = 0; d < t.dim; d += TILE_N) {
-            pack(qr + g * rows + d * TILE_N, at(qs, 0, d), n, least(TILE_N, t.dim - d));
-            pack(dor + g * rows + d * TILE_N, at(douts, 0, d), n, least(TILE_N, t.dim - d));
+    float p[KEYS * TILE_N], ds[KEYS * TILE_N];
+    float *qt = (float *)scratch(4 * (5 * all + 2 * blocks * TILE_N + 4 * KEYS * wide)), *dot = qt + all;
+    float *dqt = dot + all, *qr = dqt + all, *dor = qr + all, *lse2 = dor + all;
+    float *delta = lse2 + blocks * TILE_N, *kb = delta + blocks * TILE_N, *vb = kb + KEYS * wide;
+    float *dkb = vb + KEYS * wide, *dvb = dkb + KEYS * wide;
+    memset(dqt, 0, 4 * (3 * all + 2 * blocks * TILE_N));
+    for (size_t i = 0; i < count; i++) {
+        size_t from = (t.q0 + i) * row + first, g = i / TILE_N * panel, n = least(TILE_N, count - i);
+        if (i % TILE_N == 0) {
+            pack_queries(qt + g, qr + g, q + from, row, n, t.dim);
+            pack_queries(dot + g, dor + g, dout + from, row, n, t.dim);
         }
-        for (size_t j = 0; j < n; j++) {
-            float sum = 0.0f;
-            #pragma omp simd reduction(+ : sum)
-            for (size_t d = 0; d < t.dim; d++) sum += dout[from + j * row + d] * o[from + j * row + d];
-            delta[g * TILE_N + j] = sum;
-            lse2[g * TILE_N + j] = (float)(LOG2E * lse[(t.q0 + g * TILE_N + j) * t.heads + t.h]);
-        }
+        float sum = 0.0f;
+        #pragma omp simd reduction(+ : sum)
+        for (size_t d = 0; d < t.dim; d++) sum += dout[from + d] * o[from + d];
+        delta[i] = sum;
+        lse2[i] = (float)(LOG2E * lse[(t.q0 + i) * t.heads + t.h]);
     }
     for (size_t key = t.k0; key < t.k1; key += KEYS) {
         size_t n = least(KEYS, t.k1 - key);
         take_rows(kb, k, key, n, t);
         take_rows(vb, v, key, n, t);
         memset(dkb, 0, 4 * 2 * KEYS * wide);
-        for (size_t g = 0; g < blocks; g++) {
-            scores(p, kb, qt + g * panel, n, t.dim);
-            scores(ds, vb, dot + g * panel, n, t.dim);
-            softmax_back(p, ds, lse2 + g * TILE_N, delta + g * TILE_N, c, n);
-            mix(dqt + g * panel, kb, ds, n, t.dim);
-            mix_back(dkb, ds, qr + g * rows, n, wide);
-            mix_back(dvb, p, dor + g * rows, n, wide);
+        for (size_t i = 0; i < count; i += TILE_N) {
+            size_t g = i / TILE_N * panel;
+            tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + g, t.dim);
+            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dot + g, t.dim);
+            softmax_back(p, ds, lse2 + i, delta + i, c, n);
+            tiles(dqt + g, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
+            tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + g, TILE_N);
+            tiles(dvb, wide, true, matrix(p, TILE_N), n, dor + g, TILE_N);
         }
         for (size_t i = 0; i < n; i++)
             for (size_t d = 0; d < t.dim; d++) {
@@ -2125,17 +2015,16 @@ static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const ac
     for (size_t i = 0; i < count; i++)
         for (size_t d = 0; d < t.dim; d++)
             dq[(t.q0 + i) * row + first + d] = scale * dqt[i / TILE_N * panel + d * TILE_N + i % TILE_N];
-    free(room);
+    free(qt);
 }
 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
-    size_t count;
-    Head *task = head_tasks(&count, s, heads, head_dim, SIZE_MAX / 2);
     #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < count; i++) attend_backward(dq, dk, dv, dout, q, k, v, o, lse, task[i]);
-    free(task);
+    for (int task = 0; task < s->count * heads; task++)
+        attend_backward(dq, dk, dv, dout, q, k, v, o, lse,
+                        head_of(s, task, heads, head_dim, 0, SIZE_MAX / 2));
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
@@ -2200,19 +2089,13 @@ static void lincomb(float *y, float a, const float *x, float b, const float *z, 
 }
 
 static double sum_squares(const float *x, const float *z, size_t n) {
-    double parts[CHUNKS], total = 0.0;
-    #pragma omp parallel for if (n > PARALLEL)
-    for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
-        double sum = 0.0;
-        #pragma omp simd reduction(+ : sum)
-        for (size_t i = chunk_start(n, chunk); i < chunk_start(n, chunk + 1); i++) {
-            double d = (double)x[i] - (z ? (double)z[i] : 0.0);
-            sum += d * d;
-        }
-        parts[chunk] = sum;
+    double sum = 0.0;
+    #pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) {
+        double d = (double)x[i] - (z ? (double)z[i] : 0.0);
+        sum += d * d;
     }
-    for (int chunk = 0; chunk < CHUNKS; chunk++) total += parts[chunk];
-    return total;
+    return sum;
 }
 
 static double mse(float *dout, const float *out, const float *target, size_t n) {
@@ -2319,8 +2202,8 @@ static void param_set(Model *m, Param *p, const float *host) {
     if (!p->w) device_free(w);
 }
 
-// First weights: matrices normal with deviation 1/√in, biases 0, norms 1, modulation normal with 1/√dim. The
-// head is zero: an untrained model answers v = 0, the best constant.
+// First weights: matrices normal with deviation 1/√in, modulation with 1/√dim, biases 0, norms 1. The head is
+// zero: an untrained model answers v = 0, the best constant.
 static double first_deviation(const Model *m, const Param *p) {
     if (strstr(p->name, "modulation")) return 1 / sqrt((double)m->c.dim);
     if (strstr(p->name, "text_encoder")) return 1;
@@ -2349,8 +2232,7 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     l->w = device_floats(l->n), l->dw = device_floats(l->n);
     l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
     l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
-    for (int i = 0; i < m->params; i++) {
-        Param *p = &m->param[i];
+    for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
         for (int k = 0; k < 2; k++) {
             Param *ab = &l->param[2 * l->count + k];
@@ -2375,19 +2257,12 @@ static int *to_device(const int *host, size_t count) {
     return p;
 }
 
-static void upload_floats(float **device, float *host, size_t count) {       // host is freed
-    if (!*device) *device = device_floats(count);
-    upload(*device, host, count * sizeof(float));
-    free(host);
-}
-
-// (cos, sin) for every token this rank holds in a pattern's order: table[n, head_dim/2, 2]. A head's pairs
-// are shared out over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m). A token
-// keeps its own (t, h, w).
-static void rope_table(float **table, const Pattern *p, int rank, int H, int W, int head_dim) {
+// (cos, sin) for every token this rank holds in a pattern's order: [n, head_dim/2, 2]. A head's pairs are
+// shared out over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m).
+static float *rope_table(const Pattern *p, int rank, int H, int W, int head_dim) {
     int pairs = head_dim / 2, m[3] = {pairs - 2 * (pairs / 3), pairs / 3, pairs / 3};
     size_t count = (size_t)(p->first[rank + 1] - p->first[rank]) * head_dim;
-    float *host = floats(count), *out = host;
+    float *host = floats(count), *out = host, *table = device_floats(count);
     for (int i = p->first[rank]; i < p->first[rank + 1]; i++) {
         int token = p->order[i], position[3] = {token / (H * W), token / W % H, token % W};
         for (int axis = 0; axis < 3; axis++)
@@ -2396,26 +2271,23 @@ static void rope_table(float **table, const Pattern *p, int rank, int H, int W, 
                 *out++ = (float)cos(angle), *out++ = (float)sin(angle);
             }
     }
-    upload_floats(table, host, count);
+    upload(table, host, count * sizeof(float));
+    free(host);
+    return table;
 }
 
-// Every sample's subsequences [low, high) of a pattern; rows of a sample follow each other.
-static void sequences_init(Sequences *s, const Pattern *p, int low, int high, int B) {
-    int n = p->start[high] - p->start[low];
-    s->q = (int *)xalloc((size_t)B * (high - low) + 1, sizeof(int));
-    for (int b = 0; b < B; b++)
-        for (int i = low; i < high; i++) s->q[s->count++] = b * n + p->start[i] - p->start[low];
-    s->q[s->count] = B * n;
-    s->k = s->q;
-    s->q_device = s->k_device = to_device(s->q, s->count + 1);
+// The same `count` sequences in every sample, one after another: where each starts, and where the last ends.
+static int *starts_of(const int *start, int count, int B) {
+    int *all = (int *)xalloc((size_t)B * count + 1, sizeof(int)), n = start[count] - start[0];
+    for (int i = 0; i < B * count; i++) all[i] = i / count * n + start[i % count] - start[0];
+    all[B * count] = B * n;
+    return all;
 }
 
-static void cross_sequences_init(Sequences *s, size_t n, int text_len, int B) {
-    s->q = (int *)xalloc(2 * (B + 1), sizeof(int));
-    s->k = s->q + B + 1;
-    for (int b = 0; b <= B; b++) s->q[b] = b * (int)n, s->k[b] = b * text_len;
-    s->count = B;
-    s->q_device = to_device(s->q, B + 1), s->k_device = to_device(s->k, B + 1);
+static Sequences sequences_new(const int *q, const int *k, int count, int B) {
+    int *qs = starts_of(q, count, B), *ks = starts_of(k, count, B), n = B * count;
+    Sequences s = {n, qs, ks, to_device(qs, n + 1), to_device(ks, n + 1)};
+    return s;
 }
 
 // Orders, rotary tables, sequences, positions of words. (Exchanges are built when they are first needed.)
@@ -2426,19 +2298,20 @@ static void run_maps(Run *r) {
     for (int i = 0; i < c->num_layers; i++) {
         int at = r->saved[i].layout, pattern = r->saved[i].pattern, all = r->pattern[pattern].count;
         int low = at == FULL ? 0 : all * rank / R, high = at == FULL ? all : all * (rank + 1) / R;
-        if (!r->self[pattern].q) sequences_init(&r->self[pattern], &r->pattern[pattern], low, high, r->B);
-        if (!r->cross[at].q) cross_sequences_init(&r->cross[at], r->n[at], c->text_len, r->B);
-        if (!r->rope[at]) rope_table(&r->rope[at], &r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
+        int *start = r->pattern[pattern].start + low, n[] = {0, (int)r->n[at]}, words[] = {0, c->text_len};
+        if (!r->self[pattern].q) r->self[pattern] = sequences_new(start, start, high - low, r->B);
+        if (!r->cross[at].q) r->cross[at] = sequences_new(n, words, 1, r->B);
+        if (!r->rope[at]) r->rope[at] = rope_table(&r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
     }
     if (!c->vocab) return;
     float *host = floats((size_t)c->text_len * text_dim);
     for (int l = 0; l < c->text_len; l++) sinusoids(host + (size_t)l * text_dim, l, text_dim / 2);
-    upload_floats(&r->word_pos, host, (size_t)c->text_len * text_dim);
+    upload(r->word_pos, host, (size_t)c->text_len * text_dim * sizeof(float));
+    free(host);
 }
 
 // ---- buffers ---------------------------------------------------------------------------------------------
-// One pass over every buffer: with base NULL it only adds up the bytes, so memory is known before any is
-// asked for.
+// One pass over every buffer: with base NULL it only adds up the bytes, so that memory is known beforehand.
 typedef struct { char *base; size_t used; } Arena;
 
 // The next `bytes` for each pointer whose address is given, up to NULL.
@@ -2453,44 +2326,40 @@ static void take(Arena *a, size_t bytes, ...) {
 }
 
 // A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block:
-// all share those of `room`, which has `most` rows. Training keeps the turned ones.
-static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t most,
-                        size_t columns) {
-    if (!coded(r->m)) { take(a, rows * columns * act_size(), &f->x, NULL); return; }
-    if (f == room) take(a, most * columns * act_size(), &f->x, NULL), take(a, most * columns, &f->code, NULL);
+// all share those of `room`. Training keeps the turned ones.
+static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t columns) {
+    if (f == room || !coded(r->m)) take(a, rows * columns * act_size(), &f->x, NULL);
+    if (!coded(r->m)) return;
+    if (f == room) take(a, rows * columns, &f->code, NULL);
     f->x = room->x, f->code = room->code;
     take(a, sizeof(float), &f->unit, NULL);
-    if (r->training) take(a, columns * ((rows + 15) & ~(size_t)15), &f->turned, NULL);
+    if (r->training) take(a, columns * (rows + 15), &f->turned, NULL);
 }
 
-// share: numbers of q, k, v, o where heads are dealt out over ranks (all tokens, 1/R of the heads); else 0.
 static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, const Factor *room, size_t rows,
-                              size_t most, size_t kv_rows, size_t share) {
+                              size_t kv_rows, bool spread) {
     const Config *c = &r->m->c;
-    size_t D = c->dim, row = D * act_size(), heads = c->num_heads, wide = share * act_size();
-    take(a, larger(rows * row, wide), &s->q.x, &s->o, NULL);
-    take(a, larger(kv_rows * row, wide), &s->k.x, &s->v, NULL);
-    if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
-        take(a, larger(rows * D, share), &s->q.code, NULL);
-        take(a, larger(kv_rows * D, share), &s->k.code, NULL);
-        take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
-    }
-    take(a, rows * row, &s->q_raw, &s->y, NULL);
-    take(a, kv_rows * row, &s->k_raw, NULL);
+    size_t D = c->dim, row = D * act_size();
+    take(a, rows * row, &s->q.x, &s->o, &s->q_raw, &s->y, NULL);
+    take(a, kv_rows * row, &s->k.x, &s->v, &s->k_raw, NULL);
     take(a, rows * sizeof(float), &s->q_rstd, NULL);
     take(a, kv_rows * sizeof(float), &s->k_rstd, NULL);
+    if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
+        take(a, rows * D, &s->q.code, NULL);
+        take(a, kv_rows * D, &s->k.code, NULL);
+        take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
+    }
     s->oq.x = s->o;
-    if (c->quant || share) take_factor(a, r, &s->oq, room, rows, most, D);
-    if (r->training) take(a, (share ? share / D : rows) * heads * sizeof(float), &s->lse, NULL);
+    if (c->quant || spread) take_factor(a, r, &s->oq, room, rows, D);
+    if (r->training) take(a, rows * c->num_heads * sizeof(float), &s->lse, NULL);
 }
 
 // Training keeps every block's activations; otherwise all blocks share those of the first, and x0 alternates
-// between two. most: the rows of a sample in the largest layout.
-static void block_buffers(Arena *a, Run *r, int i, size_t most) {
+// between two. rows: those of the largest layout.
+static void block_buffers(Arena *a, Run *r, int i, size_t rows) {
     const Config *c = &r->m->c;
     Saved *s = &r->saved[i], *first = &r->saved[0], own = *s;
-    size_t B = r->B, D = c->dim, rows = r->training ? B * r->n[s->layout] : B * most;
-    size_t row = D * sizeof(float), ffn = rows * c->ffn_dim * act_size();
+    size_t B = r->B, D = c->dim, row = D * sizeof(float);
     if (r->training || i < 2) take(a, rows * row, &s->x0, NULL);
     else s->x0 = r->saved[i - 2].x0;
     if (i == c->num_layers) return;
@@ -2501,59 +2370,51 @@ static void block_buffers(Arena *a, Run *r, int i, size_t most) {
         return;
     }
     s->x1 = s->x2 = s->x0;
-    if (r->training) take(a, rows * row, &s->x1, &s->x2, NULL), take(a, ffn, &s->f_pre, NULL);
+    if (r->training) take(a, rows * row, &s->x1, &s->x2, NULL);
+    if (r->training) take(a, rows * c->ffn_dim * act_size(), &s->f_pre, NULL);
     take(a, rows * 2 * sizeof(float), &s->stat1, &s->stat2, &s->stat3, NULL);
     take(a, B * 6 * row, &s->e, NULL);
     take(a, rows * D * act_size(), &s->y, NULL);
-    take_factor(a, r, &s->h1, &first->h1, rows, B * most, D);
-    take_factor(a, r, &s->h2, &first->h1, rows, B * most, D);
-    take_factor(a, r, &s->h3, &first->h1, rows, B * most, D);
-    take_factor(a, r, &s->f, &first->f, rows, B * most, c->ffn_dim);
-    attention_buffers(a, r, &s->self, &first->h1, rows, B * most, rows,
-                      spread(r, s) ? B * r->N * D / r->ranks->size : 0);
-    attention_buffers(a, r, &s->cross, &first->h1, rows, B * most, B * c->text_len, 0);
+    take_factor(a, r, &s->h1, &first->h1, rows, D);
+    take_factor(a, r, &s->h2, &first->h1, rows, D);
+    take_factor(a, r, &s->h3, &first->h1, rows, D);
+    take_factor(a, r, &s->f, &first->f, rows, c->ffn_dim);
+    attention_buffers(a, r, &s->self, &first->h1, rows, rows, spread(r, s));
+    attention_buffers(a, r, &s->cross, &first->h1, rows, B * c->text_len, false);
 }
 
-static void run_buffers(Arena *a, Run *r, size_t most) {
+static void run_buffers(Arena *a, Run *r, size_t rows) {
     const Config *c = &r->m->c;
-    size_t B = r->B, D = c->dim, R = r->ranks->size, rows = B * most, text = B * c->text_len;
-    size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_size(), row = D * act_size(), F = sizeof(float);
-    size_t share = R > 1 ? larger(rows * D, B * r->N * D / R) : rows * D;
-    for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, most);
-    take(a, B * c->freq_dim * F, &r->sin, NULL);
-    take(a, B * D * F, &r->t1, &r->t1s, &r->e, &r->es, NULL);
-    take(a, B * 6 * D * F, &r->e0, NULL);
-    take(a, B * 2 * D * F, &r->head_e, NULL);
-    take(a, text * c->text_dim * act_size(), &r->text, NULL);
-    take(a, text * row, &r->text_h, &r->context, NULL);
+    size_t B = r->B, D = c->dim, R = r->ranks->size, F = sizeof(float), act_bytes = act_size();
+    size_t text = B * c->text_len, both = larger(rows, text);
+    size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_bytes;
+    size_t modulation = B * larger(6 * D, c->freq_dim) * F, words = text * larger(D, c->text_dim) * act_bytes;
+    for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, rows);
+    take(a, modulation, &r->sin, &r->t1, &r->t1s, &r->e, &r->es, &r->e0, &r->head_e, NULL);
+    take(a, words, &r->text, &r->text_h, &r->context, NULL);
     r->context_q = plain(r->context);
-    if (c->quant) take_factor(a, r, &r->context_q, &r->context_q, text, text, D);
+    if (c->quant) take_factor(a, r, &r->context_q, &r->context_q, text, D);
     take(a, text * sizeof(int), &r->ids, NULL);
     take(a, (size_t)c->text_len * c->text_dim * F, &r->word_pos, NULL);
     take(a, rows * patch, &r->patches, &r->y, NULL);
-    take(a, rows * row, &r->tokens, &r->h, NULL);
+    take(a, rows * D * act_bytes, &r->tokens, &r->h, NULL);
     take(a, rows * 2 * F, &r->head_stat, NULL);
     take(a, B * c->out_dim * r->N * 4 * F, &r->out, NULL);
     take(a, rows * D * F, &r->dx2, NULL);
     r->y_all = r->y;
     if (R > 1) {
-        size_t x = 2 * larger(rows, text) * D * F, heads = 2 * share * act_size();
-        take(a, larger(larger(x, heads), (R * B * r->n[FULL] + B * r->N) * patch), &r->packed, NULL);
+        take(a, larger(2 * both * D * F, (R * rows + B * r->N) * patch), &r->packed, NULL);
         take(a, B * r->N * patch, &r->y_all, NULL);
     }
     if (!r->training) return;
-    size_t largest = larger(share, larger(rows, text) * D) * act_size();
-    take(a, text * row, &r->text_pre, &r->dcontext, NULL);
+    take(a, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
     take(a, rows * D * F, &r->dx, NULL);
-    take(a, B * 6 * D * F, &r->de, &r->de0, NULL);
-    take(a, B * D * F, &r->de_e, &r->dt, NULL);
-    take(a, B * 2 * D * F, &r->dhead_e, NULL);
-    take(a, largest, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
-    take(a, rows * c->ffn_dim * act_size(), &r->dff, NULL);
-    take(a, text * c->text_dim * act_size(), &r->dtext, NULL);
+    take(a, modulation, &r->de, &r->de0, &r->de_e, &r->dhead_e, &r->dt, NULL);
+    take(a, both * D * act_bytes, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
+    take(a, rows * c->ffn_dim * act_bytes, &r->dff, NULL);
     if (!coded(r->m)) return;
-    take(a, (larger(rows, text) + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
-    take(a, sizeof(float), &r->g.unit, NULL);
+    take(a, (both + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
+    take(a, F, &r->g.unit, NULL);
 }
 
 // ---- a run -----------------------------------------------------------------------------------------------
@@ -2586,10 +2447,13 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tr
     return r;
 }
 
-// The bytes of a run's buffers, from a plan alone. *base: memory for them, or NULL to only add up.
+// The bytes of a run's buffers, from a plan alone. *base: memory for them, or NULL to only add up. Every
+// layout gets the rows of the largest: a pattern's, or a share of all tokens where heads are dealt out.
 static size_t run_place(Run *r, void *base) {
     Arena a = {(char *)base, 0};
-    run_buffers(&a, r, larger(r->n[FULL], larger(r->n[TOKEN_WISE], r->n[GROUP_WISE])));
+    size_t most = (r->N + r->ranks->size - 1) / r->ranks->size;
+    for (int p = 0; p < PATTERNS; p++) most = larger(most, r->n[p]);
+    run_buffers(&a, r, r->B * most);
     return a.used;
 }
 
@@ -2611,10 +2475,8 @@ static void text_set(Run *r, Text text) {
 }
 
 static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
-    o->w = w, o->dw = dw, o->n = n, o->step = o->update = 0, o->best = 0;
-    o->m = device_floats(n);
-    o->v = device_floats(n);
-    o->ema = device_floats(n);
+    Optimizer fresh = {w, dw, device_floats(n), device_floats(n), device_floats(n), n, 0, 0, 0};
+    *o = fresh;
     copy(o->ema, w, n * sizeof(float));
 }
 
