@@ -1495,10 +1495,41 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 }
 
 // End of Part I: the method. What follows is what it stands on.
-#ifndef OSP_CUDA
 // ==========================================================================================================
 // PART II, what it stands on. The operations on a CPU
 // ==========================================================================================================
+// First what a GPU uses, too.
+
+// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
+// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
+EVERYWHERE float exp2_fast(float x) {
+    uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
+    float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
+    float p = 1.54531634e-4f;
+    p = p * f + 1.33908633e-3f;
+    p = p * f + 9.61808302e-3f;
+    p = p * f + 5.55035695e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    p *= bits_float((float_bits(shifted) + 127u) << 23);
+    return bits_float((float_bits(p) & ~(low | high)) | (high & 0x7E800000u));
+}
+
+// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): it never cancels.
+EVERYWHERE float gelu_gate(float u) {
+    return 1.0f / (1.0f + exp2_fast(-2.3022082f * (u + 0.044715f * u * u * u)));
+}
+EVERYWHERE float gelu(float u) { return u * gelu_gate(u); }
+EVERYWHERE float gelu_slope(float u) {
+    float s = gelu_gate(u);
+    return s + u * s * (1.0f - s) * (1.5957691f * (1.0f + 3.0f * 0.044715f * u * u));
+}
+EVERYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }         // few values: exact
+EVERYWHERE float silu(float x) { return x / (1.0f + expf(-x)); }
+EVERYWHERE float silu_slope(float x) { float s = sigmoid(x); return s + x * s * (1.0f - s); }
+
+#ifndef OSP_CUDA
 // float32 throughout. OpenMP splits rows, tiles or heads, but never a sum: any number of threads gives the
 // same bytes. Products and attention share one inner kernel, `tile`; the rest are loops that vectorise.
 
@@ -1525,23 +1556,6 @@ static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
 static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
-
-// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
-// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
-static inline float exp2_fast(float x) {
-    uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
-    float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
-    float p = 1.54531634e-4f;
-    p = p * f + 1.33908633e-3f;
-    p = p * f + 9.61808302e-3f;
-    p = p * f + 5.55035695e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147182e-1f;
-    p = p * f + 1.0f;
-    p *= bits_float((float_bits(shifted) + 127u) << 23);
-    return bits_float((float_bits(p) & ~(low | high)) | (high & 0x7E800000u));
-}
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
 
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
@@ -1673,38 +1687,26 @@ static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, 
     column_sums(shared(db), dy.x, NULL, NULL, all);
 }
 
-// gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): it never cancels.
 static void linear_gelu_forward(act *y, act *pre, Factor x, Factor w, const act *b, size_t rows, int out,
                                 int in) {
     float *u = pre ? pre : y;
     size_t n = rows * out;
     linear_forward(u, x, w, b, rows, out, in);
     #pragma omp parallel for simd if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++)
-        y[i] = u[i] * sigmoid(1.5957691f * (u[i] + 0.044715f * u[i] * u[i] * u[i]));
+    for (size_t i = 0; i < n; i++) y[i] = gelu(u[i]);
 }
 
-// With s = σ(2z), e = exp(−2z) = (1 − s)/s:  gelu' = s + u·(1 − s)·s·2z'.
 static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n) {
     #pragma omp parallel for simd if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++) {
-        float u = pre[i], cube = 0.044715f * u * u, e = exp2_fast(-2.3022082f * (u + cube * u)),
-              s = 1.0f / (1.0f + e);
-        dx[i] = dy[i] * (s + u * (e * s) * s * (1.5957691f * (1.0f + 3.0f * cube)));
-    }
+    for (size_t i = 0; i < n; i++) dx[i] = dy[i] * gelu_slope(pre[i]);
 }
 
 static void silu_forward(float *y, const float *x, size_t n) {
-    #pragma omp parallel for simd if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++) y[i] = x[i] / (1.0f + expf(-x[i]));       // few values, exact
+    for (size_t i = 0; i < n; i++) y[i] = silu(x[i]);
 }
 
 static void silu_backward(float *dx, const float *dy, const float *x, size_t n) {
-    #pragma omp parallel for simd if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++) {
-        float e = exp2_fast(-1.44269504f * x[i]), s = 1.0f / (1.0f + e);
-        dx[i] = dy[i] * (s + x[i] * (e * s) * s);
-    }
+    for (size_t i = 0; i < n; i++) dx[i] = dy[i] * silu_slope(x[i]);
 }
 
 // ---- norms, modulation, residual -------------------------------------------------------------------------

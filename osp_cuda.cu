@@ -424,20 +424,6 @@ static void fold(PerSample d0, PerSample d1, const float *lines, int lines_per_s
 // ==========================================================================================================
 // Elementwise on act
 // ==========================================================================================================
-// 1 + tanh(z) = 2·sigmoid(2z): one exponential. gelu(u) = u·sigmoid(2z), z = √(2/π)·(u + 0.044715·u³).
-static __device__ float sigmoid(float u) { return 1.0f / (1.0f + expf(-u)); }
-static __device__ float gelu_gate(float u) { return sigmoid(1.5957691216f * (u + 0.044715f * u * u * u)); }
-static __device__ float gelu(float u) { return u * gelu_gate(u); }
-static __device__ float gelu_slope(float u) {
-    float s = gelu_gate(u);
-    return s + u * s * (1.0f - s) * 1.5957691216f * (1.0f + 3.0f * 0.044715f * u * u);
-}
-static __device__ float silu(float u) { return u / (1.0f + expf(-u)); }
-static __device__ float silu_slope(float u) {
-    float s = sigmoid(u);
-    return s * (1.0f + u * (1.0f - s));
-}
-
 // y[n] = f(x[n]): a read, a write.
 template <typename Y, typename X, float (*f)(float)>
 static __global__ void map_kernel(Y *y, const X *x, size_t n) {
@@ -459,7 +445,7 @@ static __global__ void map_backward_kernel(A *dx, const A *dy, const A *x, size_
     store8(dx, d, i, n);
 }
 
-static __device__ float same(float u) { return u; }
+EVERYWHERE float same(float u) { return u; }
 
 // The launch of a kernel whose threads take 8 numbers each, of n.
 #define LAUNCH8(kernel, n, ...) \

@@ -238,8 +238,8 @@ static float *repeated(const float *x, size_t n, int times) {
     return all;
 }
 
-static double gelu(double u) { return u / 2 * (1 + tanh(sqrt(2 / M_PI) * (u + 0.044715 * u * u * u))); }
-static double silu(double u) { return u / (1 + exp(-u)); }
+static double exact_gelu(double u) { return u / 2 * (1 + tanh(sqrt(2 / M_PI) * (u + 0.044715 * u * u * u))); }
+static double exact_silu(double u) { return u / (1 + exp(-u)); }
 
 // A function of each number, and dy times its slope.
 static float *mapped(double (*f)(double), const float *u, const float *dy, size_t n) {
@@ -273,14 +273,14 @@ static void check_linear(int R, int O, int I) {
     near_act("dx added", more, product(plus, R, I, O, dy.h, O, 1, w.h, 1, I), nx);
     near("dw", dw, product(plus, O, I, R, dy.h, 1, O, x.h, 1, I), nw);
     near("db", db, product(plus, O, 1, R, dy.h, 1, O, &one, 0, 0), O);
-    near_act("gelu", g, mapped(gelu, u, NULL, n), n);
-    near_act("gelu, pre NULL", bare, mapped(gelu, u, NULL, n), n);
-    near_act("gelu backward", dg, mapped(gelu, u, dy.h, n), n);
+    near_act("gelu", g, mapped(exact_gelu, u, NULL, n), n);
+    near_act("gelu, pre NULL", bare, mapped(exact_gelu, u, NULL, n), n);
+    near_act("gelu backward", dg, mapped(exact_gelu, u, dy.h, n), n);
     near("exact y", ye, u, n), near("exact db", dbe, product(plus, O, 1, R, dy.h, 1, O, &one, 0, 0), O);
     near("exact dx", dxe, product(NULL, R, I, O, dy.h, O, 1, w.h, 1, I), nx);
     near("exact dw", dwe, product(plus, O, I, R, dy.h, 1, O, x.h, 1, I), nw);
-    near("silu", s, mapped(silu, u, NULL, n), n);
-    near("silu backward", ds, mapped(silu, u, dy.h, n), n);
+    near("silu", s, mapped(exact_silu, u, NULL, n), n);
+    near("silu backward", ds, mapped(exact_silu, u, dy.h, n), n);
     worst_row(2e-6, fmt("linear %dx%dx%d, GELU, SiLU,", R, O, I));
 }
 
@@ -613,7 +613,7 @@ static void check_code_linear(int R, int O, int I, double mean, float spike) {
     near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), ny);
     near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
     strict_row(2e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
-    float *want = mapped(gelu, u, NULL, ny);
+    float *want = mapped(exact_gelu, u, NULL, ny);
     near_act("pre", pre, u, ny), near_act("gelu", g, want, ny), near_act("gelu, pre NULL", bare, want, ny);
     near_act("dx added, rounded twice", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
     strict_row(3e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
