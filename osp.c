@@ -3302,8 +3302,8 @@ static Output *output_fail(Output *o, const char *why) {
     return o;
 }
 
-static void output_abandon(void) {                // for die() and whoever else ends a run early
-    for (Output *o = outputs; o < outputs + 4; o++) if (o->file) output_fail(o, "the run ended");
+static void output_abandon(void) {                // for who ends a run early, the handler of a signal too
+    for (Output *o = outputs; o < outputs + 4; o++) if (o->file) unlink(o->temp);
 }
 
 static Output *output_open(const char *path) {    // file stays NULL where it cannot be written
@@ -3506,11 +3506,6 @@ static float *file_read(const File *f, const Entry *t) {
     return out;
 }
 
-// Replaces characters that JSON must escape by apostrophes.
-static void plain_text(char *s) {
-    for (; *s; s++) if ((unsigned char)*s < ' ' || *s == '"' || *s == '\\') *s = '\'';
-}
-
 static char *shape_text(char text[200], int rank, const size_t *shape) {         // [64, 3, 2]
     char *end = text + sprintf(text, "[");
     for (int i = 0; i < rank; i++) end += sprintf(end, "%s%zu", i ? ", " : "", shape[i]);
@@ -3667,13 +3662,11 @@ static void state_params(Param p[4], const Optimizer *o) {
 
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
     Param p[4];
-    char *metadata = (char *)xalloc(strlen(run) + 128, 1);
+    char metadata[5000];
     state_params(p, o);
-    sprintf(metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\",\"best\":\"%.17g\"", run,
-            o->step, o->update, o->best);
-    const char *why = file_write(path, metadata, p, 4, NULL, "f32");
-    free(metadata);
-    return why;
+    snprintf(metadata, sizeof metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run, o->step,
+             o->update);
+    return file_write(path, metadata, p, 4, NULL, "f32");
 }
 
 static bool state_load(const char *path, Optimizer *o, const char *run) {
@@ -3687,7 +3680,6 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
     state_params(p, o);
     o->step = (int)meta_number(&f, "step", NULL, 0, INT_MAX);
     o->update = (int)meta_number(&f, "update", NULL, 0, INT_MAX);
-    o->best = atof(file_meta(&f, "best") ? file_meta(&f, "best") : "0");
     weights_read(NULL, p, 4, &f);
     file_close(&f);
     return true;
@@ -3822,7 +3814,7 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
 // ---- options: one table says which commands take what, its default, range and help -----------------------
 typedef struct {
     const char *commands, *name;        // first letters (T: train --preset toy); plain arguments have no dash
-    char kind;                              // i int, d double, u seed, b switch, s text, c choice, m captions
+    char kind;                              // i int, d double, b switch, s text, c choice, m captions
     size_t field;                            // in the struct that is filled
     const char *standard;                    // what it is where nothing is said; NULL: no text
     double least, most;
@@ -3836,11 +3828,11 @@ typedef struct {                             // what a command is told
     bool training;
     const char *text[MOST_OPTIONS];          // what each row of the table says
     const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
-    char state[PATH_MAX + 16];               // the file that a stopped run resumes from
+    char state[PATH_MAX + 16];               // the file that a stopped run resumes from ...
+    char settings[4096];                     // ... if it has these in common with it
     Captions captions;
-    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, json;
+    int seed, steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, json;
     double guidance, shift, alpha, save;
-    uint64_t seed;
     TrainOptions train;
     PolicyOptions policy;
 } Options;
@@ -3888,13 +3880,13 @@ static const Option OPTIONS[] = {
     {"T", "--ema", 'd', AT(train.ema), "0.999", 0, 1, "decay of the weights' average, which is written"},
     {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
     {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
-    {"stTge", "--seed", 'u', AT(seed), "1", 0, 9e15, "of weights, captions, clips, noise"},
+    {"stTge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
     {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
     {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
     {"stTge", "--full", 'b', AT(full), "0", 0, 1, "full attention in every block"},
     {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"tT", "--sparse", 's', AT(sparse), NULL, 0, 0, "both, token or group: kinds of sparse blocks (a trial)"},
+    {"tT", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
     {"stTge", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits: HiF8 linear layers and attention"},
     {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
     {"e", "--soft", 'b', AT(soft), "0", 0, 1, "the continuous scores that GRPO is rewarded with"},
@@ -3902,7 +3894,6 @@ static const Option OPTIONS[] = {
     {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
     {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
     {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"g", "--best", 'b', AT(best), "0", 0, 1, "write the best by --eval, not the last"},
     {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
     {"se", "--json", 'b', AT(json), "0", 0, 1, "figures as one JSON object on the last line"},
@@ -3913,7 +3904,7 @@ enum { OPTION_ROWS = sizeof OPTIONS / sizeof *OPTIONS };
 // Does a command (0: any) take the option, and the argument (NULL: any) name it?
 static bool takes(const Option *o, char command, const char *argument) {
     bool named = !argument || (*argument == '-' ? !strcmp(argument, o->name) : *o->name != '-');
-    return named && (!command || strchr(o->commands, command));
+    return named && strchr(o->commands, command);
 }
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
@@ -3925,22 +3916,24 @@ static void one_of(const char *name, const char *value, const char *choices) {  
 
 static void option_store(const Option *o, void *values, const char *text) {
     void *field = (char *)values + o->field;
-    Captions *captions = (Captions *)field;
-    char *end = NULL;
-    double v = text ? strtod(text, &end) : 0;
-    bool whole = o->kind != 'd', good = v >= o->least && v <= o->most && (!whole || v == floor(v));
-    if (strchr("idub", o->kind) && (end == text || *end || !good))
-        die("%s: \"%.40s\" is not a %snumber from %.16g to %.16g", o->name, text, whole ? "whole " : "",
-            o->least, o->most);
-    if (o->kind == 'd') *(double *)field = v;
-    if (o->kind == 'u') *(uint64_t *)field = (uint64_t)v;
-    if (o->kind == 'i' || o->kind == 'b') *(int *)field = (int)v;
-    if (o->kind == 'c') one_of(o->name, text, o->help);
-    if (o->kind == 'c' || o->kind == 's') *(const char **)field = text;
-    if (o->kind != 'm' || !text) return;
-    if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
-    if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
-    captions->text[captions->count++] = text;
+    if (strchr("idb", o->kind)) {
+        char *end;
+        double v = strtod(text, &end);
+        bool whole = o->kind != 'd';
+        if (end == text || *end || !(v >= o->least && v <= o->most) || (whole && v != floor(v)))
+            die("%s: \"%.40s\" is not a %snumber from %.16g to %.16g", o->name, text, whole ? "whole " : "",
+                o->least, o->most);
+        if (whole) *(int *)field = (int)v;
+        else *(double *)field = v;
+    } else if (o->kind == 'm') {
+        Captions *captions = (Captions *)field;
+        if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
+        if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
+        captions->text[captions->count++] = text;
+    } else {
+        if (o->kind == 'c') one_of(o->name, text, o->help);
+        *(const char **)field = text;
+    }
 }
 
 static void finish(int code) {
@@ -3963,8 +3956,8 @@ static void print_help(const char *example, const Option *table, int rows, char 
 static void parse_options(int argc, char **argv, const char *example, const Option *table, int rows,
                           char command, void *values, const char **text) {
     for (int r = 0; r < rows; r++) {
-        text[r] = table[r].standard;
-        if (takes(&table[r], command, NULL)) option_store(&table[r], values, text[r]);
+        text[r] = takes(&table[r], command, NULL) ? table[r].standard : NULL;
+        if (text[r]) option_store(&table[r], values, text[r]);
     }
     for (int i = 0; i < argc; i++) {
         int r = 0;
@@ -3988,7 +3981,6 @@ static const Config PRESETS[] = {
 };
 
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
-static double gib(double bytes) { return bytes / (1024.0 * 1024.0 * 1024.0); }
 
 static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing one changes nothing
     File f;
@@ -4000,35 +3992,32 @@ static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing on
 }
 
 // The options up to -o and the captions, as one line; of --init a hash of what the file holds.
-static char *settings_of(const Options *o) {
-    char *text;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
+static void settings_write(Options *o) {
+    FILE *f = fmemopen(o->settings, sizeof o->settings - 1, "w");                // what is longer is cut off
     for (const Option *row = OPTIONS; strcmp(row->name, "-o"); row++) {
-        const char *said = row->kind == 'm' || !takes(row, o->command, NULL) ? NULL : o->text[row - OPTIONS];
+        const char *said = row->kind == 'm' ? NULL : o->text[row - OPTIONS];
         if (said && strcmp(row->name, "--init")) fprintf(f, "%s %s ", row->name, said);
     }
     for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
     if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
     fclose(f);
-    plain_text(text);
-    return text;
+    for (char *c = o->settings; *c; c++)                          // what JSON must escape
+        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
 // All ranks must be told the same and read the same. Then their groups: all on one sample, or (guidance)
 // halves.
 static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
-    char *settings = settings_of(o);
-    uint64_t hash = hash_bytes(settings, strlen(settings), 0);
+    uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
     for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
     ranks_agree(k, hash, "setting or file");
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
-    bool halves = P2 % k->size && guided && k->size % 2 == 0 && P2 % (k->size / 2) == 0;
-    if (P2 % k->size && !halves)
+    int halves = P2 % k->size && guided ? 2 : 1;
+    if (k->size % halves || P2 % (k->size / halves))
         die("%d ranks: their number must divide P^2 = %d%s", k->size, P2,
             guided ? ", or be twice such a number (guidance halves)" : "");
-    ranks_split(k, halves ? 2 : 1);
+    ranks_split(k, halves);
 }
 
 // The model as asked; its size as asked, or as it was trained. A model with words makes pixels; the others
@@ -4038,33 +4027,32 @@ static void config_override(Config *c, const Options *o) {
     int frames = o->frames ? o->frames : c->T ? (c->T - 1) * per_frame + 1 : 81;
     int height = o->height ? o->height : c->T ? c->H_l * per_pixel : 720;
     int width = o->width ? o->width : c->T ? c->W_l * per_pixel : 1280;
-    if ((frames - 1) % per_frame) die("--frames %d: must be 1 more than a multiple of %d", frames, per_frame);
-    if (height % (2 * per_pixel) || width % (2 * per_pixel))
-        die("a clip %d high and %d wide: both must be multiples of %d", height, width, 2 * per_pixel);
+    if ((frames - 1) % per_frame || height % (2 * per_pixel) || width % (2 * per_pixel))
+        die("%d frames of %dx%d pixels: want 1 more than a multiple of %d, sides that are multiples of %d",
+            frames, height, width, per_frame, 2 * per_pixel);
     c->T = (frames - 1) / per_frame + 1, c->H_l = height / per_pixel, c->W_l = width / per_pixel;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
-    if (o->sparse) one_of("--sparse", o->sparse, "both|token|group:");
     if (o->sparse) c->sparse = *o->sparse == 'b' ? 0 : *o->sparse == 't' ? TOKEN_WISE : GROUP_WISE;
     config_check(c, "--full-blocks");
 }
 
-// What a run will take, said and refused before any of it is asked for.
-static void plan_memory(Run *plan) {
-    const Model *m = plan->m;
-    double machine = device_memory() / ranks_here();
-    double weights = (double)model_bytes(m, plan->training), run = (double)run_place(plan, NULL);
+// What a run of B samples will take, said and refused before any of it is asked for.
+static void plan_memory(Model *m, Ranks *k, int B, bool training) {
+    Run *plan = run_plan(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
+    double machine = device_memory() / ranks_here(), GiB = 0x1p30;
+    double weights = (double)model_bytes(m, training), run = (double)run_place(plan, NULL);
     struct rlimit limit;
-    if (plan->training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);     // moments, average
+    if (training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);           // moments, average
     if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
-    if (speaks(plan->ranks))
+    if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens (%dx%dx%d)\n",
-                plan->training ? ", gradients, moments" : "", gib(weights), gib(run), plan->B, plan->N,
-                plan->T, plan->H, plan->W);
+                training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N, plan->T, plan->H,
+                plan->W);
     if (weights + run > machine)
         die("%.1f GiB are more than this machine's %.1f; use a smaller size or batch, or more machines",
-            gib(weights + run), gib(machine));
+            (weights + run) / GiB, machine / GiB);
 }
 
 // A command's run of B samples, with its model from a checkpoint or with a preset's random weights.
@@ -4083,7 +4071,7 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
     if (o->weights) weights_check(m, &f);
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
-    plan_memory(run_plan(m, k, B, c.T, c.H_l / 2, c.W_l / 2, o->training));
+    plan_memory(m, k, B, o->training);
     model_allocate(m, o->training);
     if (o->weights) weights_read(m, m->param, m->params, &f), file_close(&f);
     else model_random(m, o->seed);
@@ -4093,13 +4081,7 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
 }
 
 // ---- a run that learns, and may have been stopped before: its state is kept beside its output ------------
-typedef struct {
-    Optimizer opt;
-    char *settings;                          // what a resumed run must have in common with the stopped one
-    double began, saved;
-    int first;                               // step
-    bool warned;
-} Learning;
+typedef struct { Optimizer opt; double began, saved; int first; } Learning;          // first: where it began
 
 static volatile sig_atomic_t learning, stopped;      // to be ended after a step; the signal that asked for it
 
@@ -4107,20 +4089,17 @@ static void stop(int number) {                        // a second one ends the p
     bool wait = learning && !stopped;
     stopped = number;
     if (wait) return;
-    for (Output *o = outputs; o < outputs + 4; o++)
-        if (o->file) unlink(o->temp);
+    output_abandon();
     _exit(128 + number);
 }
 
 static Learning learning_start(const Options *o, Ranks *k, float *w, float *dw, size_t count) {
     Learning l;
     optimizer_init(&l.opt, w, dw, count);
-    l.settings = settings_of(o);
-    if (state_load(o->state, &l.opt, l.settings) && speaks(k))
+    if (state_load(o->state, &l.opt, o->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, l.opt.step);
     l.began = l.saved = seconds();
     l.first = l.opt.step;
-    l.warned = false;
     learning = 1;
     return l;
 }
@@ -4132,10 +4111,9 @@ static void learning_step(Learning *l, const Options *o, Ranks *k) {
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
     free(all);
     if (speaks(k) && (asked || seconds() - l->saved > o->save)) {
-        const char *why = state_save(o->state, &l->opt, l->settings);
+        const char *why = state_save(o->state, &l->opt, o->settings);
         if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
-        if (why && !l->warned) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
-        l->warned = why;
+        if (why) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
         l->saved = seconds();
     }
     if (!asked) return;
@@ -4145,10 +4123,9 @@ static void learning_step(Learning *l, const Options *o, Ranks *k) {
 }
 
 // At the end: the output is written, or `why` not, and then the state stays.
-static void learning_end(Learning *l, const Options *o, const char *why) {
-    if (why) why = strdup(why);
-    const char *lost = why ? state_save(o->state, &l->opt, l->settings) : NULL;
-    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
+static void learning_end(const Learning *l, const Options *o, const char *why) {
+    if (why) die("%s; %s %s", why, o->state, state_save(o->state, &l->opt, o->settings)
+                 ? "may hold an earlier step" : "holds the last step");
     unlink(o->state);
     printf("wrote %s: %d steps, %.1f s\n", o->out, l->opt.step, seconds() - l->began);
 }
@@ -4190,8 +4167,8 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
 static const char *save_latents(const char *path, float **x, int count, const Run *r, const char *comment) {
     const size_t shape[] = {(size_t)r->m->c.out_dim, (size_t)r->T, 2 * (size_t)r->H, 2 * (size_t)r->W};
     Param *p = (Param *)xalloc(count, sizeof(Param));
-    char *metadata = (char *)xalloc(strlen(comment) + 32, 1);
-    sprintf(metadata, "\"comment\":\"%s\"", comment);
+    char metadata[5000];
+    snprintf(metadata, sizeof metadata, "\"comment\":\"%s\"", comment);
     for (int i = 0; i < count; i++) {
         snprintf(p[i].name, sizeof p[i].name, i ? "latent.%d" : "latent", i);
         memcpy(p[i].shape, shape, sizeof shape);
@@ -4215,7 +4192,7 @@ static void print_score(const float *x, const char *caption, const Run *r) {
 
 static void cmd_sample(const Options *o, Ranks *k) {
     bool latent = ends_with(o->out, ".safetensors");
-    char sheet[PATH_MAX], *settings = settings_of(o);
+    char sheet[PATH_MAX];
     snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)strlen(o->out) - 4, o->out);
     if (!latent && !ends_with(o->out, ".png")) die("-o %s: want a name in .png or .safetensors", o->out);
     if (!latent && k->rank == 0) check_writable(sheet);
@@ -4232,121 +4209,110 @@ static void cmd_sample(const Options *o, Ranks *k) {
     sample_clips(x, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    const char *why = NULL;
-    if (latent) why = save_latents(o->out, x, count, r, settings);
-    if (!latent) why = save_png(o->out, &clips, false, settings);
-    if (!latent && !why) why = save_png(sheet, &clips, true, settings);
+    const char *why = latent ? save_latents(o->out, x, count, r, o->settings)
+                             : save_png(o->out, &clips, false, o->settings);
+    if (!latent && !why) why = save_png(sheet, &clips, true, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) print_score(x[i], o->captions.text[i], r);
-    printf("wrote %s: seed %llu, %d steps, %.2f s\n", o->out, (unsigned long long)o->seed, o->steps, took);
+    printf("wrote %s: seed %d, %d steps, %.2f s\n", o->out, o->seed, o->steps, took);
     if (o->json) printf("{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o->steps, count);
 }
 
 // ---- osp eval: ShapesBench on captions that training never saw -------------------------------------------
-typedef struct { double mean[N_SCORES + 1], error[N_SCORES + 1]; } Bench;     // percent; the last: the total
-
 static int next_held_out(int caption) {
     do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
     return caption;
 }
 
-static void mean_and_error(double *mean, double *error, double sum, double squares, int n) {
-    *mean = sum / n;
-    *error = n > 1 ? sqrt(fmax(squares / n - *mean * *mean, 0) / (n - 1)) : 0;
+// Of unit · x[n], with the mean's standard error.
+static void mean_and_error(double *mean, double *error, double unit, const double *x, int n) {
+    double sum = 0, squares = 0;
+    for (int i = 0; i < n; i++) sum += x[i], squares += x[i] * x[i];
+    double m = sum / n;
+    *mean = unit * m;
+    *error = n > 1 ? unit * sqrt(fmax(squares / n - m * m, 0) / (n - 1)) : 0;
 }
 
-// `clips` samples in batches of r->B; captions drawn in turn from those held out.
-static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
+// mean, error [N_SCORES + 1]: percent, the last of the total, of `clips` samples made r->B at a time.
+static void evaluate(double *mean, double *error, Run *r, int clips, int steps, double shift, double guidance,
+                     uint64_t seed, bool soft) {
+    int L = r->m->c.text_len, caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
+    int *ids = (int *)xalloc(r->B * L, sizeof(int));
     size_t size = latent_size(r);
     float *x = floats(r->B * size), score[N_SCORES];
-    char (*text)[128] = (char (*)[128])xalloc(r->B, sizeof *text);
-    const char **captions = (const char **)xalloc(r->B, sizeof(char *));
-    int caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
-    Text uncond = caption_batch(r->m, NULL, r->B), cond = {NULL, NULL};
-    Bench b;
-    memset(&b, 0, sizeof b);
-    for (int i = 0; i < clips; i++) {
-        int at = i % r->B;
-        for (int k = 0; k < r->B && at == 0; k++) {
-            caption = next_held_out(caption);
-            caption_text(text[k], sizeof *text, scene_of(caption));
-            captions[k] = text[k];
+    double *v = (double *)xalloc((N_SCORES + 1) * clips, sizeof(double));
+    Scene *asked = (Scene *)xalloc(r->B, sizeof(Scene));
+    Text cond = {ids, NULL}, uncond = caption_batch(r->m, NULL, r->B);
+    for (int first = 0; first < clips; first += r->B) {
+        for (int b = 0; b < r->B; b++) {
+            char text[128];
+            asked[b] = scene_of(caption = next_held_out(caption));
+            caption_text(text, sizeof text, asked[b]);
+            caption_ids(ids + b * L, L, text);
         }
-        if (at == 0) {
-            free((void *)cond.ids);
-            cond = caption_batch(r->m, captions, r->B);
-            noise_fill(x, r->B * size, seed, SAMPLE_STREAM, (uint64_t)i * size);
-            sample_host(r, x, cond, uncond, steps, shift, guidance);
+        noise_fill(x, r->B * size, seed, SAMPLE_STREAM, first * size);
+        sample_host(r, x, cond, uncond, steps, shift, guidance);
+        for (int b = 0; b < r->B && first + b < clips; b++) {
+            shapes_score(score, x + b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
+            for (int s = 0; s < N_SCORES; s++) {
+                v[s * clips + first + b] = score[s];
+                v[N_SCORES * clips + first + b] += score[s] / N_SCORES;
+            }
         }
-        Scene asked;
-        double v[N_SCORES + 1] = {0};
-        parse_caption(&asked, captions[at]);
-        shapes_score(score, x + at * size, asked, r->T, 2 * r->H, 2 * r->W, soft);
-        for (int s = 0; s < N_SCORES; s++) v[s] = score[s], v[N_SCORES] += score[s] / N_SCORES;
-        for (int s = 0; s <= N_SCORES; s++) b.mean[s] += v[s], b.error[s] += v[s] * v[s];
     }
-    for (int s = 0; s <= N_SCORES; s++) {
-        mean_and_error(&b.mean[s], &b.error[s], b.mean[s], b.error[s], clips);
-        b.mean[s] *= 100, b.error[s] *= 100;
-    }
-    free(x), free(text), free(captions), free((void *)cond.ids), free((void *)uncond.ids);
-    return b;
+    for (int s = 0; s <= N_SCORES; s++) mean_and_error(&mean[s], &error[s], 100, v + s * clips, clips);
+    free(ids), free(x), free(v), free(asked), free((void *)uncond.ids);
 }
 
 // The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
 // BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: each part; all.
 enum { BINS = 5 };
 static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
-    size_t size = latent_size(r), bytes = r->B * size * sizeof(float);
-    float *x = (float *)device_alloc(bytes), *target = (float *)device_alloc(bytes);
-    double sum[BINS + 1] = {0}, squares[BINS + 1] = {0}, *total = (double *)xalloc(clips, sizeof(double));
-    int caption = 0;
+    size_t size = latent_size(r);
+    float *x = device_floats(r->B * size), *target = device_floats(r->B * size);
+    double *loss = (double *)xalloc(2 * clips, sizeof(double)), *total = loss + clips;
     char text[128];
     Batch a;
     batch_new(&a, r);
-    for (int first = 0; first < clips; first += r->B) {
-        int before = caption;
-        for (int bin = 0; bin < BINS; bin++) {
-            caption = before;
+    for (int bin = 0; bin < BINS; bin++) {
+        int caption = 0;
+        for (int first = 0; first < clips; first += r->B) {
             for (int b = 0; b < r->B; b++) {
                 double sigma = (bin + rng_uniform(seed, SIGMA_STREAM, first + b)) / BINS;
-                caption = next_held_out(caption);
-                caption_text(text, sizeof text, scene_of(caption));
-                sample_fill(&a, r, b, scene_of(caption), text, sigma, seed, first + b);
+                Scene scene = scene_of(caption = next_held_out(caption));
+                caption_text(text, sizeof text, scene);
+                sample_fill(&a, r, b, scene, text, sigma, seed, first + b);
             }
             batch_upload(r, &a, x, target);
             forward(r, x, a.t);
-            for (int b = 0; b < r->B && first + b < clips; b++) {
-                double loss = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
-                sum[bin] += loss, squares[bin] += loss * loss, total[first + b] += loss / BINS;
-            }
+            for (int b = 0; b < r->B && first + b < clips; b++)
+                loss[first + b] = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
         }
+        for (int i = 0; i < clips; i++) total[i] += loss[i] / BINS;
+        mean_and_error(&mean[bin], &error[bin], 1, loss, clips);
     }
-    for (int i = 0; i < clips; i++) sum[BINS] += total[i], squares[BINS] += total[i] * total[i];
-    for (int bin = 0; bin <= BINS; bin++)
-        mean_and_error(&mean[bin], &error[bin], sum[bin], squares[bin], clips);
-    device_free(x), device_free(target), free(total);
+    mean_and_error(&mean[BINS], &error[BINS], 1, total, clips);
+    device_free(x), device_free(target), free(loss);
 }
 
 static void cmd_eval(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch < o->clips ? o->train.batch : o->clips);
-    Bench b = evaluate(r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
-    double loss[BINS + 1], error[BINS + 1];
-    velocity_loss(loss, error, r, o->clips, o->seed);
+    double mean[N_SCORES + 1], error[N_SCORES + 1], loss[BINS + 1], off[BINS + 1];
+    evaluate(mean, error, r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
+    velocity_loss(loss, off, r, o->clips, o->seed);
     if (!speaks(k)) return;
     printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", o->clips);
-    for (int s = 0; s <= N_SCORES; s++)
-        printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], b.mean[s], b.error[s]);
+    for (int s = 0; s <= N_SCORES; s++) printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], mean[s], error[s]);
     printf("velocity loss on such captions, by sigma:\n");
     for (int bin = 0; bin < BINS; bin++)
-        printf("  %.1f .. %.1f   %.4f ± %.4f\n", 1.0 * bin / BINS, (bin + 1.0) / BINS, loss[bin], error[bin]);
-    printf("  all          %.4f ± %.4f\n", loss[BINS], error[BINS]);
-    for (int s = 0; s <= N_SCORES && o->json; s++)
-        printf("%s\"%s\": %.4f, \"%s_error\": %.4f", s ? ", " : "{", SCORE_NAMES[s], b.mean[s],
-               SCORE_NAMES[s], b.error[s]);
-    if (o->json)
-        printf(", \"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS],
-               error[BINS], o->clips);
+        printf("  %.1f .. %.1f   %.4f ± %.4f\n", 1.0 * bin / BINS, (bin + 1.0) / BINS, loss[bin], off[bin]);
+    printf("  all          %.4f ± %.4f\n", loss[BINS], off[BINS]);
+    if (!o->json) return;
+    printf("{");
+    for (int s = 0; s <= N_SCORES; s++)
+        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", SCORE_NAMES[s], mean[s], SCORE_NAMES[s], error[s]);
+    printf("\"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS], off[BINS],
+           o->clips);
 }
 
 // ---- osp train -------------------------------------------------------------------------------------------
@@ -4354,9 +4320,8 @@ static void cmd_train(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch);
     Model *m = r->m;
     Learning l = learning_start(o, k, m->w, m->dw, m->count);
-    size_t bytes = (size_t)r->B * latent_size(r) * sizeof(float);
-    float *x = (float *)device_alloc(bytes), *target = (float *)device_alloc(bytes);
-    float *dout = (float *)device_alloc(bytes);
+    size_t n = r->B * latent_size(r);
+    float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
     int S = o->train.steps;
     Batch batch;
     batch_new(&batch, r);
@@ -4382,21 +4347,16 @@ static void cmd_train(const Options *o, Ranks *k) {
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
-// Prints the soft score on 64 held-out clips, with the adapter's average, and keeps the best.
-static void policy_evaluate(Run *r, Optimizer *opt, const Options *o, bool speaks) {
+// Prints the soft score on 64 held-out clips, with the adapter's average.
+static void policy_evaluate(Run *r, const Optimizer *opt, const Options *o, bool speaks) {
+    double mean[N_SCORES + 1], error[N_SCORES + 1];
     size_t bytes = opt->n * sizeof(float);
-    float *now = (float *)device_alloc(bytes);
+    float *now = device_floats(opt->n);
     copy(now, opt->w, bytes), copy(opt->w, opt->ema, bytes), weights_prepare(r->m);
-    Bench b = evaluate(r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
+    evaluate(mean, error, r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
     copy(opt->w, now, bytes), weights_prepare(r->m);
     device_free(now);
-    bool better = opt->update == 0 || b.mean[N_SCORES] > opt->best;
-    if (better) opt->best = b.mean[N_SCORES];
-    if (!speaks) return;
-    printf("held out after %d: %.2f ± %.2f%s\n", opt->update, b.mean[N_SCORES], b.error[N_SCORES],
-           better && o->best ? ", kept" : "");
-    const char *why = better && o->best ? lora_save(o->out, r->m->lora, opt->ema) : NULL;
-    if (why) die("%s", why);
+    if (speaks) printf("held out after %d: %.2f ± %.2f\n", opt->update, mean[N_SCORES], error[N_SCORES]);
 }
 
 static void cmd_grpo(const Options *o, Ranks *k) {
@@ -4405,11 +4365,10 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     if (p->window > p->steps - 1)
         die("--window %d: the last of %d steps adds no noise, so it must stay outside", p->window, p->steps);
     if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
-    if (o->best && !o->every) die("--best needs --eval K: how often to score");
     while (together > 32 || V % together) together--;             // videos made at a time
     Run *learn = run_open(o, k, p->micro);
     Model *m = learn->m;
-    plan_memory(run_plan(m, k, together, learn->T, learn->H, learn->W, false));
+    plan_memory(m, k, together, false);
     Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
     Learning l = learning_start(o, k, m->lora->w, m->lora->dw, m->lora->n);
     Policy *policy = policy_new(make, learn, p, &o->train);
@@ -4422,13 +4381,13 @@ static void cmd_grpo(const Options *o, Ranks *k) {
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
                    "grad %.3e steps %d rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward,
-                   f.spread, f.ratio_min,
-                   f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time, rest);
+                   f.spread, f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps,
+                   f.rollout_time, rest);
         if (o->every && l.opt.update % o->every == 0) policy_evaluate(make, &l.opt, o, speaks(k));
         fflush(stdout);
         if (l.opt.update < p->updates) learning_step(&l, o, k);
     }
-    if (speaks(k)) learning_end(&l, o, o->best ? NULL : lora_save(o->out, m->lora, l.opt.ema));
+    if (speaks(k)) learning_end(&l, o, lora_save(o->out, m->lora, l.opt.ema));
 }
 
 // ---- osp info --------------------------------------------------------------------------------------------
@@ -4483,6 +4442,7 @@ static Options options_read(int argc, char **argv, const Command *command, const
     o.train.seed = o.seed, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1;
     o.train.weight_decay = o.command == 'g' ? 0 : 0.01, o.train.ema_warmup = o.command != 'g';
     if (o.command == 'g') o.train.beta2 = 0.999, o.train.steps = o.policy.updates;
+    settings_write(&o);
     return o;
 }
 
