@@ -3312,7 +3312,7 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     for (int i = 0; i < 4; i++) if (outputs[i].file && !strcmp(outputs[i].path, path)) return &outputs[i];
     while (o->file) o++;
     snprintf(o->path, sizeof o->path, "%s", path);
-    if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays, its target is replaced
+    if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays
     snprintf(o->temp, sizeof o->temp, "%s.tmp", o->target);
     bool exists = !stat(path, &old);
     if (exists ? !S_ISREG(old.st_mode) : !*path || !lstat(path, &old)) return output_fail(o, "no plain file");
@@ -3328,8 +3328,7 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     return o;
 }
 
-// Before work starts: claims path until the run ends, or dies. What stands there is not touched.
-static void check_writable(const char *path) {
+static void check_writable(const char *path) {    // and claims it until the run ends
     Output *o = output_open(path);
     if (!o->file) die("%s", o->error);
 }
@@ -3482,7 +3481,6 @@ static void file_open(File *f, const char *path) {
 static void file_close(File *f) {
     free(f->header), free(f->entry);
     if (f->map) munmap(f->map, f->size);
-    memset(f, 0, sizeof *f);
 }
 
 // The values of t, which the caller frees. NaN and Inf are refused.
@@ -3512,7 +3510,7 @@ static char *shape_text(char text[200], int rank, const size_t *shape) {        
     return strcpy(end, "]"), text;
 }
 
-// dtype f32, bf16 or hif8. Vectors and tables are small and matter: they stay F32.
+// In a file of f32, bf16 or hif8. Vectors and tables are small and matter: they stay F32.
 static enum Dtype stored_as(const Param *p, const char *dtype) {
     if (!strcmp(dtype, "hif8") && p->block_matrix) return U8;
     return strcmp(dtype, "f32") && p->product ? BF16 : F32;
@@ -3537,16 +3535,21 @@ static void write_values(Output *o, const Param *p, const float *values, enum Dt
     free(x);
 }
 
-// A file of metadata, "key":"value" pairs as they stand in JSON, and of param[count], whose values lie in an
-// arena (NULL: where each w points). NULL, or why it is not written.
-static const char *file_write(const char *path, const char *metadata, const Param *param, int count,
-                              const float *arena, const char *dtype) {
+// A file of param[count], whose values lie in an arena (NULL: where each w points), and of metadata, printed
+// as "key":"value" pairs of JSON. NULL, or why it is not written.
+static const char *file_write(const char *path, const Param *param, int count, const float *arena,
+                              const char *dtype, const char *metadata, ...) {
     Output *o = output_open(path);
+    va_list args;
     uint64_t n = 0, at = 0;
     char shape[200];
     output_bytes(o, &n, 8);                       // not known yet
     if (!o->file) return o->error;
-    fprintf(o->file, "{\"__metadata__\":{%s}", metadata);
+    fprintf(o->file, "{\"__metadata__\":{");
+    va_start(args, metadata);
+    vfprintf(o->file, metadata, args);
+    va_end(args);
+    fprintf(o->file, "}");
     for (const Param *p = param; p < param + count; p++) {
         enum Dtype d = stored_as(p, dtype);
         size_t end = at + p->count * DTYPE_BYTES[d];
@@ -3567,15 +3570,20 @@ static const char *file_write(const char *path, const char *metadata, const Para
 }
 
 // ---- checkpoints: tensors under the names of spec §2, the config in the metadata -------------------------
+static double number_in(const char *where, const char *name, const char *text, double least, double most,
+                        bool whole) {
+    char *end;
+    double v = strtod(text, &end);
+    if (end == text || *end || !(v >= least && v <= most) || (whole && v != floor(v)))
+        die("%s %s: \"%.40s\" is not a %snumber from %.16g to %.16g", where, name, text, whole ? "whole " : "",
+            least, most);
+    return v;
+}
+
 // standard: where the key is missing; NULL: it must be there. A range from a whole number on asks for one.
 static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
-    const char *given = file_meta(f, key), *text = given ? given : standard ? standard : "";
-    char *end;
-    double value = strtod(text, &end);
-    bool whole = value == floor(value) || least != floor(least);
-    if (end == text || *end || !whole || !(value >= least && value <= most))
-        die("%s: %s is \"%.40s\", expected %g to %g; export it again", f->path, key, text, least, most);
-    return value;
+    const char *text = file_meta(f, key) ? file_meta(f, key) : standard ? standard : "";
+    return number_in(f->path, key, text, least, most, least == floor(least));
 }
 
 static Config config_read(const File *f) {
@@ -3626,14 +3634,13 @@ static const char *model_save(const char *path, const Model *m, const float *wei
     for (int i = 0; i < CONFIG_ROWS; i++)
         end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i], *config_field(&c, i));
     sprintf(end, "\"eps\":\"%.9g\"", c.eps);
-    return file_write(path, metadata, m->param, m->params, weights, dtype);
+    return file_write(path, m->param, m->params, weights, dtype, "%s", metadata);
 }
 
 // A LoRA on its own: the names peft gives, rank and alpha in the metadata.
 static const char *lora_save(const char *path, const Lora *l, const float *weights) {
-    char metadata[128];
-    sprintf(metadata, "\"lora_rank\":\"%d\",\"lora_alpha\":\"%.9g\"", l->rank, (double)l->scale * l->rank);
-    return file_write(path, metadata, l->param, 2 * l->count, weights, "f32");
+    return file_write(path, l->param, 2 * l->count, weights, "f32",
+                      "\"lora_rank\":\"%d\",\"lora_alpha\":\"%.9g\"", l->rank, (double)l->scale * l->rank);
 }
 
 static void lora_load(Model *m, const char *path) {
@@ -3641,8 +3648,6 @@ static void lora_load(Model *m, const char *path) {
     file_open(&f, path);
     int rank = (int)meta_number(&f, "lora_rank", NULL, 1, m->c.dim / 2);
     double alpha = meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6);
-    if (f.size / 32 / (size_t)rank < (size_t)m->c.num_layers * (size_t)m->c.dim)
-        die("%s: too small for rank %d on this model; give an adapter of this model", path, rank);
     lora_new(m, rank, alpha, 0);
     weights_read(m, m->lora->param, 2 * m->lora->count, &f);
     file_close(&f);
@@ -3662,11 +3667,9 @@ static void state_params(Param p[4], const Optimizer *o) {
 
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
     Param p[4];
-    char metadata[5000];
     state_params(p, o);
-    snprintf(metadata, sizeof metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run, o->step,
-             o->update);
-    return file_write(path, metadata, p, 4, NULL, "f32");
+    return file_write(path, p, 4, NULL, "f32", "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run, o->step,
+                      o->update);
 }
 
 static bool state_load(const char *path, Optimizer *o, const char *run) {
@@ -3884,19 +3887,19 @@ static const Option OPTIONS[] = {
     {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
     {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
     {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stTge", "--full", 'b', AT(full), "0", 0, 1, "full attention in every block"},
+    {"stTge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
     {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
     {"tT", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
-    {"stTge", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits: HiF8 linear layers and attention"},
+    {"stTge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
     {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
-    {"e", "--soft", 'b', AT(soft), "0", 0, 1, "the continuous scores that GRPO is rewarded with"},
+    {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
     // From -o on nothing changes what a run learns: it may be resumed with other values.
     {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
     {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
     {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
     {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"se", "--json", 'b', AT(json), "0", 0, 1, "figures as one JSON object on the last line"},
+    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"},
 };
 #undef AT
 enum { OPTION_ROWS = sizeof OPTIONS / sizeof *OPTIONS };
@@ -3917,14 +3920,9 @@ static void one_of(const char *name, const char *value, const char *choices) {  
 static void option_store(const Option *o, void *values, const char *text) {
     void *field = (char *)values + o->field;
     if (strchr("idb", o->kind)) {
-        char *end;
-        double v = strtod(text, &end);
-        bool whole = o->kind != 'd';
-        if (end == text || *end || !(v >= o->least && v <= o->most) || (whole && v != floor(v)))
-            die("%s: \"%.40s\" is not a %snumber from %.16g to %.16g", o->name, text, whole ? "whole " : "",
-                o->least, o->most);
-        if (whole) *(int *)field = (int)v;
-        else *(double *)field = v;
+        double v = number_in("option", o->name, text, o->least, o->most, o->kind != 'd');
+        if (o->kind == 'd') *(double *)field = v;
+        else *(int *)field = (int)v;
     } else if (o->kind == 'm') {
         Captions *captions = (Captions *)field;
         if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
@@ -3936,7 +3934,7 @@ static void option_store(const Option *o, void *values, const char *text) {
     }
 }
 
-static void finish(int code) {
+__attribute__((noreturn)) static void finish(int code) {
     if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
     ranks_end();
     exit(code);
@@ -3944,11 +3942,9 @@ static void finish(int code) {
 
 static void print_help(const char *example, const Option *table, int rows, char command) {
     printf("example: %s\n", example);
-    for (const Option *o = table; o < table + rows; o++) {
-        const char *standard = o->kind == 'b' ? NULL : o->standard;
-        if (!takes(o, command, NULL)) continue;
-        printf(standard ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, standard);
-    }
+    for (const Option *o = table; o < table + rows; o++)
+        if (takes(o, command, NULL))
+            printf(o->standard ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->standard);
     finish(0);
 }
 
@@ -4005,8 +4001,7 @@ static void settings_write(Options *o) {
         if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
-// All ranks must be told the same and read the same. Then their groups: all on one sample, or (guidance)
-// halves.
+// All ranks must be told and read the same. Then their groups: all on one sample, or two guidance halves.
 static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
     uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
@@ -4015,8 +4010,7 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
     int halves = P2 % k->size && guided ? 2 : 1;
     if (k->size % halves || P2 % (k->size / halves))
-        die("%d ranks: their number must divide P^2 = %d%s", k->size, P2,
-            guided ? ", or be twice such a number (guidance halves)" : "");
+        die("%d ranks: want a divisor of P^2 = %d, or (guidance, not training) twice one", k->size, P2);
     ranks_split(k, halves);
 }
 
@@ -4028,8 +4022,8 @@ static void config_override(Config *c, const Options *o) {
     int height = o->height ? o->height : c->T ? c->H_l * per_pixel : 720;
     int width = o->width ? o->width : c->T ? c->W_l * per_pixel : 1280;
     if ((frames - 1) % per_frame || height % (2 * per_pixel) || width % (2 * per_pixel))
-        die("%d frames of %dx%d pixels: want 1 more than a multiple of %d, sides that are multiples of %d",
-            frames, height, width, per_frame, 2 * per_pixel);
+        die("%d frames of %dx%d: sides must be multiples of %d, frames less 1 one of %d", frames, height,
+            width, 2 * per_pixel, per_frame);
     c->T = (frames - 1) / per_frame + 1, c->H_l = height / per_pixel, c->W_l = width / per_pixel;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
@@ -4048,8 +4042,8 @@ static void plan_memory(Model *m, Ranks *k, int B, bool training) {
     if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens (%dx%dx%d)\n",
-                training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N, plan->T, plan->H,
-                plan->W);
+                training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N, plan->T,
+                plan->H, plan->W);
     if (weights + run > machine)
         die("%.1f GiB are more than this machine's %.1f; use a smaller size or batch, or more machines",
             (weights + run) / GiB, machine / GiB);
@@ -4081,9 +4075,8 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
 }
 
 // ---- a run that learns, and may have been stopped before: its state is kept beside its output ------------
-typedef struct { Optimizer opt; double began, saved; int first; } Learning;          // first: where it began
-
 static volatile sig_atomic_t learning, stopped;      // to be ended after a step; the signal that asked for it
+static double saved_at;                               // when the state was saved last
 
 static void stop(int number) {                        // a second one ends the program at once
     bool wait = learning && !stopped;
@@ -4093,49 +4086,42 @@ static void stop(int number) {                        // a second one ends the p
     _exit(128 + number);
 }
 
-static Learning learning_start(const Options *o, Ranks *k, float *w, float *dw, size_t count) {
-    Learning l;
-    optimizer_init(&l.opt, w, dw, count);
-    if (state_load(o->state, &l.opt, o->settings) && speaks(k))
-        fprintf(stderr, "resumed from %s at step %d\n", o->state, l.opt.step);
-    l.began = l.saved = seconds();
-    l.first = l.opt.step;
+static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w, float *dw, size_t count) {
+    optimizer_init(opt, w, dw, count);
+    if (state_load(o->state, opt, o->settings) && speaks(k))
+        fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
+    saved_at = seconds();
     learning = 1;
-    return l;
 }
 
 // After each step but the last: saves the state now and then, and when any rank is asked to stop.
-static void learning_step(Learning *l, const Options *o, Ranks *k) {
+static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
     int asked = stopped, *all = (int *)xalloc(k->size, sizeof asked);
     if (k->size > 1) gather_host(k, all, &asked, sizeof asked, OUTPUT);
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
     free(all);
-    if (speaks(k) && (asked || seconds() - l->saved > o->save)) {
-        const char *why = state_save(o->state, &l->opt, o->settings);
+    if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
+        const char *why = state_save(o->state, opt, o->settings);
         if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
         if (why) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
-        l->saved = seconds();
+        saved_at = seconds();
     }
     if (!asked) return;
-    if (speaks(k)) printf("stopped at step %d; run the same command to go on\n", l->opt.step);
+    if (speaks(k)) printf("stopped at step %d; run the same command to go on\n", opt->step);
     output_abandon();
     finish(128 + asked);
 }
 
 // At the end: the output is written, or `why` not, and then the state stays.
-static void learning_end(const Learning *l, const Options *o, const char *why) {
-    if (why) die("%s; %s %s", why, o->state, state_save(o->state, &l->opt, o->settings)
-                 ? "may hold an earlier step" : "holds the last step");
+static void learning_end(const Optimizer *opt, const Options *o, const char *why) {
+    if (why) why = strdup(why);                       // saving the state may overwrite it
+    const char *lost = why ? state_save(o->state, opt, o->settings) : NULL;
+    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
     unlink(o->state);
-    printf("wrote %s: %d steps, %.1f s\n", o->out, l->opt.step, seconds() - l->began);
+    printf("wrote %s: %d steps\n", o->out, opt->step);
 }
 
 // ---- osp sample ------------------------------------------------------------------------------------------
-static bool ends_with(const char *text, const char *end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n > m && !strcasecmp(text + n - m, end);
-}
-
 static float *numbers_of(const char *path, const char *name, size_t count) {
     File f;
     file_open(&f, path);
@@ -4166,17 +4152,15 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
 // Tensors latent, latent.1, ..: x[count][C, T, H_l, W_l].
 static const char *save_latents(const char *path, float **x, int count, const Run *r, const char *comment) {
     const size_t shape[] = {(size_t)r->m->c.out_dim, (size_t)r->T, 2 * (size_t)r->H, 2 * (size_t)r->W};
-    Param *p = (Param *)xalloc(count, sizeof(Param));
-    char metadata[5000];
-    snprintf(metadata, sizeof metadata, "\"comment\":\"%s\"", comment);
+    Param *param = (Param *)xalloc(count, sizeof(Param));
     for (int i = 0; i < count; i++) {
-        snprintf(p[i].name, sizeof p[i].name, i ? "latent.%d" : "latent", i);
-        memcpy(p[i].shape, shape, sizeof shape);
-        p[i].rank = 4, p[i].count = latent_size(r);
-        p[i].w = device_floats(p[i].count);
-        upload(p[i].w, x[i], p[i].count * sizeof(float));
+        Param *p = &param[i];
+        snprintf(p->name, sizeof p->name, i ? "latent.%d" : "latent", i);
+        memcpy(p->shape, shape, sizeof shape);
+        p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
+        upload(p->w, x[i], p->count * sizeof(float));
     }
-    return file_write(path, metadata, p, count, NULL, "f32");
+    return file_write(path, param, count, NULL, "f32", "\"comment\":\"%s\"", comment);
 }
 
 // ShapesBench of one clip, where the caption is one of the world's.
@@ -4191,17 +4175,17 @@ static void print_score(const float *x, const char *caption, const Run *r) {
 }
 
 static void cmd_sample(const Options *o, Ranks *k) {
-    bool latent = ends_with(o->out, ".safetensors");
+    const char *end = strrchr(o->out, '.'), *why;
+    bool latent = end && !strcasecmp(end, ".safetensors");
     char sheet[PATH_MAX];
-    snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)strlen(o->out) - 4, o->out);
-    if (!latent && !ends_with(o->out, ".png")) die("-o %s: want a name in .png or .safetensors", o->out);
+    if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want a name in .png or .safetensors", o->out);
+    snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
     if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
     if (!vocab && (!o->embeddings || !latent))
-        die("this model reads embeddings and makes latents: --text FILE (of weights_export.py text) and -o "
-            "NAME.safetensors (for weights_export.py video)");
+        die("this model reads embeddings and makes latents: want --text FILE and -o NAME.safetensors");
     float *x[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
     if (!latent) picture_size(&clips, false), picture_size(&clips, true);
@@ -4209,9 +4193,9 @@ static void cmd_sample(const Options *o, Ranks *k) {
     sample_clips(x, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    const char *why = latent ? save_latents(o->out, x, count, r, o->settings)
-                             : save_png(o->out, &clips, false, o->settings);
-    if (!latent && !why) why = save_png(sheet, &clips, true, o->settings);
+    if (latent) why = save_latents(o->out, x, count, r, o->settings);
+    else if (!(why = save_png(o->out, &clips, false, o->settings)))
+        why = save_png(sheet, &clips, true, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) print_score(x[i], o->captions.text[i], r);
     printf("wrote %s: seed %d, %d steps, %.2f s\n", o->out, o->seed, o->steps, took);
@@ -4319,31 +4303,33 @@ static void cmd_eval(const Options *o, Ranks *k) {
 static void cmd_train(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch);
     Model *m = r->m;
-    Learning l = learning_start(o, k, m->w, m->dw, m->count);
     size_t n = r->B * latent_size(r);
     float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
     int S = o->train.steps;
+    Optimizer opt;
     Batch batch;
+    learning_start(&opt, o, k, m->w, m->dw, m->count);
     batch_new(&batch, r);
-    batch_fill(&batch, r, &o->train, l.first);
+    batch_fill(&batch, r, &o->train, opt.step);
     batch_upload(r, &batch, x, target);
-    for (int step = l.first + 1; step <= S; step++) {
+    double began = seconds();
+    for (int first = opt.step, step = first + 1; step <= S; step++) {
         for (int i = 0; step > 1 && i < m->params; i++) m->param[i].codes = false;      // weights have moved
         double lr = learning_rate(&o->train, step - 1), loss = train_step(r, &batch, x, target, dout);
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
         batch_upload(r, &batch, x, target);
-        double norm = optimizer_step(&l.opt, r->ranks, &o->train, lr);
-        double ms = 1e3 * (seconds() - l.began) / (step - l.first);
+        double norm = optimizer_step(&opt, k, &o->train, lr);
+        double ms = 1e3 * (seconds() - began) / (step - first);
         if (!isfinite(loss) || !isfinite(norm))
             die("step %d: the loss is %g, the gradient's norm %g: lower --lr; %s may hold an earlier step",
                 step, loss, norm, o->state);
-        if (speaks(k) && isatty(2)) show_progress("step", step - l.first, S - l.first, l.began);
+        if (speaks(k) && isatty(2)) show_progress("step", step - first, S - first, began);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
         fflush(stdout);
-        if (step < S) learning_step(&l, o, k);
+        if (step < S) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&l, o, model_save(o->out, m, l.opt.ema, o->dtype));
+    if (speaks(k)) learning_end(&opt, o, model_save(o->out, m, opt.ema, o->dtype));
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
@@ -4362,6 +4348,7 @@ static void policy_evaluate(Run *r, const Optimizer *opt, const Options *o, bool
 static void cmd_grpo(const Options *o, Ranks *k) {
     const PolicyOptions *p = &o->policy;
     int V = p->prompts * p->group, together = V;
+    Optimizer opt;
     if (p->window > p->steps - 1)
         die("--window %d: the last of %d steps adds no noise, so it must stay outside", p->window, p->steps);
     if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
@@ -4370,50 +4357,46 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     Model *m = learn->m;
     plan_memory(m, k, together, false);
     Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
-    Learning l = learning_start(o, k, m->lora->w, m->lora->dw, m->lora->n);
+    learning_start(&opt, o, k, m->lora->w, m->lora->dw, m->lora->n);
     Policy *policy = policy_new(make, learn, p, &o->train);
     weights_prepare(m);
-    if (o->every && l.opt.update == 0) policy_evaluate(make, &l.opt, o, speaks(k));
-    while (l.opt.update < p->updates) {
+    if (o->every && opt.update == 0) policy_evaluate(make, &opt, o, speaks(k));
+    while (opt.update < p->updates) {
         double began = seconds();
-        PolicyFigures f = policy_update(policy, &l.opt);
+        PolicyFigures f = policy_update(policy, &opt);
         double rest = seconds() - began - f.rollout_time;
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
-                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward,
+                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", opt.update, p->updates, f.reward,
                    f.spread, f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps,
                    f.rollout_time, rest);
-        if (o->every && l.opt.update % o->every == 0) policy_evaluate(make, &l.opt, o, speaks(k));
+        if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
         fflush(stdout);
-        if (l.opt.update < p->updates) learning_step(&l, o, k);
+        if (opt.update < p->updates) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&l, o, lora_save(o->out, m->lora, l.opt.ema));
+    if (speaks(k)) learning_end(&opt, o, lora_save(o->out, m->lora, opt.ema));
 }
 
 // ---- osp info --------------------------------------------------------------------------------------------
 static void cmd_info(const Options *o, Ranks *k) {
     File f;
-    size_t codes = 0, bytes = 0;
     char shape[200];
+    size_t parameters = 0;
     (void)k;
     if (!o->weights) die("no file given: osp info FILE");
     file_open(&f, o->weights);
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
         if (t->text) printf("  %s = %.200s\n", t->name, t->text);
         else printf("  %-44s %-5s %s\n", t->name, DTYPE_NAME[t->dtype], shape_text(shape, t->rank, t->shape));
-        bytes += t->bytes;
-        if (t->dtype == U8) codes += t->bytes;
     }
-    if (file_meta(&f, "dim")) {
-        Config c = config_read(&f);
-        Model *m = model_layout(&c);
-        size_t parameters = 0;
-        for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
-        printf("%zu parameters; blocks ", parameters);
-        for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
-        printf(" (F full, t token-wise, g group-wise)\n");
-    }
-    printf("%zu bytes of tensors, %zu of them HiF8 codes; file %zu bytes\n", bytes, codes, f.size);
+    printf("%zu bytes of tensors in a file of %zu\n", f.bytes, f.size);
+    if (!file_meta(&f, "dim")) return;
+    Config c = config_read(&f);
+    const Model *m = model_layout(&c);
+    for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
+    printf("%zu parameters; blocks ", parameters);
+    for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
+    printf(" (F full, t token-wise, g group-wise)\n");
 }
 
 // ---- main ------------------------------------------------------------------------------------------------
@@ -4427,36 +4410,34 @@ static const Command COMMANDS[] = {
 };
 enum { COMMAND_ROWS = sizeof COMMANDS / sizeof *COMMANDS };
 
-static Options options_read(int argc, char **argv, const Command *command, const Ranks *k) {
-    Options o;
-    memset(&o, 0, sizeof o);
-    o.command = *command->name;
-    for (int i = 1; i < argc && o.command == 't'; i++)
-        if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o.command = 'T';
-    parse_options(argc, argv, command->example, OPTIONS, OPTION_ROWS, o.command, &o, o.text);
-    o.training = strchr("tTg", o.command);
-    if (o.training && !o.out) die("no output given: -o FILE.safetensors");
-    if (o.out && !strcmp(o.out, "-")) die("-o -: stdout takes no files; give a name");
-    if (o.out && k->rank == 0) check_writable(o.out);
-    if (o.training) snprintf(o.state, sizeof o.state, "%.*s.resume", PATH_MAX, o.out);
-    o.train.seed = o.seed, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1;
-    o.train.weight_decay = o.command == 'g' ? 0 : 0.01, o.train.ema_warmup = o.command != 'g';
-    if (o.command == 'g') o.train.beta2 = 0.999, o.train.steps = o.policy.updates;
-    settings_write(&o);
-    return o;
+static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
+    o->command = *command->name;
+    for (int i = 1; i < argc && o->command == 't'; i++)
+        if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o->command = 'T';
+    parse_options(argc, argv, command->example, OPTIONS, OPTION_ROWS, o->command, o, o->text);
+    o->training = strchr("tTg", o->command);
+    if (o->training && !o->out) die("no output given: -o FILE.safetensors");
+    if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
+    if (o->out && k->rank == 0) check_writable(o->out);
+    if (o->training) snprintf(o->state, sizeof o->state, "%.*s.resume", PATH_MAX, o->out);
+    TrainOptions *t = &o->train;
+    t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
+    t->weight_decay = o->command == 'g' ? 0 : 0.01, t->ema_warmup = o->command != 'g';
+    if (o->command == 'g') t->beta2 = 0.999, t->steps = o->policy.updates;
+    settings_write(o);
 }
 
 static int osp_main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
-    Ranks ranks;
-    memset(&ranks, 0, sizeof ranks);
+    static Ranks ranks;
+    static Options options;
     ranks_start(&ranks, &argc, &argv);
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
     for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) {
         if (strcmp(name, c->name)) continue;
-        Options o = options_read(argc - 2, argv + 2, c, &ranks);
-        c->run(&o, &ranks);
+        options_read(&options, argc - 2, argv + 2, c, &ranks);
+        c->run(&options, &ranks);
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
@@ -4465,7 +4446,6 @@ static int osp_main(int argc, char **argv) {
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
     finish(*name ? 0 : 2);
-    return 0;
 }
 
 #ifndef OSP_NO_MAIN
