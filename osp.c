@@ -3287,8 +3287,7 @@ static void show_progress(const char *what, int step, int steps, double began) {
 // ==========================================================================================================
 
 // An output grows in PATH.tmp, locked against a second run, and takes PATH's place when all of it is on the
-// disk: whoever stops the program finds the old file or the new one. Errors are sticky: after the first
-// nothing is written, and output_close says what it was.
+// disk: a stopped program leaves the old file or the new one. After the first error nothing is written.
 typedef struct {
     char path[PATH_MAX], target[PATH_MAX], temp[PATH_MAX + 4], error[PATH_MAX + 200];
     FILE *file;                                   // NULL: not open
@@ -3328,11 +3327,6 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     return o;
 }
 
-static void check_writable(const char *path) {    // and claims it until the run ends
-    Output *o = output_open(path);
-    if (!o->file) die("%s", o->error);
-}
-
 static void output_bytes(Output *o, const void *data, size_t size) {
     if (o->file && fwrite(data, 1, size, o->file) != size) output_fail(o, strerror(errno));
 }
@@ -3354,7 +3348,7 @@ static const char *output_close(Output *o) {      // NULL, or why the old file s
 //
 // Whoever wrote the file, nothing outside it is read: each tensor lies in the data, together they have its
 // size. HiF8 is a U8 tensor of codes and NAME.scale = k, an F32: a value is hif8(code)/k, exactly Q(x; 15).
-// Data may start at any byte, so it is copied out, never cast. Little-endian machines only.
+// Data may start at any byte: it is copied out. Little-endian machines only.
 enum Dtype { F32, BF16, I32, U8, DTYPE_COUNT };
 static const char *const DTYPE_NAME[] = {"F32", "BF16", "I32", "U8"};
 static const size_t DTYPE_BYTES[] = {4, 2, 4, 1};
@@ -3464,11 +3458,10 @@ static void file_open(File *f, const char *path) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);          // a pipe must not stop it
     if (fd < 0 || fstat(fd, &s)) die("%s: %s; check the path", path, strerror(errno));
     f->size = S_ISREG(s.st_mode) ? (size_t)s.st_size : 0;
-    void *map = mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    f->map = (uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
-    f->map = map == MAP_FAILED ? NULL : (uint8_t *)map;
     signal(SIGBUS, file_lost);
-    if (f->map && f->size > 8) memcpy(&n, f->map, 8);
+    if (f->map != MAP_FAILED && f->size > 8) memcpy(&n, f->map, 8);
     if (n < 2 || n > 100000000 || n > f->size - 8)
         die("%s: not a safetensors file, or cut short to %zu bytes; copy it again", path, f->size);
     f->data = f->map + 8 + n, f->bytes = f->size - 8 - n;
@@ -3480,7 +3473,7 @@ static void file_open(File *f, const char *path) {
 
 static void file_close(File *f) {
     free(f->header), free(f->entry);
-    if (f->map) munmap(f->map, f->size);
+    munmap(f->map, f->size);
 }
 
 // The values of t, which the caller frees. NaN and Inf are refused.
@@ -3575,8 +3568,8 @@ static double number_in(const char *where, const char *name, const char *text, d
     char *end;
     double v = strtod(text, &end);
     if (end == text || *end || !(v >= least && v <= most) || (whole && v != floor(v)))
-        die("%s %s: \"%.40s\" is not a %snumber from %.16g to %.16g", where, name, text, whole ? "whole " : "",
-            least, most);
+        die("%s %s: \"%.40s\" is not a %snumber from %.16g to %.16g", where, name, text,
+            whole ? "whole " : "", least, most);
     return v;
 }
 
@@ -3599,42 +3592,30 @@ static Config config_read(const File *f) {
     return c;
 }
 
-static const Entry *find_param(const File *f, const Param *p) {
-    char want[200], have[200] = "missing";
-    const Entry *t = file_find(f, p->name);
-    if (t) shape_text(have, t->rank, t->shape);
-    if (strcmp(shape_text(want, p->rank, p->shape), have))
-        die("%s: tensor %s is %s, expected %s; export the whole model again", f->path, p->name, have, want);
-    return t;
-}
-
-// Before anything is allocated: the file has every tensor of the model, and no other.
-static void weights_check(const Model *m, const File *f) {
-    int count = m->params;
-    for (int i = 0; i < m->params; i++) count += find_param(f, &m->param[i])->dtype == U8;      // its scale
-    if (count != f->tensors)
-        die("%s: found %d tensors, expected %d; export the model again", f->path, f->tensors, count);
-}
-
-// param[count] of a model, of its adapters or of a run's state (m NULL).
+// param[count], all that the file holds, of a model, of its adapters or of a run's state (m NULL).
 static void weights_read(Model *m, Param *param, int count, const File *f) {
+    int found = 0;
     for (Param *p = param; p < param + count; p++) {
-        const Entry *t = find_param(f, p);
+        char want[200], have[200] = "missing";
+        const Entry *t = file_find(f, p->name);
+        if (t) shape_text(have, t->rank, t->shape);
+        if (strcmp(shape_text(want, p->rank, p->shape), have))
+            die("%s: tensor %s is %s, expected %s; export it again", f->path, p->name, have, want);
         float *host = file_read(f, t);
         p->codes = t->dtype == U8;
+        found += p->codes ? 2 : 1;                // a scale belongs to codes
         param_set(m, p, host);
         free(host);
     }
+    if (found != f->tensors) die("%s: %d tensors for %d that fit; export it again", f->path, f->tensors, found);
 }
 
 // weights: m->w, or their moving average.
 static const char *model_save(const char *path, const Model *m, const float *weights, const char *dtype) {
-    Config c = m->c;
-    char metadata[1024], *end = metadata;
+    char text[1024], *end = text;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i], *config_field(&c, i));
-    sprintf(end, "\"eps\":\"%.9g\"", c.eps);
-    return file_write(path, m->param, m->params, weights, dtype, "%s", metadata);
+        end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i], *config_field((Config *)&m->c, i));
+    return file_write(path, m->param, m->params, weights, dtype, "%s\"eps\":\"%.9g\"", text, m->c.eps);
 }
 
 // A LoRA on its own: the names peft gives, rank and alpha in the metadata.
@@ -3647,8 +3628,7 @@ static void lora_load(Model *m, const char *path) {
     File f;
     file_open(&f, path);
     int rank = (int)meta_number(&f, "lora_rank", NULL, 1, m->c.dim / 2);
-    double alpha = meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6);
-    lora_new(m, rank, alpha, 0);
+    lora_new(m, rank, meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6), 0);
     weights_read(m, m->lora->param, 2 * m->lora->count, &f);
     file_close(&f);
 }
@@ -3668,8 +3648,8 @@ static void state_params(Param p[4], const Optimizer *o) {
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
     Param p[4];
     state_params(p, o);
-    return file_write(path, p, 4, NULL, "f32", "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run, o->step,
-                      o->update);
+    return file_write(path, p, 4, NULL, "f32", "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run,
+                      o->step, o->update);
 }
 
 static bool state_load(const char *path, Optimizer *o, const char *run) {
@@ -4062,7 +4042,6 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
-    if (o->weights) weights_check(m, &f);
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     plan_memory(m, k, B, o->training);
@@ -4114,9 +4093,7 @@ static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
 
 // At the end: the output is written, or `why` not, and then the state stays.
 static void learning_end(const Optimizer *opt, const Options *o, const char *why) {
-    if (why) why = strdup(why);                       // saving the state may overwrite it
-    const char *lost = why ? state_save(o->state, opt, o->settings) : NULL;
-    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
+    if (why) die("%s; %s may hold an earlier step", why, o->state);
     unlink(o->state);
     printf("wrote %s: %d steps\n", o->out, opt->step);
 }
@@ -4178,9 +4155,8 @@ static void cmd_sample(const Options *o, Ranks *k) {
     const char *end = strrchr(o->out, '.'), *why;
     bool latent = end && !strcasecmp(end, ".safetensors");
     char sheet[PATH_MAX];
-    if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want a name in .png or .safetensors", o->out);
+    if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
     snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
-    if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
@@ -4194,8 +4170,8 @@ static void cmd_sample(const Options *o, Ranks *k) {
     double took = seconds() - began;
     if (!speaks(k)) return;
     if (latent) why = save_latents(o->out, x, count, r, o->settings);
-    else if (!(why = save_png(o->out, &clips, false, o->settings)))
-        why = save_png(sheet, &clips, true, o->settings);
+    else why = save_png(sheet, &clips, true, o->settings);
+    if (!latent && !why) why = save_png(o->out, &clips, false, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) print_score(x[i], o->captions.text[i], r);
     printf("wrote %s: seed %d, %d steps, %.2f s\n", o->out, o->seed, o->steps, took);
@@ -4364,12 +4340,11 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     while (opt.update < p->updates) {
         double began = seconds();
         PolicyFigures f = policy_update(policy, &opt);
-        double rest = seconds() - began - f.rollout_time;
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
-                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", opt.update, p->updates, f.reward,
-                   f.spread, f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps,
-                   f.rollout_time, rest);
+                   "grad %.3e steps %d rollout %.2f s of %.2f\n", opt.update, p->updates, f.reward, f.spread,
+                   f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time,
+                   seconds() - began);
         if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
         fflush(stdout);
         if (opt.update < p->updates) learning_step(&opt, o, k);
@@ -4418,7 +4393,8 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     o->training = strchr("tTg", o->command);
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
     if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
-    if (o->out && k->rank == 0) check_writable(o->out);
+    Output *claim = o->out && k->rank == 0 ? output_open(o->out) : NULL;         // until the work's end
+    if (claim && !claim->file) die("%s", claim->error);
     if (o->training) snprintf(o->state, sizeof o->state, "%.*s.resume", PATH_MAX, o->out);
     TrainOptions *t = &o->train;
     t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
@@ -4441,11 +4417,11 @@ static int osp_main(int argc, char **argv) {
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (strcmp(name, "-h") && strcmp(name, "--help") && *name)
-        die("\"%.40s\" is no command; the commands are sample, train, grpo, eval, info", name);
+    if (strcmp(name, "-h") && strcmp(name, "--help"))
+        die("\"%.40s\" is none of sample, train, grpo, eval, info; osp -h shows examples", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
-    finish(*name ? 0 : 2);
+    finish(0);
 }
 
 #ifndef OSP_NO_MAIN
