@@ -3568,7 +3568,7 @@ static double number_in(const char *where, const char *name, const char *text, d
     char *end;
     double v = strtod(text, &end);
     if (end == text || *end || !(v >= least && v <= most) || (whole && v != floor(v)))
-        die("%s %s: \"%.40s\" is not a %snumber from %.16g to %.16g", where, name, text,
+        die("%s %s: \"%.40s\"; want a %snumber from %.16g to %.16g", where, name, text,
             whole ? "whole " : "", least, most);
     return v;
 }
@@ -3607,7 +3607,7 @@ static void weights_read(Model *m, Param *param, int count, const File *f) {
         param_set(m, p, host);
         free(host);
     }
-    if (found != f->tensors) die("%s: %d tensors for %d that fit; export it again", f->path, f->tensors, found);
+    if (found != f->tensors) die("%s: %d tensors, expected %d; export it again", f->path, f->tensors, found);
 }
 
 // weights: m->w, or their moving average.
@@ -3796,10 +3796,10 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
 // ==========================================================================================================
 // ---- options: one table says which commands take what, its default, range and help -----------------------
 typedef struct {
-    const char *commands, *name;        // first letters (T: train --preset toy); plain arguments have no dash
-    char kind;                              // i int, d double, b switch, s text, c choice, m captions
+    const char *commands, *name;             // first letters of those; plain arguments have no dash
+    char kind;                               // i int, d double, b switch, s text, c choice, m captions
     size_t field;                            // in the struct that is filled
-    const char *standard;                    // what it is where nothing is said; NULL: no text
+    const char *standard;                    // where nothing is said; NULL: no text; a/b: tiny's, toy's
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
@@ -3823,22 +3823,27 @@ typedef struct {                             // what a command is told
 #define AT(field) offsetof(Options, field)
 static const Option OPTIONS[] = {
     {"i", "FILE", 's', AT(weights), NULL, 0, 0, "checkpoint, adapter, latent or state"},
-    {"se", "-w", 's', AT(weights), NULL, 0, 0, "checkpoint"},
-    {"tTg", "--init", 's', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
-    {"tT", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
-    {"se", "--lora", 's', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
     {"s", "CAPTION", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
     {"s", "-p", 'm', AT(captions), NULL, 0, 0, "the same"},
+    {"tg", "--init", 's', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
+    {"tg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
+    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
+    {"tg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
+    {"tg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
+    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
+    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"},
+    // from here on the settings, which a resumed run must have in common with the stopped one
+    {"se", "-w", 's', AT(weights), NULL, 0, 0, "checkpoint"},
+    {"t", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
+    {"se", "--lora", 's', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
     {"s", "--text", 's', AT(embeddings), NULL, 0, 0, "for a model without words: of weights_export.py text"},
     {"s", "--noise", 's', AT(noise), NULL, 0, 0, "start from tensor `noise` of this file"},
     {"s", "-n", 'i', AT(steps), "20", 1, 1000, "Euler steps (paper: 50)"},
     {"e", "-n", 'i', AT(clips), "96", 1, 100000, "clips"},
     {"e", "--steps", 'i', AT(steps), "20", 1, 1000, "Euler steps"},
-    {"t", "--steps", 'i', AT(train.steps), "1300", 0, 1e8, "AdamW steps; 0: write the first weights"},
-    {"T", "--steps", 'i', AT(train.steps), "5000", 0, 1e8, "AdamW steps; 0: write the first weights"},
+    {"t", "--steps", 'i', AT(train.steps), "1300/5000", 0, 1e8, "AdamW steps; 0: write the first weights"},
     {"g", "--steps", 'i', AT(policy.updates), "40", 1, 1e6, "updates"},
-    {"te", "--batch", 'i', AT(train.batch), "8", 1, 65536, "clips at a time"},
-    {"T", "--batch", 'i', AT(train.batch), "64", 1, 65536, "clips at a time"},
+    {"te", "--batch", 'i', AT(train.batch), "8/64", 1, 65536, "clips at a time"},
     {"g", "--prompts", 'i', AT(policy.prompts), "8", 1, 1024, "captions an update (released recipe: 2)"},
     {"g", "--group", 'i', AT(policy.group), "8", 2, 1024, "videos of a caption (paper: 4)"},
     {"g", "--micro", 'i', AT(policy.micro), "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
@@ -3854,40 +3859,30 @@ static const Option OPTIONS[] = {
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
     {"g", "--rank", 'i', AT(rank), "8", 1, 1024, "of the LoRA (paper: 32)"},
     {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"t", "--lr", 'd', AT(train.lr), "3e-3", 0, 10, "learning rate"},
-    {"T", "--lr", 'd', AT(train.lr), "2e-3", 0, 10, "learning rate"},
+    {"t", "--lr", 'd', AT(train.lr), "3e-3/2e-3", 0, 10, "learning rate"},
     {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate at first, cosine (paper: 2e-5)"},
-    {"t", "--warmup", 'i', AT(train.warmup), "100", 0, 1e8, "steps of rising learning rate"},
-    {"T", "--warmup", 'i', AT(train.warmup), "200", 0, 1e8, "steps of rising learning rate"},
-    {"t", "--ema", 'd', AT(train.ema), "0.99", 0, 1, "decay of the weights' average, which is written"},
-    {"T", "--ema", 'd', AT(train.ema), "0.999", 0, 1, "decay of the weights' average, which is written"},
+    {"t", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
+    {"t", "--ema", 'd', AT(train.ema), "0.99/0.999", 0, 1, "decay of the weights' average, which is written"},
     {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
-    {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
-    {"stTge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
-    {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
-    {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stTge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
-    {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"tT", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
-    {"stTge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
-    {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
+    {"t", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
+    {"stge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
+    {"st", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
+    {"st", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
+    {"st", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
+    {"stge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
+    {"t", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
+    {"stge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
+    {"stge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
     {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
-    // From -o on nothing changes what a run learns: it may be resumed with other values.
-    {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
-    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
-    {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"},
 };
 #undef AT
 enum { OPTION_ROWS = sizeof OPTIONS / sizeof *OPTIONS };
 
-// Does a command (0: any) take the option, and the argument (NULL: any) name it?
+// Does a command (0: any; T: train --preset toy) take the option, and the argument (NULL: any) name it?
 static bool takes(const Option *o, char command, const char *argument) {
     bool named = !argument || (*argument == '-' ? !strcmp(argument, o->name) : *o->name != '-');
-    return named && strchr(o->commands, command);
+    return named && strchr(o->commands, tolower(command));
 }
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
@@ -3920,24 +3915,25 @@ __attribute__((noreturn)) static void finish(int code) {
     exit(code);
 }
 
-static void print_help(const char *example, const Option *table, int rows, char command) {
-    printf("example: %s\n", example);
-    for (const Option *o = table; o < table + rows; o++)
-        if (takes(o, command, NULL))
-            printf(o->standard ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->standard);
-    finish(0);
-}
-
 // argv after the command's name -> values, and text[rows]: what each row says.
 static void parse_options(int argc, char **argv, const char *example, const Option *table, int rows,
                           char command, void *values, const char **text) {
+    bool help = false;
+    for (int i = 0; i < argc; i++) help |= !strcmp(argv[i], "-h") || !strcmp(argv[i], "--help");
+    if (help) printf("example: %s\n", example);
     for (int r = 0; r < rows; r++) {
-        text[r] = takes(&table[r], command, NULL) ? table[r].standard : NULL;
-        if (text[r]) option_store(&table[r], values, text[r]);
+        const Option *o = &table[r];
+        const char *toy = o->standard ? strchr(o->standard, '/') : NULL;
+        text[r] = NULL;
+        if (!takes(o, command, NULL)) continue;
+        text[r] = command == 'T' && toy ? toy + 1 : o->standard;
+        if (command != 'T' && toy) text[r] = strndup(o->standard, toy - o->standard);
+        if (text[r]) option_store(o, values, text[r]);
+        if (help) printf(text[r] ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, text[r]);
     }
+    if (help) finish(0);
     for (int i = 0; i < argc; i++) {
         int r = 0;
-        if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) print_help(example, table, rows, command);
         while (r < rows && !takes(&table[r], command, argv[i])) r++;
         if (r == rows) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
         bool value = *argv[i] == '-' && table[r].kind != 'b';
@@ -3965,20 +3961,6 @@ static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing on
     seed = hash_bytes(f.map, f.size, seed);
     file_close(&f);
     return seed;
-}
-
-// The options up to -o and the captions, as one line; of --init a hash of what the file holds.
-static void settings_write(Options *o) {
-    FILE *f = fmemopen(o->settings, sizeof o->settings - 1, "w");                // what is longer is cut off
-    for (const Option *row = OPTIONS; strcmp(row->name, "-o"); row++) {
-        const char *said = row->kind == 'm' ? NULL : o->text[row - OPTIONS];
-        if (said && strcmp(row->name, "--init")) fprintf(f, "%s %s ", row->name, said);
-    }
-    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
-    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
-    fclose(f);
-    for (char *c = o->settings; *c; c++)                          // what JSON must escape
-        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
 // All ranks must be told and read the same. Then their groups: all on one sample, or two guidance halves.
@@ -4140,17 +4122,6 @@ static const char *save_latents(const char *path, float **x, int count, const Ru
     return file_write(path, param, count, NULL, "f32", "\"comment\":\"%s\"", comment);
 }
 
-// ShapesBench of one clip, where the caption is one of the world's.
-static void print_score(const float *x, const char *caption, const Run *r) {
-    float score[N_SCORES];
-    Scene asked;
-    if (!parse_caption(&asked, caption)) return;
-    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, false);
-    printf("%s:", caption);
-    for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
-    printf("\n");
-}
-
 static void cmd_sample(const Options *o, Ranks *k) {
     const char *end = strrchr(o->out, '.'), *why;
     bool latent = end && !strcasecmp(end, ".safetensors");
@@ -4173,7 +4144,15 @@ static void cmd_sample(const Options *o, Ranks *k) {
     else why = save_png(sheet, &clips, true, o->settings);
     if (!latent && !why) why = save_png(o->out, &clips, false, o->settings);
     if (why) die("%s", why);
-    for (int i = 0; i < count && vocab; i++) print_score(x[i], o->captions.text[i], r);
+    for (int i = 0; i < count && vocab; i++) {
+        float score[N_SCORES];
+        Scene asked;
+        if (!parse_caption(&asked, o->captions.text[i])) continue;          // none of the world's
+        shapes_score(score, x[i], asked, r->T, 2 * r->H, 2 * r->W, false);
+        printf("%s:", o->captions.text[i]);
+        for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
+        printf("\n");
+    }
     printf("wrote %s: seed %d, %d steps, %.2f s\n", o->out, o->seed, o->steps, took);
     if (o->json) printf("{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o->steps, count);
 }
@@ -4299,10 +4278,8 @@ static void cmd_train(const Options *o, Ranks *k) {
         if (!isfinite(loss) || !isfinite(norm))
             die("step %d: the loss is %g, the gradient's norm %g: lower --lr; %s may hold an earlier step",
                 step, loss, norm, o->state);
-        if (speaks(k) && isatty(2)) show_progress("step", step - first, S - first, began);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
-        fflush(stdout);
         if (step < S) learning_step(&opt, o, k);
     }
     if (speaks(k)) learning_end(&opt, o, model_save(o->out, m, opt.ema, o->dtype));
@@ -4325,8 +4302,7 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     const PolicyOptions *p = &o->policy;
     int V = p->prompts * p->group, together = V;
     Optimizer opt;
-    if (p->window > p->steps - 1)
-        die("--window %d: the last of %d steps adds no noise, so it must stay outside", p->window, p->steps);
+    if (p->window >= p->steps) die("--window %d: want fewer than the %d steps of -n", p->window, p->steps);
     if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
     while (together > 32 || V % together) together--;             // videos made at a time
     Run *learn = run_open(o, k, p->micro);
@@ -4346,7 +4322,6 @@ static void cmd_grpo(const Options *o, Ranks *k) {
                    f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time,
                    seconds() - began);
         if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
-        fflush(stdout);
         if (opt.update < p->updates) learning_step(&opt, o, k);
     }
     if (speaks(k)) learning_end(&opt, o, lora_save(o->out, m->lora, opt.ema));
@@ -4400,7 +4375,16 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
     t->weight_decay = o->command == 'g' ? 0 : 0.01, t->ema_warmup = o->command != 'g';
     if (o->command == 'g') t->beta2 = 0.999, t->steps = o->policy.updates;
-    settings_write(o);
+    // The settings: the options from -w on, the captions, and of --init a hash of what the file holds.
+    FILE *f = fmemopen(o->settings, sizeof o->settings - 1, "w");                // what is longer is cut off
+    int row = 0;
+    while (strcmp(OPTIONS[row].name, "-w")) row++;
+    for (; row < OPTION_ROWS; row++) if (o->text[row]) fprintf(f, "%s %s ", OPTIONS[row].name, o->text[row]);
+    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
+    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
+    fclose(f);
+    for (char *c = o->settings; *c; c++)                          // what JSON must escape
+        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
 static int osp_main(int argc, char **argv) {
@@ -4408,6 +4392,7 @@ static int osp_main(int argc, char **argv) {
     static Ranks ranks;
     static Options options;
     ranks_start(&ranks, &argc, &argv);
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
     for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) {
