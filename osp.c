@@ -3581,7 +3581,6 @@ static double meta_number(const File *f, const char *key, const char *standard, 
 
 static Config config_read(const File *f) {
     Config c;
-    memset(&c, 0, sizeof c);
     for (int i = 0; i < CONFIG_ROWS; i++)
         *config_field(&c, i) = (int)meta_number(f, CONFIG[i], i < CONFIG_NEEDED ? NULL : "0", 0, CONFIG_MOST);
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
@@ -4109,7 +4108,7 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
 }
 
 // Tensors latent, latent.1, ..: x[count][C, T, H_l, W_l].
-static const char *save_latents(const char *path, float **x, int count, const Run *r, const char *comment) {
+static const char *save_latents(const Options *o, float **x, int count, const Run *r) {
     const size_t shape[] = {(size_t)r->m->c.out_dim, (size_t)r->T, 2 * (size_t)r->H, 2 * (size_t)r->W};
     Param *param = (Param *)xalloc(count, sizeof(Param));
     for (int i = 0; i < count; i++) {
@@ -4119,7 +4118,7 @@ static const char *save_latents(const char *path, float **x, int count, const Ru
         p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
         upload(p->w, x[i], p->count * sizeof(float));
     }
-    return file_write(path, param, count, NULL, "f32", "\"comment\":\"%s\"", comment);
+    return file_write(o->out, param, count, NULL, "f32", "\"comment\":\"%s\"", o->settings);
 }
 
 static void cmd_sample(const Options *o, Ranks *k) {
@@ -4140,8 +4139,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     sample_clips(x, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    if (latent) why = save_latents(o->out, x, count, r, o->settings);
-    else why = save_png(sheet, &clips, true, o->settings);
+    why = latent ? save_latents(o, x, count, r) : save_png(sheet, &clips, true, o->settings);
     if (!latent && !why) why = save_png(o->out, &clips, false, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) {
@@ -4332,8 +4330,8 @@ static void cmd_info(const Options *o, Ranks *k) {
     File f;
     char shape[200];
     size_t parameters = 0;
-    (void)k;
     if (!o->weights) die("no file given: osp info FILE");
+    if (!speaks(k)) return;
     file_open(&f, o->weights);
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
         if (t->text) printf("  %s = %.200s\n", t->name, t->text);
