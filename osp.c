@@ -3634,35 +3634,32 @@ static void lora_load(Model *m, const char *path) {
 
 // The state of a training run, beside its output: weights, moments, average, step, and the run's settings, so
 // that only the same run continues from it. A resumed run continues bit for bit.
-static void state_params(Param p[4], const Optimizer *o) {
+static Param *state_params(const Optimizer *o) {
     static const char *const NAMES[] = {"train.w", "train.m", "train.v", "train.ema"};
+    static Param p[4];
     float *const arenas[] = {o->w, o->m, o->v, o->ema};
-    memset(p, 0, 4 * sizeof *p);
     for (int i = 0; i < 4; i++) {
         strcpy(p[i].name, NAMES[i]);
         p[i].rank = 1, p[i].shape[0] = p[i].count = o->n, p[i].w = arenas[i];
     }
+    return p;
 }
 
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
-    Param p[4];
-    state_params(p, o);
-    return file_write(path, p, 4, NULL, "f32", "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run,
-                      o->step, o->update);
+    return file_write(path, state_params(o), 4, NULL, "f32", "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"",
+                      run, o->step, o->update);
 }
 
 static bool state_load(const char *path, Optimizer *o, const char *run) {
     File f;
-    Param p[4];
     if (access(path, F_OK)) return false;
     file_open(&f, path);
     const char *of = file_meta(&f, "run");
     if (!of || strcmp(of, run))
         die("%s: of a run with other settings (%.300s); remove it or choose another -o", path, of ? of : "");
-    state_params(p, o);
     o->step = (int)meta_number(&f, "step", NULL, 0, INT_MAX);
     o->update = (int)meta_number(&f, "update", NULL, 0, INT_MAX);
-    weights_read(NULL, p, 4, &f);
+    weights_read(NULL, state_params(o), 4, &f);
     file_close(&f);
     return true;
 }
@@ -4002,9 +3999,8 @@ static void plan_memory(Model *m, Ranks *k, int B, bool training) {
     if (training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);           // moments, average
     if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
     if (speaks(k))
-        fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens (%dx%dx%d)\n",
-                training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N, plan->T,
-                plan->H, plan->W);
+        fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens\n",
+                training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N);
     if (weights + run > machine)
         die("%.1f GiB are more than this machine's %.1f; use a smaller size or batch, or more machines",
             (weights + run) / GiB, machine / GiB);
@@ -4016,8 +4012,7 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
     File f;
     if (!o->weights && !o->preset) die("no checkpoint given: -w FILE, grpo --init FILE; osp train makes one");
     if (o->weights) file_open(&f, o->weights), c = config_read(&f);
-    if (o->command != 's' && (!c.vocab || !c.T))
-        die("%s: clips of captioned shapes need a model with words, made by osp train", o->weights);
+    if (o->command != 's' && (!c.vocab || !c.T)) die("%s: want a model that osp train made", o->weights);
     if (o->rank > c.dim / 2) die("--rank %d: at most half of dim %d", o->rank, c.dim);
     config_override(&c, o);
     device_start(o->device, k->rank);
@@ -4084,8 +4079,7 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
     File f;
     file_open(&f, path);
     const Entry *t = file_find(&f, name);
-    if (!t || t->count != count)
-        die("%s: no tensor %s of %zu numbers; make it for this model and size", path, name, count);
+    if (!t || t->count != count) die("%s: want a tensor %s of %zu numbers", path, name, count);
     float *x = file_read(&f, t);
     file_close(&f);
     return x;
@@ -4130,8 +4124,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, 1);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
-    if (!vocab && (!o->embeddings || !latent))
-        die("this model reads embeddings and makes latents: want --text FILE and -o NAME.safetensors");
+    if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
     float *x[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
     if (!latent) picture_size(&clips, false), picture_size(&clips, true);
@@ -4274,8 +4267,7 @@ static void cmd_train(const Options *o, Ranks *k) {
         double norm = optimizer_step(&opt, k, &o->train, lr);
         double ms = 1e3 * (seconds() - began) / (step - first);
         if (!isfinite(loss) || !isfinite(norm))
-            die("step %d: the loss is %g, the gradient's norm %g: lower --lr; %s may hold an earlier step",
-                step, loss, norm, o->state);
+            die("step %d: the loss is %g, the gradient's norm %g; lower --lr", step, loss, norm);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
         if (step < S) learning_step(&opt, o, k);
@@ -4400,8 +4392,7 @@ static int osp_main(int argc, char **argv) {
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (strcmp(name, "-h") && strcmp(name, "--help"))
-        die("\"%.40s\" is none of sample, train, grpo, eval, info; osp -h shows examples", name);
+    if (strcmp(name, "-h") && strcmp(name, "--help")) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
     finish(0);
