@@ -3646,8 +3646,8 @@ static Param *state_params(const Optimizer *o) {
 }
 
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
-    return file_write(path, state_params(o), 4, NULL, "f32", "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"",
-                      run, o->step, o->update);
+    return file_write(path, state_params(o), 4, NULL, "f32",
+                      "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run, o->step, o->update);
 }
 
 static bool state_load(const char *path, Optimizer *o, const char *run) {
@@ -4154,13 +4154,11 @@ static int next_held_out(int caption) {
     return caption;
 }
 
-// Of unit · x[n], with the mean's standard error.
-static void mean_and_error(double *mean, double *error, double unit, const double *x, int n) {
+static void mean_and_error(double *mean, double *error, const double *x, int n) {    // error: of the mean
     double sum = 0, squares = 0;
     for (int i = 0; i < n; i++) sum += x[i], squares += x[i] * x[i];
-    double m = sum / n;
-    *mean = unit * m;
-    *error = n > 1 ? unit * sqrt(fmax(squares / n - m * m, 0) / (n - 1)) : 0;
+    *mean = sum / n;
+    *error = n > 1 ? sqrt(fmax(squares / n - *mean * *mean, 0) / (n - 1)) : 0;
 }
 
 // mean, error [N_SCORES + 1]: percent, the last of the total, of `clips` samples made r->B at a time.
@@ -4170,7 +4168,7 @@ static void evaluate(double *mean, double *error, Run *r, int clips, int steps, 
     int *ids = (int *)xalloc(r->B * L, sizeof(int));
     size_t size = latent_size(r);
     float *x = floats(r->B * size), score[N_SCORES];
-    double *v = (double *)xalloc((N_SCORES + 1) * clips, sizeof(double));
+    double *v = (double *)xalloc((N_SCORES + 1) * clips, sizeof(double));         // [N_SCORES + 1, clips]
     Scene *asked = (Scene *)xalloc(r->B, sizeof(Scene));
     Text cond = {ids, NULL}, uncond = caption_batch(r->m, NULL, r->B);
     for (int first = 0; first < clips; first += r->B) {
@@ -4185,12 +4183,12 @@ static void evaluate(double *mean, double *error, Run *r, int clips, int steps, 
         for (int b = 0; b < r->B && first + b < clips; b++) {
             shapes_score(score, x + b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
             for (int s = 0; s < N_SCORES; s++) {
-                v[s * clips + first + b] = score[s];
-                v[N_SCORES * clips + first + b] += score[s] / N_SCORES;
+                v[s * clips + first + b] = 100 * (double)score[s];
+                v[N_SCORES * clips + first + b] += 100 * (double)(score[s] / N_SCORES);
             }
         }
     }
-    for (int s = 0; s <= N_SCORES; s++) mean_and_error(&mean[s], &error[s], 100, v + s * clips, clips);
+    for (int s = 0; s <= N_SCORES; s++) mean_and_error(&mean[s], &error[s], v + s * clips, clips);
     free(ids), free(x), free(v), free(asked), free((void *)uncond.ids);
 }
 
@@ -4219,9 +4217,9 @@ static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64
                 loss[first + b] = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
         }
         for (int i = 0; i < clips; i++) total[i] += loss[i] / BINS;
-        mean_and_error(&mean[bin], &error[bin], 1, loss, clips);
+        mean_and_error(&mean[bin], &error[bin], loss, clips);
     }
-    mean_and_error(&mean[BINS], &error[BINS], 1, total, clips);
+    mean_and_error(&mean[BINS], &error[BINS], total, clips);
     device_free(x), device_free(target), free(loss);
 }
 
