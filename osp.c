@@ -3143,8 +3143,7 @@ static void show_progress(const char *what, int step, int steps, double began) {
 // ==========================================================================================================
 
 // An output grows in PATH.tmp, locked against a second run, and takes PATH's place when all of it is on the
-// disk: whoever stops the program finds the old file or the new one. Errors are sticky: after the first
-// nothing is written, and output_close says what it was.
+// disk: a stopped program leaves the old file or the new one. After the first error nothing is written.
 typedef struct {
     char path[PATH_MAX], target[PATH_MAX], temp[PATH_MAX + 4], error[PATH_MAX + 200];
     FILE *file;                                   // NULL: not open
@@ -3158,8 +3157,8 @@ static Output *output_fail(Output *o, const char *why) {
     return o;
 }
 
-static void output_abandon(void) {                // for die() and whoever else ends a run early
-    for (Output *o = outputs; o < outputs + 4; o++) if (o->file) output_fail(o, "the run ended");
+static void output_abandon(void) {                // for who ends a run early, the handler of a signal too
+    for (Output *o = outputs; o < outputs + 4; o++) if (o->file) unlink(o->temp);
 }
 
 static Output *output_open(const char *path) {    // file stays NULL where it cannot be written
@@ -3168,7 +3167,7 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     for (int i = 0; i < 4; i++) if (outputs[i].file && !strcmp(outputs[i].path, path)) return &outputs[i];
     while (o->file) o++;
     snprintf(o->path, sizeof o->path, "%s", path);
-    if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays, its target is replaced
+    if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays
     snprintf(o->temp, sizeof o->temp, "%s.tmp", o->target);
     bool exists = !stat(path, &old);
     if (exists ? !S_ISREG(old.st_mode) : !*path || !lstat(path, &old)) return output_fail(o, "no plain file");
@@ -3182,12 +3181,6 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     o->file = fdopen(fd, "wb");
     signal(SIGXFSZ, SIG_IGN);                     // beyond a limit on file sizes fwrite fails
     return o;
-}
-
-// Before work starts: claims path until the run ends, or dies. What stands there is not touched.
-static void check_writable(const char *path) {
-    Output *o = output_open(path);
-    if (!o->file) die("%s", o->error);
 }
 
 static void output_bytes(Output *o, const void *data, size_t size) {
@@ -3211,7 +3204,7 @@ static const char *output_close(Output *o) {      // NULL, or why the old file s
 //
 // Whoever wrote the file, nothing outside it is read: each tensor lies in the data, together they have its
 // size. HiF8 is a U8 tensor of codes and NAME.scale = k, an F32: a value is hif8(code)/k, exactly Q(x; 15).
-// Data may start at any byte, so it is copied out, never cast. Little-endian machines only.
+// Data may start at any byte: it is copied out. Little-endian machines only.
 enum Dtype { F32, BF16, I32, U8, DTYPE_COUNT };
 static const char *const DTYPE_NAME[] = {"F32", "BF16", "I32", "U8"};
 static const size_t DTYPE_BYTES[] = {4, 2, 4, 1};
@@ -3321,11 +3314,10 @@ static void file_open(File *f, const char *path) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);          // a pipe must not stop it
     if (fd < 0 || fstat(fd, &s)) die("%s: %s; check the path", path, strerror(errno));
     f->size = S_ISREG(s.st_mode) ? (size_t)s.st_size : 0;
-    void *map = mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    f->map = (uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
-    f->map = map == MAP_FAILED ? NULL : (uint8_t *)map;
     signal(SIGBUS, file_lost);
-    if (f->map && f->size > 8) memcpy(&n, f->map, 8);
+    if (f->map != MAP_FAILED && f->size > 8) memcpy(&n, f->map, 8);
     if (n < 2 || n > 100000000 || n > f->size - 8)
         die("%s: not a safetensors file, or cut short to %zu bytes; copy it again", path, f->size);
     f->data = f->map + 8 + n, f->bytes = f->size - 8 - n;
@@ -3337,8 +3329,7 @@ static void file_open(File *f, const char *path) {
 
 static void file_close(File *f) {
     free(f->header), free(f->entry);
-    if (f->map) munmap(f->map, f->size);
-    memset(f, 0, sizeof *f);
+    munmap(f->map, f->size);
 }
 
 // The values of t, which the caller frees. NaN and Inf are refused.
@@ -3362,18 +3353,13 @@ static float *file_read(const File *f, const Entry *t) {
     return out;
 }
 
-// Replaces characters that JSON must escape by apostrophes.
-static void plain_text(char *s) {
-    for (; *s; s++) if ((unsigned char)*s < ' ' || *s == '"' || *s == '\\') *s = '\'';
-}
-
 static char *shape_text(char text[200], int rank, const size_t *shape) {         // [64, 3, 2]
     char *end = text + sprintf(text, "[");
     for (int i = 0; i < rank; i++) end += sprintf(end, "%s%zu", i ? ", " : "", shape[i]);
     return strcpy(end, "]"), text;
 }
 
-// dtype f32, bf16 or hif8. Vectors and tables are small and matter: they stay F32.
+// In a file of f32, bf16 or hif8. Vectors and tables are small and matter: they stay F32.
 static enum Dtype stored_as(const Param *p, const char *dtype) {
     if (!strcmp(dtype, "hif8") && p->block_matrix) return U8;
     return strcmp(dtype, "f32") && p->product ? BF16 : F32;
@@ -3398,16 +3384,21 @@ static void write_values(Output *o, const Param *p, const float *values, enum Dt
     free(x);
 }
 
-// A file of metadata, "key":"value" pairs as they stand in JSON, and of param[count], whose values lie in an
-// arena (NULL: where each w points). NULL, or why it is not written.
-static const char *file_write(const char *path, const char *metadata, const Param *param, int count,
-                              const float *arena, const char *dtype) {
+// A file of param[count], whose values lie in an arena (NULL: where each w points), and of metadata, printed
+// as "key":"value" pairs of JSON. NULL, or why it is not written.
+static const char *file_write(const char *path, const Param *param, int count, const float *arena,
+                              const char *dtype, const char *metadata, ...) {
     Output *o = output_open(path);
+    va_list args;
     uint64_t n = 0, at = 0;
     char shape[200];
     output_bytes(o, &n, 8);                       // not known yet
     if (!o->file) return o->error;
-    fprintf(o->file, "{\"__metadata__\":{%s}", metadata);
+    fprintf(o->file, "{\"__metadata__\":{");
+    va_start(args, metadata);
+    vfprintf(o->file, metadata, args);
+    va_end(args);
+    fprintf(o->file, "}");
     for (const Param *p = param; p < param + count; p++) {
         enum Dtype d = stored_as(p, dtype);
         size_t end = at + p->count * DTYPE_BYTES[d];
@@ -3428,20 +3419,24 @@ static const char *file_write(const char *path, const char *metadata, const Para
 }
 
 // ---- checkpoints: tensors under the names of spec §2, the config in the metadata -------------------------
+static double number_in(const char *where, const char *name, const char *text, double least, double most,
+                        bool whole) {
+    char *end;
+    double v = strtod(text, &end);
+    if (end == text || *end || !(v >= least && v <= most) || (whole && v != floor(v)))
+        die("%s %s: \"%.40s\"; want a %snumber from %.16g to %.16g", where, name, text,
+            whole ? "whole " : "", least, most);
+    return v;
+}
+
 // standard: where the key is missing; NULL: it must be there. A range from a whole number on asks for one.
 static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
-    const char *given = file_meta(f, key), *text = given ? given : standard ? standard : "";
-    char *end;
-    double value = strtod(text, &end);
-    bool whole = value == floor(value) || least != floor(least);
-    if (end == text || *end || !whole || !(value >= least && value <= most))
-        die("%s: %s is \"%.40s\", expected %g to %g; export it again", f->path, key, text, least, most);
-    return value;
+    const char *text = file_meta(f, key) ? file_meta(f, key) : standard ? standard : "";
+    return number_in(f->path, key, text, least, most, least == floor(least));
 }
 
 static Config config_read(const File *f) {
     Config c;
-    memset(&c, 0, sizeof c);
     for (int i = 0; i < CONFIG_ROWS; i++)
         *config_field(&c, i) = (int)meta_number(f, CONFIG[i], i < CONFIG_NEEDED ? NULL : "0", 0, CONFIG_MOST);
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
@@ -3452,99 +3447,75 @@ static Config config_read(const File *f) {
     return c;
 }
 
-static const Entry *find_param(const File *f, const Param *p) {
-    char want[200], have[200] = "missing";
-    const Entry *t = file_find(f, p->name);
-    if (t) shape_text(have, t->rank, t->shape);
-    if (strcmp(shape_text(want, p->rank, p->shape), have))
-        die("%s: tensor %s is %s, expected %s; export the whole model again", f->path, p->name, have, want);
-    return t;
-}
-
-// Before anything is allocated: the file has every tensor of the model, and no other.
-static void weights_check(const Model *m, const File *f) {
-    int count = m->params;
-    for (int i = 0; i < m->params; i++) count += find_param(f, &m->param[i])->dtype == U8;      // its scale
-    if (count != f->tensors)
-        die("%s: found %d tensors, expected %d; export the model again", f->path, f->tensors, count);
-}
-
-// param[count] of a model, of its adapters or of a run's state (m NULL).
+// param[count], all that the file holds, of a model, of its adapters or of a run's state (m NULL).
 static void weights_read(Model *m, Param *param, int count, const File *f) {
+    int found = 0;
     for (Param *p = param; p < param + count; p++) {
-        const Entry *t = find_param(f, p);
+        char want[200], have[200] = "missing";
+        const Entry *t = file_find(f, p->name);
+        if (t) shape_text(have, t->rank, t->shape);
+        if (strcmp(shape_text(want, p->rank, p->shape), have))
+            die("%s: tensor %s is %s, expected %s; export it again", f->path, p->name, have, want);
         float *host = file_read(f, t);
         p->codes = t->dtype == U8;
+        found += p->codes ? 2 : 1;                // a scale belongs to codes
         param_set(m, p, host);
         free(host);
     }
+    if (found != f->tensors) die("%s: %d tensors, expected %d; export it again", f->path, f->tensors, found);
 }
 
 // weights: m->w, or their moving average.
 static const char *model_save(const char *path, const Model *m, const float *weights, const char *dtype) {
-    Config c = m->c;
-    char metadata[1024], *end = metadata;
+    char text[1024], *end = text;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i], *config_field(&c, i));
-    sprintf(end, "\"eps\":\"%.9g\"", c.eps);
-    return file_write(path, metadata, m->param, m->params, weights, dtype);
+        end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i], *config_field((Config *)&m->c, i));
+    return file_write(path, m->param, m->params, weights, dtype, "%s\"eps\":\"%.9g\"", text, m->c.eps);
 }
 
 // A LoRA on its own: the names peft gives, rank and alpha in the metadata.
 static const char *lora_save(const char *path, const Lora *l, const float *weights) {
-    char metadata[128];
-    sprintf(metadata, "\"lora_rank\":\"%d\",\"lora_alpha\":\"%.9g\"", l->rank, (double)l->scale * l->rank);
-    return file_write(path, metadata, l->param, 2 * l->count, weights, "f32");
+    return file_write(path, l->param, 2 * l->count, weights, "f32",
+                      "\"lora_rank\":\"%d\",\"lora_alpha\":\"%.9g\"", l->rank, (double)l->scale * l->rank);
 }
 
 static void lora_load(Model *m, const char *path) {
     File f;
     file_open(&f, path);
     int rank = (int)meta_number(&f, "lora_rank", NULL, 1, m->c.dim / 2);
-    double alpha = meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6);
-    if (f.size / 32 / (size_t)rank < (size_t)m->c.num_layers * (size_t)m->c.dim)
-        die("%s: too small for rank %d on this model; give an adapter of this model", path, rank);
-    lora_new(m, rank, alpha, 0);
+    lora_new(m, rank, meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6), 0);
     weights_read(m, m->lora->param, 2 * m->lora->count, &f);
     file_close(&f);
 }
 
 // The state of a training run, beside its output: weights, moments, average, step, and the run's settings, so
 // that only the same run continues from it. A resumed run continues bit for bit.
-static void state_params(Param p[4], const Optimizer *o) {
+static Param *state_params(const Optimizer *o) {
     static const char *const NAMES[] = {"train.w", "train.m", "train.v", "train.ema"};
+    static Param p[4];
     float *const arenas[] = {o->w, o->m, o->v, o->ema};
-    memset(p, 0, 4 * sizeof *p);
     for (int i = 0; i < 4; i++) {
         strcpy(p[i].name, NAMES[i]);
         p[i].rank = 1, p[i].shape[0] = p[i].count = o->n, p[i].w = arenas[i];
     }
+    return p;
 }
 
 static const char *state_save(const char *path, const Optimizer *o, const char *run) {
-    Param p[4];
-    char *metadata = (char *)xalloc(strlen(run) + 128, 1);
-    state_params(p, o);
-    sprintf(metadata, "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\",\"best\":\"%.17g\"", run,
-            o->step, o->update, o->best);
-    const char *why = file_write(path, metadata, p, 4, NULL, "f32");
-    free(metadata);
-    return why;
+    return file_write(path, state_params(o), 4, NULL, "f32",
+                      "\"run\":\"%s\",\"step\":\"%d\",\"update\":\"%d\"", run, o->step, o->update);
 }
 
 static bool state_load(const char *path, Optimizer *o, const char *run) {
     File f;
-    Param p[4];
     if (access(path, F_OK)) return false;
     file_open(&f, path);
     const char *of = file_meta(&f, "run");
     if (!of || strcmp(of, run))
         die("%s: of a run with other settings (%.300s); remove it or choose another -o", path, of ? of : "");
-    state_params(p, o);
     o->step = (int)meta_number(&f, "step", NULL, 0, INT_MAX);
     o->update = (int)meta_number(&f, "update", NULL, 0, INT_MAX);
-    o->best = atof(file_meta(&f, "best") ? file_meta(&f, "best") : "0");
-    weights_read(NULL, p, 4, &f);
+    weights_read(NULL, state_params(o), 4, &f);
     file_close(&f);
     return true;
 }
@@ -3677,10 +3648,10 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
 // ==========================================================================================================
 // ---- options: one table says which commands take what, its default, range and help -----------------------
 typedef struct {
-    const char *commands, *name;        // first letters (T: train --preset toy); plain arguments have no dash
-    char kind;                              // i int, d double, u seed, b switch, s text, c choice, m captions
+    const char *commands, *name;             // first letters of those; plain arguments have no dash
+    char kind;                               // i int, d double, b switch, s text, c choice, m captions
     size_t field;                            // in the struct that is filled
-    const char *standard;                    // what it is where nothing is said; NULL: no text
+    const char *standard;                    // where nothing is said; NULL: no text; a/b: tiny's, toy's
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
@@ -3692,11 +3663,11 @@ typedef struct {                             // what a command is told
     bool training;
     const char *text[MOST_OPTIONS];          // what each row of the table says
     const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
-    char state[PATH_MAX + 16];               // the file that a stopped run resumes from
+    char state[PATH_MAX + 16];               // the file that a stopped run resumes from ...
+    char settings[4096];                     // ... if it has these in common with it
     Captions captions;
-    int steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, best, json;
+    int seed, steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, json;
     double guidance, shift, alpha, save;
-    uint64_t seed;
     TrainOptions train;
     PolicyOptions policy;
 } Options;
@@ -3704,22 +3675,27 @@ typedef struct {                             // what a command is told
 #define AT(field) offsetof(Options, field)
 static const Option OPTIONS[] = {
     {"i", "FILE", 's', AT(weights), NULL, 0, 0, "checkpoint, adapter, latent or state"},
-    {"se", "-w", 's', AT(weights), NULL, 0, 0, "checkpoint"},
-    {"tTg", "--init", 's', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
-    {"tT", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
-    {"se", "--lora", 's', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
     {"s", "CAPTION", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
     {"s", "-p", 'm', AT(captions), NULL, 0, 0, "the same"},
+    {"tg", "--init", 's', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
+    {"tg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
+    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
+    {"tg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
+    {"tg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
+    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
+    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"},
+    // from here on the settings, which a resumed run must have in common with the stopped one
+    {"se", "-w", 's', AT(weights), NULL, 0, 0, "checkpoint"},
+    {"t", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
+    {"se", "--lora", 's', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
     {"s", "--text", 's', AT(embeddings), NULL, 0, 0, "for a model without words: of weights_export.py text"},
     {"s", "--noise", 's', AT(noise), NULL, 0, 0, "start from tensor `noise` of this file"},
     {"s", "-n", 'i', AT(steps), "20", 1, 1000, "Euler steps (paper: 50)"},
     {"e", "-n", 'i', AT(clips), "96", 1, 100000, "clips"},
     {"e", "--steps", 'i', AT(steps), "20", 1, 1000, "Euler steps"},
-    {"t", "--steps", 'i', AT(train.steps), "1300", 0, 1e8, "AdamW steps; 0: write the first weights"},
-    {"T", "--steps", 'i', AT(train.steps), "5000", 0, 1e8, "AdamW steps; 0: write the first weights"},
+    {"t", "--steps", 'i', AT(train.steps), "1300/5000", 0, 1e8, "AdamW steps; 0: write the first weights"},
     {"g", "--steps", 'i', AT(policy.updates), "40", 1, 1e6, "updates"},
-    {"te", "--batch", 'i', AT(train.batch), "8", 1, 65536, "clips at a time"},
-    {"T", "--batch", 'i', AT(train.batch), "64", 1, 65536, "clips at a time"},
+    {"te", "--batch", 'i', AT(train.batch), "8/64", 1, 65536, "clips at a time"},
     {"g", "--prompts", 'i', AT(policy.prompts), "8", 1, 1024, "captions an update (released recipe: 2)"},
     {"g", "--group", 'i', AT(policy.group), "8", 2, 1024, "videos of a caption (paper: 4)"},
     {"g", "--micro", 'i', AT(policy.micro), "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
@@ -3735,41 +3711,30 @@ static const Option OPTIONS[] = {
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
     {"g", "--rank", 'i', AT(rank), "8", 1, 1024, "of the LoRA (paper: 32)"},
     {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"t", "--lr", 'd', AT(train.lr), "3e-3", 0, 10, "learning rate"},
-    {"T", "--lr", 'd', AT(train.lr), "2e-3", 0, 10, "learning rate"},
+    {"t", "--lr", 'd', AT(train.lr), "3e-3/2e-3", 0, 10, "learning rate"},
     {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate at first, cosine (paper: 2e-5)"},
-    {"t", "--warmup", 'i', AT(train.warmup), "100", 0, 1e8, "steps of rising learning rate"},
-    {"T", "--warmup", 'i', AT(train.warmup), "200", 0, 1e8, "steps of rising learning rate"},
-    {"t", "--ema", 'd', AT(train.ema), "0.99", 0, 1, "decay of the weights' average, which is written"},
-    {"T", "--ema", 'd', AT(train.ema), "0.999", 0, 1, "decay of the weights' average, which is written"},
+    {"t", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
+    {"t", "--ema", 'd', AT(train.ema), "0.99/0.999", 0, 1, "decay of the weights' average, which is written"},
     {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
-    {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
-    {"stTge", "--seed", 'u', AT(seed), "1", 0, 9e15, "of weights, captions, clips, noise"},
-    {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
-    {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stTge", "--full", 'b', AT(full), "0", 0, 1, "full attention in every block"},
-    {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"tT", "--sparse", 's', AT(sparse), NULL, 0, 0, "both, token or group: kinds of sparse blocks (a trial)"},
-    {"stTge", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits: HiF8 linear layers and attention"},
-    {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
-    {"e", "--soft", 'b', AT(soft), "0", 0, 1, "the continuous scores that GRPO is rewarded with"},
-    // From -o on nothing changes what a run learns: it may be resumed with other values.
-    {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
-    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"g", "--best", 'b', AT(best), "0", 0, 1, "write the best by --eval, not the last"},
-    {"tTg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
-    {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"se", "--json", 'b', AT(json), "0", 0, 1, "figures as one JSON object on the last line"},
+    {"t", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
+    {"stge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
+    {"st", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
+    {"st", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
+    {"st", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
+    {"stge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
+    {"t", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
+    {"stge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
+    {"stge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
+    {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
 };
 #undef AT
 enum { OPTION_ROWS = sizeof OPTIONS / sizeof *OPTIONS };
 
-// Does a command (0: any) take the option, and the argument (NULL: any) name it?
+// Does a command (0: any; T: train --preset toy) take the option, and the argument (NULL: any) name it?
 static bool takes(const Option *o, char command, const char *argument) {
     bool named = !argument || (*argument == '-' ? !strcmp(argument, o->name) : *o->name != '-');
-    return named && (!command || strchr(o->commands, command));
+    return named && strchr(o->commands, tolower(command));
 }
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
@@ -3781,50 +3746,46 @@ static void one_of(const char *name, const char *value, const char *choices) {  
 
 static void option_store(const Option *o, void *values, const char *text) {
     void *field = (char *)values + o->field;
-    Captions *captions = (Captions *)field;
-    char *end = NULL;
-    double v = text ? strtod(text, &end) : 0;
-    bool whole = o->kind != 'd', good = v >= o->least && v <= o->most && (!whole || v == floor(v));
-    if (strchr("idub", o->kind) && (end == text || *end || !good))
-        die("%s: \"%.40s\" is not a %snumber from %.16g to %.16g", o->name, text, whole ? "whole " : "",
-            o->least, o->most);
-    if (o->kind == 'd') *(double *)field = v;
-    if (o->kind == 'u') *(uint64_t *)field = (uint64_t)v;
-    if (o->kind == 'i' || o->kind == 'b') *(int *)field = (int)v;
-    if (o->kind == 'c') one_of(o->name, text, o->help);
-    if (o->kind == 'c' || o->kind == 's') *(const char **)field = text;
-    if (o->kind != 'm' || !text) return;
-    if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
-    if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
-    captions->text[captions->count++] = text;
+    if (strchr("idb", o->kind)) {
+        double v = number_in("option", o->name, text, o->least, o->most, o->kind != 'd');
+        if (o->kind == 'd') *(double *)field = v;
+        else *(int *)field = (int)v;
+    } else if (o->kind == 'm') {
+        Captions *captions = (Captions *)field;
+        if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
+        if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
+        captions->text[captions->count++] = text;
+    } else {
+        if (o->kind == 'c') one_of(o->name, text, o->help);
+        *(const char **)field = text;
+    }
 }
 
-static void finish(int code) {
+__attribute__((noreturn)) static void finish(int code) {
     if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
     ranks_end();
     exit(code);
 }
 
-static void print_help(const char *example, const Option *table, int rows, char command) {
-    printf("example: %s\n", example);
-    for (const Option *o = table; o < table + rows; o++) {
-        const char *standard = o->kind == 'b' ? NULL : o->standard;
-        if (!takes(o, command, NULL)) continue;
-        printf(standard ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, standard);
-    }
-    finish(0);
-}
-
 // argv after the command's name -> values, and text[rows]: what each row says.
 static void parse_options(int argc, char **argv, const char *example, const Option *table, int rows,
                           char command, void *values, const char **text) {
+    bool help = false;
+    for (int i = 0; i < argc; i++) help |= !strcmp(argv[i], "-h") || !strcmp(argv[i], "--help");
+    if (help) printf("example: %s\n", example);
     for (int r = 0; r < rows; r++) {
-        text[r] = table[r].standard;
-        if (takes(&table[r], command, NULL)) option_store(&table[r], values, text[r]);
+        const Option *o = &table[r];
+        const char *toy = o->standard ? strchr(o->standard, '/') : NULL;
+        text[r] = NULL;
+        if (!takes(o, command, NULL)) continue;
+        text[r] = command == 'T' && toy ? toy + 1 : o->standard;
+        if (command != 'T' && toy) text[r] = strndup(o->standard, toy - o->standard);
+        if (text[r]) option_store(o, values, text[r]);
+        if (help) printf(text[r] ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, text[r]);
     }
+    if (help) finish(0);
     for (int i = 0; i < argc; i++) {
         int r = 0;
-        if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) print_help(example, table, rows, command);
         while (r < rows && !takes(&table[r], command, argv[i])) r++;
         if (r == rows) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
         bool value = *argv[i] == '-' && table[r].kind != 'b';
@@ -3844,7 +3805,6 @@ static const Config PRESETS[] = {
 };
 
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
-static double gib(double bytes) { return bytes / (1024.0 * 1024.0 * 1024.0); }
 
 static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing one changes nothing
     File f;
@@ -3855,36 +3815,17 @@ static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing on
     return seed;
 }
 
-// The options up to -o and the captions, as one line; of --init a hash of what the file holds.
-static char *settings_of(const Options *o) {
-    char *text;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
-    for (const Option *row = OPTIONS; strcmp(row->name, "-o"); row++) {
-        const char *said = row->kind == 'm' || !takes(row, o->command, NULL) ? NULL : o->text[row - OPTIONS];
-        if (said && strcmp(row->name, "--init")) fprintf(f, "%s %s ", row->name, said);
-    }
-    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
-    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
-    fclose(f);
-    plain_text(text);
-    return text;
-}
-
-// All ranks must be told the same and read the same. Then their groups: all on one sample, or (guidance)
-// halves.
+// All ranks must be told and read the same. Then their groups: all on one sample, or two guidance halves.
 static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
-    char *settings = settings_of(o);
-    uint64_t hash = hash_bytes(settings, strlen(settings), 0);
+    uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
     for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
     ranks_agree(k, hash, "setting or file");
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
-    bool halves = P2 % k->size && guided && k->size % 2 == 0 && P2 % (k->size / 2) == 0;
-    if (P2 % k->size && !halves)
-        die("%d ranks: their number must divide P^2 = %d%s", k->size, P2,
-            guided ? ", or be twice such a number (guidance halves)" : "");
-    ranks_split(k, halves ? 2 : 1);
+    int halves = P2 % k->size && guided ? 2 : 1;
+    if (k->size % halves || P2 % (k->size / halves))
+        die("%d ranks: want a divisor of P^2 = %d, or (guidance, not training) twice one", k->size, P2);
+    ranks_split(k, halves);
 }
 
 // The model as asked; its size as asked, or as it was trained. A model with words makes pixels; the others
@@ -3894,33 +3835,31 @@ static void config_override(Config *c, const Options *o) {
     int frames = o->frames ? o->frames : c->T ? (c->T - 1) * per_frame + 1 : 81;
     int height = o->height ? o->height : c->T ? c->H_l * per_pixel : 720;
     int width = o->width ? o->width : c->T ? c->W_l * per_pixel : 1280;
-    if ((frames - 1) % per_frame) die("--frames %d: must be 1 more than a multiple of %d", frames, per_frame);
-    if (height % (2 * per_pixel) || width % (2 * per_pixel))
-        die("a clip %d high and %d wide: both must be multiples of %d", height, width, 2 * per_pixel);
+    if ((frames - 1) % per_frame || height % (2 * per_pixel) || width % (2 * per_pixel))
+        die("%d frames of %dx%d: sides must be multiples of %d, frames less 1 one of %d", frames, height,
+            width, 2 * per_pixel, per_frame);
     c->T = (frames - 1) / per_frame + 1, c->H_l = height / per_pixel, c->W_l = width / per_pixel;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
-    if (o->sparse) one_of("--sparse", o->sparse, "both|token|group:");
     if (o->sparse) c->sparse = *o->sparse == 'b' ? 0 : *o->sparse == 't' ? TOKEN_WISE : GROUP_WISE;
     config_check(c, "--full-blocks");
 }
 
-// What a run will take, said and refused before any of it is asked for.
-static void plan_memory(Run *plan) {
-    const Model *m = plan->m;
-    double machine = device_memory() / ranks_here();
-    double weights = (double)model_bytes(m, plan->training), run = (double)run_place(plan, NULL);
+// What a run of B samples will take, said and refused before any of it is asked for.
+static void plan_memory(Model *m, Ranks *k, int B, bool training) {
+    Run *plan = run_plan(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
+    double machine = device_memory() / ranks_here(), GiB = 0x1p30;
+    double weights = (double)model_bytes(m, training), run = (double)run_place(plan, NULL);
     struct rlimit limit;
-    if (plan->training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);     // moments, average
+    if (training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);           // moments, average
     if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
-    if (speaks(plan->ranks))
-        fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens (%dx%dx%d)\n",
-                plan->training ? ", gradients, moments" : "", gib(weights), gib(run), plan->B, plan->N,
-                plan->T, plan->H, plan->W);
+    if (speaks(k))
+        fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens\n",
+                training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N);
     if (weights + run > machine)
         die("%.1f GiB are more than this machine's %.1f; use a smaller size or batch, or more machines",
-            gib(weights + run), gib(machine));
+            (weights + run) / GiB, machine / GiB);
 }
 
 // A command's run of B samples, with its model from a checkpoint or with a preset's random weights.
@@ -3929,17 +3868,15 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
     File f;
     if (!o->weights && !o->preset) die("no checkpoint given: -w FILE, grpo --init FILE; osp train makes one");
     if (o->weights) file_open(&f, o->weights), c = config_read(&f);
-    if (o->command != 's' && (!c.vocab || !c.T))
-        die("%s: clips of captioned shapes need a model with words, made by osp train", o->weights);
+    if (o->command != 's' && (!c.vocab || !c.T)) die("%s: want a model that osp train made", o->weights);
     if (o->rank > c.dim / 2) die("--rank %d: at most half of dim %d", o->rank, c.dim);
     config_override(&c, o);
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
-    if (o->weights) weights_check(m, &f);
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
-    plan_memory(run_plan(m, k, B, c.T, c.H_l / 2, c.W_l / 2, o->training));
+    plan_memory(m, k, B, o->training);
     model_allocate(m, o->training);
     if (o->weights) weights_read(m, m->param, m->params, &f), file_close(&f);
     else model_random(m, o->seed);
@@ -3949,78 +3886,56 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
 }
 
 // ---- a run that learns, and may have been stopped before: its state is kept beside its output ------------
-typedef struct {
-    Optimizer opt;
-    char *settings;                          // what a resumed run must have in common with the stopped one
-    double began, saved;
-    int first;                               // step
-    bool warned;
-} Learning;
-
 static volatile sig_atomic_t learning, stopped;      // to be ended after a step; the signal that asked for it
+static double saved_at;                               // when the state was saved last
 
 static void stop(int number) {                        // a second one ends the program at once
     bool wait = learning && !stopped;
     stopped = number;
     if (wait) return;
-    for (Output *o = outputs; o < outputs + 4; o++)
-        if (o->file) unlink(o->temp);
+    output_abandon();
     _exit(128 + number);
 }
 
-static Learning learning_start(const Options *o, Ranks *k, float *w, float *dw, size_t count) {
-    Learning l;
-    optimizer_init(&l.opt, w, dw, count);
-    l.settings = settings_of(o);
-    if (state_load(o->state, &l.opt, l.settings) && speaks(k))
-        fprintf(stderr, "resumed from %s at step %d\n", o->state, l.opt.step);
-    l.began = l.saved = seconds();
-    l.first = l.opt.step;
-    l.warned = false;
+static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w, float *dw, size_t count) {
+    optimizer_init(opt, w, dw, count);
+    if (state_load(o->state, opt, o->settings) && speaks(k))
+        fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
+    saved_at = seconds();
     learning = 1;
-    return l;
 }
 
 // After each step but the last: saves the state now and then, and when any rank is asked to stop.
-static void learning_step(Learning *l, const Options *o, Ranks *k) {
+static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
     int asked = stopped, *all = (int *)xalloc(k->size, sizeof asked);
     if (k->size > 1) gather_host(k, all, &asked, sizeof asked, OUTPUT);
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
     free(all);
-    if (speaks(k) && (asked || seconds() - l->saved > o->save)) {
-        const char *why = state_save(o->state, &l->opt, l->settings);
+    if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
+        const char *why = state_save(o->state, opt, o->settings);
         if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
-        if (why && !l->warned) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
-        l->warned = why;
-        l->saved = seconds();
+        if (why) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
+        saved_at = seconds();
     }
     if (!asked) return;
-    if (speaks(k)) printf("stopped at step %d; run the same command to go on\n", l->opt.step);
+    if (speaks(k)) printf("stopped at step %d; run the same command to go on\n", opt->step);
     output_abandon();
     finish(128 + asked);
 }
 
 // At the end: the output is written, or `why` not, and then the state stays.
-static void learning_end(Learning *l, const Options *o, const char *why) {
-    if (why) why = strdup(why);
-    const char *lost = why ? state_save(o->state, &l->opt, l->settings) : NULL;
-    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
+static void learning_end(const Optimizer *opt, const Options *o, const char *why) {
+    if (why) die("%s; %s may hold an earlier step", why, o->state);
     unlink(o->state);
-    printf("wrote %s: %d steps, %.1f s\n", o->out, l->opt.step, seconds() - l->began);
+    printf("wrote %s: %d steps\n", o->out, opt->step);
 }
 
 // ---- osp sample ------------------------------------------------------------------------------------------
-static bool ends_with(const char *text, const char *end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n > m && !strcasecmp(text + n - m, end);
-}
-
 static float *numbers_of(const char *path, const char *name, size_t count) {
     File f;
     file_open(&f, path);
     const Entry *t = file_find(&f, name);
-    if (!t || t->count != count)
-        die("%s: no tensor %s of %zu numbers; make it for this model and size", path, name, count);
+    if (!t || t->count != count) die("%s: want a tensor %s of %zu numbers", path, name, count);
     float *x = file_read(&f, t);
     file_close(&f);
     return x;
@@ -4043,44 +3958,29 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
 }
 
 // Tensors latent, latent.1, ..: x[count][C, T, H_l, W_l].
-static const char *save_latents(const char *path, float **x, int count, const Run *r, const char *comment) {
+static const char *save_latents(const Options *o, float **x, int count, const Run *r) {
     const size_t shape[] = {(size_t)r->m->c.out_dim, (size_t)r->T, 2 * (size_t)r->H, 2 * (size_t)r->W};
-    Param *p = (Param *)xalloc(count, sizeof(Param));
-    char *metadata = (char *)xalloc(strlen(comment) + 32, 1);
-    sprintf(metadata, "\"comment\":\"%s\"", comment);
+    Param *param = (Param *)xalloc(count, sizeof(Param));
     for (int i = 0; i < count; i++) {
-        snprintf(p[i].name, sizeof p[i].name, i ? "latent.%d" : "latent", i);
-        memcpy(p[i].shape, shape, sizeof shape);
-        p[i].rank = 4, p[i].count = latent_size(r);
-        p[i].w = device_floats(p[i].count);
-        upload(p[i].w, x[i], p[i].count * sizeof(float));
+        Param *p = &param[i];
+        snprintf(p->name, sizeof p->name, i ? "latent.%d" : "latent", i);
+        memcpy(p->shape, shape, sizeof shape);
+        p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
+        upload(p->w, x[i], p->count * sizeof(float));
     }
-    return file_write(path, metadata, p, count, NULL, "f32");
-}
-
-// ShapesBench of one clip, where the caption is one of the world's.
-static void print_score(const float *x, const char *caption, const Run *r) {
-    float score[N_SCORES];
-    Scene asked;
-    if (!parse_caption(&asked, caption)) return;
-    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, false);
-    printf("%s:", caption);
-    for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
-    printf("\n");
+    return file_write(o->out, param, count, NULL, "f32", "\"comment\":\"%s\"", o->settings);
 }
 
 static void cmd_sample(const Options *o, Ranks *k) {
-    bool latent = ends_with(o->out, ".safetensors");
-    char sheet[PATH_MAX], *settings = settings_of(o);
-    snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)strlen(o->out) - 4, o->out);
-    if (!latent && !ends_with(o->out, ".png")) die("-o %s: want a name in .png or .safetensors", o->out);
-    if (!latent && k->rank == 0) check_writable(sheet);
+    const char *end = strrchr(o->out, '.'), *why;
+    bool latent = end && !strcasecmp(end, ".safetensors");
+    char sheet[PATH_MAX];
+    if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
+    snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
     Run *r = run_open(o, k, 1);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
-    if (!vocab && (!o->embeddings || !latent))
-        die("this model reads embeddings and makes latents: --text FILE (of weights_export.py text) and -o "
-            "NAME.safetensors (for weights_export.py video)");
+    if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
     float *x[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
     if (!latent) picture_size(&clips, false), picture_size(&clips, true);
@@ -4088,229 +3988,209 @@ static void cmd_sample(const Options *o, Ranks *k) {
     sample_clips(x, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    const char *why = NULL;
-    if (latent) why = save_latents(o->out, x, count, r, settings);
-    if (!latent) why = save_png(o->out, &clips, false, settings);
-    if (!latent && !why) why = save_png(sheet, &clips, true, settings);
+    why = latent ? save_latents(o, x, count, r) : save_png(sheet, &clips, true, o->settings);
+    if (!latent && !why) why = save_png(o->out, &clips, false, o->settings);
     if (why) die("%s", why);
-    for (int i = 0; i < count && vocab; i++) print_score(x[i], o->captions.text[i], r);
-    printf("wrote %s: seed %llu, %d steps, %.2f s\n", o->out, (unsigned long long)o->seed, o->steps, took);
+    for (int i = 0; i < count && vocab; i++) {
+        float score[N_SCORES];
+        Scene asked;
+        if (!parse_caption(&asked, o->captions.text[i])) continue;          // none of the world's
+        shapes_score(score, x[i], asked, r->T, 2 * r->H, 2 * r->W, false);
+        printf("%s:", o->captions.text[i]);
+        for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
+        printf("\n");
+    }
+    printf("wrote %s: seed %d, %d steps, %.2f s\n", o->out, o->seed, o->steps, took);
     if (o->json) printf("{\"seconds\": %.4f, \"steps\": %d, \"clips\": %d}\n", took, o->steps, count);
 }
 
 // ---- osp eval: ShapesBench on captions that training never saw -------------------------------------------
-typedef struct { double mean[N_SCORES + 1], error[N_SCORES + 1]; } Bench;     // percent; the last: the total
-
 static int next_held_out(int caption) {
     do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
     return caption;
 }
 
-static void mean_and_error(double *mean, double *error, double sum, double squares, int n) {
+static void mean_and_error(double *mean, double *error, const double *x, int n) {    // error: of the mean
+    double sum = 0, squares = 0;
+    for (int i = 0; i < n; i++) sum += x[i], squares += x[i] * x[i];
     *mean = sum / n;
     *error = n > 1 ? sqrt(fmax(squares / n - *mean * *mean, 0) / (n - 1)) : 0;
 }
 
-// `clips` samples in batches of r->B; captions drawn in turn from those held out.
-static Bench evaluate(Run *r, int clips, int steps, double shift, double guidance, uint64_t seed, bool soft) {
+// mean, error [N_SCORES + 1]: percent, the last of the total, of `clips` samples made r->B at a time.
+static void evaluate(double *mean, double *error, Run *r, int clips, int steps, double shift, double guidance,
+                     uint64_t seed, bool soft) {
+    int L = r->m->c.text_len, caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
+    int *ids = (int *)xalloc(r->B * L, sizeof(int));
     size_t size = latent_size(r);
     float *x = floats(r->B * size), score[N_SCORES];
-    char (*text)[128] = (char (*)[128])xalloc(r->B, sizeof *text);
-    const char **captions = (const char **)xalloc(r->B, sizeof(char *));
-    int caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
-    Text uncond = caption_batch(r->m, NULL, r->B), cond = {NULL, NULL};
-    Bench b;
-    memset(&b, 0, sizeof b);
-    for (int i = 0; i < clips; i++) {
-        int at = i % r->B;
-        for (int k = 0; k < r->B && at == 0; k++) {
-            caption = next_held_out(caption);
-            caption_text(text[k], sizeof *text, scene_of(caption));
-            captions[k] = text[k];
+    double *v = (double *)xalloc((N_SCORES + 1) * clips, sizeof(double));         // [N_SCORES + 1, clips]
+    Scene *asked = (Scene *)xalloc(r->B, sizeof(Scene));
+    Text cond = {ids, NULL}, uncond = caption_batch(r->m, NULL, r->B);
+    for (int first = 0; first < clips; first += r->B) {
+        for (int b = 0; b < r->B; b++) {
+            char text[128];
+            asked[b] = scene_of(caption = next_held_out(caption));
+            caption_text(text, sizeof text, asked[b]);
+            caption_ids(ids + b * L, L, text);
         }
-        if (at == 0) {
-            free((void *)cond.ids);
-            cond = caption_batch(r->m, captions, r->B);
-            noise_fill(x, r->B * size, seed, SAMPLE_STREAM, (uint64_t)i * size);
-            sample_host(r, x, cond, uncond, steps, shift, guidance);
+        noise_fill(x, r->B * size, seed, SAMPLE_STREAM, first * size);
+        sample_host(r, x, cond, uncond, steps, shift, guidance);
+        for (int b = 0; b < r->B && first + b < clips; b++) {
+            shapes_score(score, x + b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
+            for (int s = 0; s < N_SCORES; s++) {
+                v[s * clips + first + b] = 100 * (double)score[s];
+                v[N_SCORES * clips + first + b] += 100 * (double)(score[s] / N_SCORES);
+            }
         }
-        Scene asked;
-        double v[N_SCORES + 1] = {0};
-        parse_caption(&asked, captions[at]);
-        shapes_score(score, x + at * size, asked, r->T, 2 * r->H, 2 * r->W, soft);
-        for (int s = 0; s < N_SCORES; s++) v[s] = score[s], v[N_SCORES] += score[s] / N_SCORES;
-        for (int s = 0; s <= N_SCORES; s++) b.mean[s] += v[s], b.error[s] += v[s] * v[s];
     }
-    for (int s = 0; s <= N_SCORES; s++) {
-        mean_and_error(&b.mean[s], &b.error[s], b.mean[s], b.error[s], clips);
-        b.mean[s] *= 100, b.error[s] *= 100;
-    }
-    free(x), free(text), free(captions), free((void *)cond.ids), free((void *)uncond.ids);
-    return b;
+    for (int s = 0; s <= N_SCORES; s++) mean_and_error(&mean[s], &error[s], v + s * clips, clips);
+    free(ids), free(x), free(v), free(asked), free((void *)uncond.ids);
 }
 
 // The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
 // BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: each part; all.
 enum { BINS = 5 };
 static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
-    size_t size = latent_size(r), bytes = r->B * size * sizeof(float);
-    float *x = (float *)device_alloc(bytes), *target = (float *)device_alloc(bytes);
-    double sum[BINS + 1] = {0}, squares[BINS + 1] = {0}, *total = (double *)xalloc(clips, sizeof(double));
-    int caption = 0;
+    size_t size = latent_size(r);
+    float *x = device_floats(r->B * size), *target = device_floats(r->B * size);
+    double *loss = (double *)xalloc(2 * clips, sizeof(double)), *total = loss + clips;
     char text[128];
     Batch a;
     batch_new(&a, r);
-    for (int first = 0; first < clips; first += r->B) {
-        int before = caption;
-        for (int bin = 0; bin < BINS; bin++) {
-            caption = before;
+    for (int bin = 0; bin < BINS; bin++) {
+        int caption = 0;
+        for (int first = 0; first < clips; first += r->B) {
             for (int b = 0; b < r->B; b++) {
                 double sigma = (bin + rng_uniform(seed, SIGMA_STREAM, first + b)) / BINS;
-                caption = next_held_out(caption);
-                caption_text(text, sizeof text, scene_of(caption));
-                sample_fill(&a, r, b, scene_of(caption), text, sigma, seed, first + b);
+                Scene scene = scene_of(caption = next_held_out(caption));
+                caption_text(text, sizeof text, scene);
+                sample_fill(&a, r, b, scene, text, sigma, seed, first + b);
             }
             batch_upload(r, &a, x, target);
             forward(r, x, a.t);
-            for (int b = 0; b < r->B && first + b < clips; b++) {
-                double loss = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
-                sum[bin] += loss, squares[bin] += loss * loss, total[first + b] += loss / BINS;
-            }
+            for (int b = 0; b < r->B && first + b < clips; b++)
+                loss[first + b] = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
         }
+        for (int i = 0; i < clips; i++) total[i] += loss[i] / BINS;
+        mean_and_error(&mean[bin], &error[bin], loss, clips);
     }
-    for (int i = 0; i < clips; i++) sum[BINS] += total[i], squares[BINS] += total[i] * total[i];
-    for (int bin = 0; bin <= BINS; bin++)
-        mean_and_error(&mean[bin], &error[bin], sum[bin], squares[bin], clips);
-    device_free(x), device_free(target), free(total);
+    mean_and_error(&mean[BINS], &error[BINS], total, clips);
+    device_free(x), device_free(target), free(loss);
 }
 
 static void cmd_eval(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch < o->clips ? o->train.batch : o->clips);
-    Bench b = evaluate(r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
-    double loss[BINS + 1], error[BINS + 1];
-    velocity_loss(loss, error, r, o->clips, o->seed);
+    double mean[N_SCORES + 1], error[N_SCORES + 1], loss[BINS + 1], off[BINS + 1];
+    evaluate(mean, error, r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
+    velocity_loss(loss, off, r, o->clips, o->seed);
     if (!speaks(k)) return;
     printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", o->clips);
-    for (int s = 0; s <= N_SCORES; s++)
-        printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], b.mean[s], b.error[s]);
+    for (int s = 0; s <= N_SCORES; s++) printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], mean[s], error[s]);
     printf("velocity loss on such captions, by sigma:\n");
     for (int bin = 0; bin < BINS; bin++)
-        printf("  %.1f .. %.1f   %.4f ± %.4f\n", 1.0 * bin / BINS, (bin + 1.0) / BINS, loss[bin], error[bin]);
-    printf("  all          %.4f ± %.4f\n", loss[BINS], error[BINS]);
-    for (int s = 0; s <= N_SCORES && o->json; s++)
-        printf("%s\"%s\": %.4f, \"%s_error\": %.4f", s ? ", " : "{", SCORE_NAMES[s], b.mean[s],
-               SCORE_NAMES[s], b.error[s]);
-    if (o->json)
-        printf(", \"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS],
-               error[BINS], o->clips);
+        printf("  %.1f .. %.1f   %.4f ± %.4f\n", 1.0 * bin / BINS, (bin + 1.0) / BINS, loss[bin], off[bin]);
+    printf("  all          %.4f ± %.4f\n", loss[BINS], off[BINS]);
+    if (!o->json) return;
+    printf("{");
+    for (int s = 0; s <= N_SCORES; s++)
+        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", SCORE_NAMES[s], mean[s], SCORE_NAMES[s], error[s]);
+    printf("\"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS], off[BINS],
+           o->clips);
 }
 
 // ---- osp train -------------------------------------------------------------------------------------------
 static void cmd_train(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch);
     Model *m = r->m;
-    Learning l = learning_start(o, k, m->w, m->dw, m->count);
-    size_t bytes = (size_t)r->B * latent_size(r) * sizeof(float);
-    float *x = (float *)device_alloc(bytes), *target = (float *)device_alloc(bytes);
-    float *dout = (float *)device_alloc(bytes);
+    size_t n = r->B * latent_size(r);
+    float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
     int S = o->train.steps;
+    Optimizer opt;
     Batch batch;
+    learning_start(&opt, o, k, m->w, m->dw, m->count);
     batch_new(&batch, r);
-    batch_fill(&batch, r, &o->train, l.first);
+    batch_fill(&batch, r, &o->train, opt.step);
     batch_upload(r, &batch, x, target);
-    for (int step = l.first + 1; step <= S; step++) {
+    double began = seconds();
+    for (int first = opt.step, step = first + 1; step <= S; step++) {
         for (int i = 0; step > 1 && i < m->params; i++) m->param[i].codes = false;      // weights have moved
         double lr = learning_rate(&o->train, step - 1), loss = train_step(r, &batch, x, target, dout);
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
         batch_upload(r, &batch, x, target);
-        double norm = optimizer_step(&l.opt, r->ranks, &o->train, lr);
-        double ms = 1e3 * (seconds() - l.began) / (step - l.first);
+        double norm = optimizer_step(&opt, k, &o->train, lr);
+        double ms = 1e3 * (seconds() - began) / (step - first);
         if (!isfinite(loss) || !isfinite(norm))
-            die("step %d: the loss is %g, the gradient's norm %g: lower --lr; %s may hold an earlier step",
-                step, loss, norm, o->state);
-        if (speaks(k) && isatty(2)) show_progress("step", step - l.first, S - l.first, l.began);
+            die("step %d: the loss is %g, the gradient's norm %g; lower --lr", step, loss, norm);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
-        fflush(stdout);
-        if (step < S) learning_step(&l, o, k);
+        if (step < S) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&l, o, model_save(o->out, m, l.opt.ema, o->dtype));
+    if (speaks(k)) learning_end(&opt, o, model_save(o->out, m, opt.ema, o->dtype));
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
-// Prints the soft score on 64 held-out clips, with the adapter's average, and keeps the best.
-static void policy_evaluate(Run *r, Optimizer *opt, const Options *o, bool speaks) {
+// Prints the soft score on 64 held-out clips, with the adapter's average.
+static void policy_evaluate(Run *r, const Optimizer *opt, const Options *o, bool speaks) {
+    double mean[N_SCORES + 1], error[N_SCORES + 1];
     size_t bytes = opt->n * sizeof(float);
-    float *now = (float *)device_alloc(bytes);
+    float *now = device_floats(opt->n);
     copy(now, opt->w, bytes), copy(opt->w, opt->ema, bytes), weights_prepare(r->m);
-    Bench b = evaluate(r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
+    evaluate(mean, error, r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
     copy(opt->w, now, bytes), weights_prepare(r->m);
     device_free(now);
-    bool better = opt->update == 0 || b.mean[N_SCORES] > opt->best;
-    if (better) opt->best = b.mean[N_SCORES];
-    if (!speaks) return;
-    printf("held out after %d: %.2f ± %.2f%s\n", opt->update, b.mean[N_SCORES], b.error[N_SCORES],
-           better && o->best ? ", kept" : "");
-    const char *why = better && o->best ? lora_save(o->out, r->m->lora, opt->ema) : NULL;
-    if (why) die("%s", why);
+    if (speaks) printf("held out after %d: %.2f ± %.2f\n", opt->update, mean[N_SCORES], error[N_SCORES]);
 }
 
 static void cmd_grpo(const Options *o, Ranks *k) {
     const PolicyOptions *p = &o->policy;
     int V = p->prompts * p->group, together = V;
-    if (p->window > p->steps - 1)
-        die("--window %d: the last of %d steps adds no noise, so it must stay outside", p->window, p->steps);
+    Optimizer opt;
+    if (p->window >= p->steps) die("--window %d: want fewer than the %d steps of -n", p->window, p->steps);
     if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
-    if (o->best && !o->every) die("--best needs --eval K: how often to score");
     while (together > 32 || V % together) together--;             // videos made at a time
     Run *learn = run_open(o, k, p->micro);
     Model *m = learn->m;
-    plan_memory(run_plan(m, k, together, learn->T, learn->H, learn->W, false));
+    plan_memory(m, k, together, false);
     Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
-    Learning l = learning_start(o, k, m->lora->w, m->lora->dw, m->lora->n);
+    learning_start(&opt, o, k, m->lora->w, m->lora->dw, m->lora->n);
     Policy *policy = policy_new(make, learn, p, &o->train);
     weights_prepare(m);
-    if (o->every && l.opt.update == 0) policy_evaluate(make, &l.opt, o, speaks(k));
-    while (l.opt.update < p->updates) {
+    if (o->every && opt.update == 0) policy_evaluate(make, &opt, o, speaks(k));
+    while (opt.update < p->updates) {
         double began = seconds();
-        PolicyFigures f = policy_update(policy, &l.opt);
-        double rest = seconds() - began - f.rollout_time;
+        PolicyFigures f = policy_update(policy, &opt);
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
-                   "grad %.3e steps %d rollout %.2f s update %.2f s\n", l.opt.update, p->updates, f.reward,
-                   f.spread, f.ratio_min,
-                   f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time, rest);
-        if (o->every && l.opt.update % o->every == 0) policy_evaluate(make, &l.opt, o, speaks(k));
-        fflush(stdout);
-        if (l.opt.update < p->updates) learning_step(&l, o, k);
+                   "grad %.3e steps %d rollout %.2f s of %.2f\n", opt.update, p->updates, f.reward, f.spread,
+                   f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time,
+                   seconds() - began);
+        if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
+        if (opt.update < p->updates) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&l, o, o->best ? NULL : lora_save(o->out, m->lora, l.opt.ema));
+    if (speaks(k)) learning_end(&opt, o, lora_save(o->out, m->lora, opt.ema));
 }
 
 // ---- osp info --------------------------------------------------------------------------------------------
 static void cmd_info(const Options *o, Ranks *k) {
     File f;
-    size_t codes = 0, bytes = 0;
     char shape[200];
-    (void)k;
+    size_t parameters = 0;
     if (!o->weights) die("no file given: osp info FILE");
+    if (!speaks(k)) return;
     file_open(&f, o->weights);
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
         if (t->text) printf("  %s = %.200s\n", t->name, t->text);
         else printf("  %-44s %-5s %s\n", t->name, DTYPE_NAME[t->dtype], shape_text(shape, t->rank, t->shape));
-        bytes += t->bytes;
-        if (t->dtype == U8) codes += t->bytes;
     }
-    if (file_meta(&f, "dim")) {
-        Config c = config_read(&f);
-        Model *m = model_layout(&c);
-        size_t parameters = 0;
-        for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
-        printf("%zu parameters; blocks ", parameters);
-        for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
-        printf(" (F full, t token-wise, g group-wise)\n");
-    }
-    printf("%zu bytes of tensors, %zu of them HiF8 codes; file %zu bytes\n", bytes, codes, f.size);
+    printf("%zu bytes of tensors in a file of %zu\n", f.bytes, f.size);
+    if (!file_meta(&f, "dim")) return;
+    Config c = config_read(&f);
+    const Model *m = model_layout(&c);
+    for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
+    printf("%zu parameters; blocks ", parameters);
+    for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
+    printf(" (F full, t token-wise, g group-wise)\n");
 }
 
 // ---- main ------------------------------------------------------------------------------------------------
@@ -4324,44 +4204,52 @@ static const Command COMMANDS[] = {
 };
 enum { COMMAND_ROWS = sizeof COMMANDS / sizeof *COMMANDS };
 
-static Options options_read(int argc, char **argv, const Command *command, const Ranks *k) {
-    Options o;
-    memset(&o, 0, sizeof o);
-    o.command = *command->name;
-    for (int i = 1; i < argc && o.command == 't'; i++)
-        if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o.command = 'T';
-    parse_options(argc, argv, command->example, OPTIONS, OPTION_ROWS, o.command, &o, o.text);
-    o.training = strchr("tTg", o.command);
-    if (o.training && !o.out) die("no output given: -o FILE.safetensors");
-    if (o.out && !strcmp(o.out, "-")) die("-o -: stdout takes no files; give a name");
-    if (o.out && k->rank == 0) check_writable(o.out);
-    if (o.training) snprintf(o.state, sizeof o.state, "%.*s.resume", PATH_MAX, o.out);
-    o.train.seed = o.seed, o.train.beta1 = 0.9, o.train.beta2 = 0.99, o.train.eps = 1e-8, o.train.clip = 1;
-    o.train.weight_decay = o.command == 'g' ? 0 : 0.01, o.train.ema_warmup = o.command != 'g';
-    if (o.command == 'g') o.train.beta2 = 0.999, o.train.steps = o.policy.updates;
-    return o;
+static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
+    o->command = *command->name;
+    for (int i = 1; i < argc && o->command == 't'; i++)
+        if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o->command = 'T';
+    parse_options(argc, argv, command->example, OPTIONS, OPTION_ROWS, o->command, o, o->text);
+    o->training = strchr("tTg", o->command);
+    if (o->training && !o->out) die("no output given: -o FILE.safetensors");
+    if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
+    Output *claim = o->out && k->rank == 0 ? output_open(o->out) : NULL;         // until the work's end
+    if (claim && !claim->file) die("%s", claim->error);
+    if (o->training) snprintf(o->state, sizeof o->state, "%.*s.resume", PATH_MAX, o->out);
+    TrainOptions *t = &o->train;
+    t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
+    t->weight_decay = o->command == 'g' ? 0 : 0.01, t->ema_warmup = o->command != 'g';
+    if (o->command == 'g') t->beta2 = 0.999, t->steps = o->policy.updates;
+    // The settings: the options from -w on, the captions, and of --init a hash of what the file holds.
+    FILE *f = fmemopen(o->settings, sizeof o->settings - 1, "w");                // what is longer is cut off
+    int row = 0;
+    while (strcmp(OPTIONS[row].name, "-w")) row++;
+    for (; row < OPTION_ROWS; row++) if (o->text[row]) fprintf(f, "%s %s ", OPTIONS[row].name, o->text[row]);
+    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
+    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
+    fclose(f);
+    for (char *c = o->settings; *c; c++)                          // what JSON must escape
+        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
 static int osp_main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
-    Ranks ranks;
-    memset(&ranks, 0, sizeof ranks);
+    static Ranks ranks;
+    static Options options;
     ranks_start(&ranks, &argc, &argv);
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
     for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) {
         if (strcmp(name, c->name)) continue;
-        Options o = options_read(argc - 2, argv + 2, c, &ranks);
-        c->run(&o, &ranks);
+        options_read(&options, argc - 2, argv + 2, c, &ranks);
+        c->run(&options, &ranks);
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (strcmp(name, "-h") && strcmp(name, "--help") && *name)
-        die("\"%.40s\" is no command; the commands are sample, train, grpo, eval, info", name);
+    if (strcmp(name, "-h") && strcmp(name, "--help")) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
-    finish(*name ? 0 : 2);
-    return 0;
+    finish(0);
 }
 
 #ifndef OSP_NO_MAIN
