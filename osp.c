@@ -3183,6 +3183,12 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     return o;
 }
 
+// Before work starts: claims path until the run ends, or dies. What stands there is not touched.
+static void check_writable(const char *path) {
+    const Output *o = output_open(path);
+    if (!o->file) die("%s", o->error);
+}
+
 static void output_bytes(Output *o, const void *data, size_t size) {
     if (o->file && fwrite(data, 1, size, o->file) != size) output_fail(o, strerror(errno));
 }
@@ -3447,22 +3453,30 @@ static Config config_read(const File *f) {
     return c;
 }
 
-// param[count], all that the file holds, of a model, of its adapters or of a run's state (m NULL).
-static void weights_read(Model *m, Param *param, int count, const File *f) {
-    int found = 0;
-    for (Param *p = param; p < param + count; p++) {
+// param[count], of a model, of its adapters or of a run's state, must be all that the file holds.
+static void weights_check(const Param *param, int count, const File *f) {
+    int expected = count;
+    for (const Param *p = param; p < param + count; p++) {
         char want[200], have[200] = "missing";
         const Entry *t = file_find(f, p->name);
         if (t) shape_text(have, t->rank, t->shape);
         if (strcmp(shape_text(want, p->rank, p->shape), have))
             die("%s: tensor %s is %s, expected %s; export it again", f->path, p->name, have, want);
+        expected += t->dtype == U8;               // a scale belongs to codes
+    }
+    if (expected != f->tensors)
+        die("%s: %d tensors, expected %d; export it again", f->path, f->tensors, expected);
+}
+
+static void weights_read(Model *m, Param *param, int count, const File *f) {         // m NULL: a run's state
+    weights_check(param, count, f);
+    for (Param *p = param; p < param + count; p++) {
+        const Entry *t = file_find(f, p->name);
         float *host = file_read(f, t);
         p->codes = t->dtype == U8;
-        found += p->codes ? 2 : 1;                // a scale belongs to codes
         param_set(m, p, host);
         free(host);
     }
-    if (found != f->tensors) die("%s: %d tensors, expected %d; export it again", f->path, f->tensors, found);
 }
 
 // weights: m->w, or their moving average.
@@ -3483,6 +3497,8 @@ static void lora_load(Model *m, const char *path) {
     File f;
     file_open(&f, path);
     int rank = (int)meta_number(&f, "lora_rank", NULL, 1, m->c.dim / 2);
+    if (f.bytes / 16 / (size_t)rank < (size_t)m->c.num_layers * (size_t)m->c.dim)
+        die("%s: too small for rank %d on this model; give an adapter of this model", path, rank);
     lora_new(m, rank, meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6), 0);
     weights_read(m, m->lora->param, 2 * m->lora->count, &f);
     file_close(&f);
@@ -3874,6 +3890,7 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
+    if (o->weights) weights_check(m->param, m->params, &f);              // before anything is allocated
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     plan_memory(m, k, B, o->training);
@@ -3887,7 +3904,7 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
 
 // ---- a run that learns, and may have been stopped before: its state is kept beside its output ------------
 static volatile sig_atomic_t learning, stopped;      // to be ended after a step; the signal that asked for it
-static double saved_at;                               // when the state was saved last
+static double began_at, saved_at;                     // when learning began; when the state was saved last
 
 static void stop(int number) {                        // a second one ends the program at once
     bool wait = learning && !stopped;
@@ -3901,7 +3918,7 @@ static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w,
     optimizer_init(opt, w, dw, count);
     if (state_load(o->state, opt, o->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
-    saved_at = seconds();
+    began_at = saved_at = seconds();
     learning = 1;
 }
 
@@ -3923,11 +3940,13 @@ static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
     finish(128 + asked);
 }
 
-// At the end: the output is written, or `why` not, and then the state stays.
+// At the end: the output is written, or `why` not, and then the state holds what was learned.
 static void learning_end(const Optimizer *opt, const Options *o, const char *why) {
-    if (why) die("%s; %s may hold an earlier step", why, o->state);
+    if (why) why = strdup(why);
+    const char *lost = why ? state_save(o->state, opt, o->settings) : NULL;
+    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
     unlink(o->state);
-    printf("wrote %s: %d steps\n", o->out, opt->step);
+    printf("wrote %s: %d steps, %.1f s\n", o->out, opt->step, seconds() - began_at);
 }
 
 // ---- osp sample ------------------------------------------------------------------------------------------
@@ -3977,6 +3996,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     char sheet[PATH_MAX];
     if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
     snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
+    if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
@@ -4112,16 +4132,16 @@ static void cmd_train(const Options *o, Ranks *k) {
     batch_new(&batch, r);
     batch_fill(&batch, r, &o->train, opt.step);
     batch_upload(r, &batch, x, target);
-    double began = seconds();
     for (int first = opt.step, step = first + 1; step <= S; step++) {
         for (int i = 0; step > 1 && i < m->params; i++) m->param[i].codes = false;      // weights have moved
         double lr = learning_rate(&o->train, step - 1), loss = train_step(r, &batch, x, target, dout);
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
         batch_upload(r, &batch, x, target);
         double norm = optimizer_step(&opt, k, &o->train, lr);
-        double ms = 1e3 * (seconds() - began) / (step - first);
+        double ms = 1e3 * (seconds() - began_at) / (step - first);
         if (!isfinite(loss) || !isfinite(norm))
             die("step %d: the loss is %g, the gradient's norm %g; lower --lr", step, loss, norm);
+        if (speaks(k) && isatty(2)) show_progress("step", step - first, S - first, began_at);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
         if (step < S) learning_step(&opt, o, k);
@@ -4212,8 +4232,7 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     o->training = strchr("tTg", o->command);
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
     if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
-    Output *claim = o->out && k->rank == 0 ? output_open(o->out) : NULL;         // until the work's end
-    if (claim && !claim->file) die("%s", claim->error);
+    if (o->out && k->rank == 0) check_writable(o->out);
     if (o->training) snprintf(o->state, sizeof o->state, "%.*s.resume", PATH_MAX, o->out);
     TrainOptions *t = &o->train;
     t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
