@@ -1340,7 +1340,7 @@ typedef struct {
 } PolicyFigures;
 
 // The small world's: the k-th caption for training; its words; how well a clip shows it, 0..1.
-static void training_caption(char text[128], uint64_t seed, uint64_t k);
+static int training_caption(char text[128], uint64_t seed, uint64_t k);
 static void caption_ids(int *ids, int text_len, const char *text);
 static double reward_of(const float *x, const char *caption, const Run *r, const char *reward);
 
@@ -2726,21 +2726,19 @@ static bool parse_caption(Scene *s, const char *text) {
 
 // ids[text_len] = the words of text, case ignored, then −1 for padding.
 static void caption_ids(int *ids, int text_len, const char *text) {
-    char *copy = (char *)xalloc(strlen(text) + 1, 1), *rest = NULL;
-    int n = 0;
-    strcpy(copy, text);
-    for (char *word = strtok_r(copy, " \t\r\n", &rest); word; word = strtok_r(NULL, " \t\r\n", &rest)) {
+    char word[41];
+    int n = 0, length;
+    for (; sscanf(text, "%40s%n", word, &length) == 1; text += length) {
         int id = 0;
         while (id < VOCAB && strcasecmp(WORDS[id], word)) id++;
         if (id == VOCAB)
-            die("unknown word \"%.40s\" in the caption; the words are: a small|large red|green|blue|yellow|"
+            die("unknown word \"%s\" in the caption; the words are: a small|large red|green|blue|yellow|"
                 "magenta|cyan|white|orange circle|square|triangle|diamond moving left|right|up|down or "
                 "standing still on a black|gray|navy background", word);
         if (n == text_len) die("the caption has more than %d words; shorten it", text_len);
         ids[n++] = id;
     }
     while (n < text_len) ids[n++] = -1;
-    free(copy);
 }
 
 // ---- drawing: lengths in pixels, the origin at the frame's upper left corner -----------------------------
@@ -2967,15 +2965,13 @@ static Text caption_batch(const Model *m, const char *const *captions, int count
     return t;
 }
 
-static Scene training_scene(uint64_t seed, uint64_t k) {      // the first of draw k that is not held out
+// The first caption of draw k that is not held out: its words and, returned, its number.
+static int training_caption(char text[128], uint64_t seed, uint64_t k) {
     int caption;
     k <<= 8;
     do caption = (int)(rng_bits(seed, CAPTION_STREAM, k++) % CAPTIONS); while (held_out(caption));
-    return scene_of(caption);
-}
-
-static void training_caption(char text[128], uint64_t seed, uint64_t k) {
-    caption_text(text, 128, training_scene(seed, k));
+    caption_text(text, 128, scene_of(caption));
+    return caption;
 }
 
 // Sample b of a batch: a scene's clip x0 under a caption's words, at σ, with noise k of a seed.
@@ -2999,10 +2995,10 @@ static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) 
     for (int b = 0; b < r->B; b++) {
         uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b;
         char text[128];
-        training_caption(text, o->seed, k);
+        Scene scene = scene_of(training_caption(text, o->seed, k));
         if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) text[0] = 0;
         double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))), s);
-        sample_fill(a, r, b, training_scene(o->seed, k), text, sigma, o->seed, k);
+        sample_fill(a, r, b, scene, text, sigma, o->seed, k);
     }
 }
 
