@@ -3024,109 +3024,73 @@ static double reward_of(const float *x, const char *caption, const Run *r, const
 static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses", "full<->sparse", "gradients",
                                            "HiF8 maxima", "output", "guidance"};
 
-// One machine's ranks share its cores, unless OMP_NUM_THREADS says how.
-#ifdef _OPENMP
-static void share_cores(int ranks) {
-    int cores = omp_get_num_procs() / ranks;
-    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(cores > 1 ? cores : 1);
-}
-#else
-static void share_cores(int ranks) { (void)ranks; }
-#endif
+static int world_rank, ranks_here = 1;       // this process among all; how many run on this machine
 
 #ifdef OSP_MPI
-static MPI_Comm sample_ranks = MPI_COMM_NULL, guidance_pair = MPI_COMM_NULL;
-
-static void wait_for_rank_0(void) {          // rank 0's abort ends the others before they repeat its message
-    int up = 0, rank = 0;
-    MPI_Initialized(&up);
-    if (up) MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    if (rank > 0) sleep(2);
-}
-
-static void abort_ranks(void) {
-    int up = 0;
-    MPI_Initialized(&up);
-    if (up) MPI_Abort(MPI_COMM_WORLD, 2);
-}
-
-static MPI_Comm ranks_of(int purpose) {
-    if (purpose == GUIDANCE) return guidance_pair;
-    return sample_ranks == MPI_COMM_NULL ? MPI_COMM_WORLD : sample_ranks;
-}
-
-// How many ranks run on this machine.
-static int ranks_here(void) {
-    MPI_Comm here;
-    int count;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
-    MPI_Comm_size(here, &count);
-    MPI_Comm_free(&here);
-    return count;
-}
+#ifndef _OPENMP
+static int omp_get_num_procs(void) { return 1; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
+static MPI_Comm sample_ranks = MPI_COMM_WORLD, guidance_pair;
+static MPI_Comm ranks_of(int purpose) { return purpose == GUIDANCE ? guidance_pair : sample_ranks; }
 
 // The transfer itself, between buffers in host memory.
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                           size_t row_bytes, int purpose) {
-    MPI_Comm comm = ranks_of(purpose);
-    int R, at_send = 0, at_receive = 0;
-    MPI_Comm_size(comm, &R);
+                           size_t row_bytes, int R, int purpose) {
     int *send_at = (int *)xalloc(2 * R, sizeof(int)), *receive_at = send_at + R;
-    for (int s = 0; s < R; s++) {
-        send_at[s] = same ? 0 : at_send, receive_at[s] = at_receive;
-        at_send += send[s], at_receive += receive[s];
+    for (int s = 1; s < R; s++) {
+        send_at[s] = same ? 0 : send_at[s - 1] + send[s - 1];
+        receive_at[s] = receive_at[s - 1] + receive[s - 1];
     }
     MPI_Datatype row;
     MPI_Type_contiguous((int)row_bytes, MPI_BYTE, &row);
     MPI_Type_commit(&row);
-    MPI_Alltoallv(from, send, send_at, row, to, receive, receive_at, row, comm);
+    MPI_Alltoallv(from, send, send_at, row, to, receive, receive_at, row, ranks_of(purpose));
     MPI_Type_free(&row);
     free(send_at);
 }
 
-static void ranks_start(Ranks *k, int *argc, char ***argv) {
+static void ranks_start(Ranks *k) {
+    MPI_Comm here;
     int level;
-    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_rank(MPI_COMM_WORLD, &k->rank);
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
     MPI_Comm_size(MPI_COMM_WORLD, &k->size);
-    k->halves = 1;
-    share_cores(ranks_here());
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &ranks_here);
+    k->rank = world_rank, k->halves = 1;
+    int cores = omp_get_num_procs() / ranks_here;              // shared evenly, unless OMP_NUM_THREADS is set
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(cores > 1 ? cores : 1);
 }
 
 // All ranks of the world -> `halves` groups of size/halves ranks.
 static void ranks_split(Ranks *k, int halves) {
-    int R = k->size / halves, world = k->rank;
-    MPI_Comm_split(MPI_COMM_WORLD, world / R, world, &sample_ranks);
-    MPI_Comm_split(MPI_COMM_WORLD, world % R, world, &guidance_pair);
-    k->size = R, k->rank = world % R, k->half = world / R, k->halves = halves;
+    int R = k->size / halves;
+    k->size = R, k->rank = world_rank % R, k->half = world_rank / R, k->halves = halves;
+    MPI_Comm_split(MPI_COMM_WORLD, k->half, world_rank, &sample_ranks);
+    MPI_Comm_split(MPI_COMM_WORLD, k->rank, world_rank, &guidance_pair);
 }
 
-static void ranks_end(void) { MPI_Finalize(); }
+static void ranks_end(int error) {
+    if (error) MPI_Abort(MPI_COMM_WORLD, error);
+    else MPI_Finalize();
+}
 #else
-static void wait_for_rank_0(void) {}
-static void abort_ranks(void) {}
-static int ranks_here(void) { return 1; }
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                           size_t row_bytes, int purpose) {
-    (void)to, (void)from, (void)receive, (void)send, (void)same, (void)row_bytes, (void)purpose;
+                           size_t row_bytes, int R, int purpose) {
+    (void)to, (void)from, (void)receive, (void)send, (void)same, (void)row_bytes, (void)R, (void)purpose;
 }
-static void ranks_start(Ranks *k, int *argc, char ***argv) {
-    (void)argc, (void)argv, k->size = k->halves = 1;
-    share_cores(ranks_here());
-}
+static void ranks_start(Ranks *k) { k->size = k->halves = 1; }
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
-static void ranks_end(void) {}
+static void ranks_end(int error) { (void)error; }
 #endif
 
 // From device memory to device memory: straight through MPI on the CPU; osp_cuda.cu stages or uses NCCL.
+#ifdef OSP_CUDA
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int rank, int R, int purpose);
-#ifndef OSP_CUDA
-static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int rank, int R, int purpose) {
-    (void)rank, (void)R;
-    mpi_all_to_all(to, from, receive, send, same, row_bytes, purpose);
-}
+                              size_t row_bytes, int R, int purpose);
+#else
+#define device_all_to_all mpi_all_to_all
 #endif
 
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
@@ -3134,7 +3098,7 @@ static void all_to_all(Ranks *k, void *to, const void *from, const int *receive,
     int R = purpose == GUIDANCE ? k->halves : k->size, me = purpose == GUIDANCE ? k->half : k->rank;
     wait_device();                                                 // so that the time is the transfer's alone
     double begin = seconds();
-    device_all_to_all(to, from, receive, send, same, row_bytes, me, R, purpose);
+    device_all_to_all(to, from, receive, send, same, row_bytes, R, purpose);
     k->time[purpose] += seconds() - begin;
     k->calls[purpose]++;
     for (int s = 0; s < R; s++)
@@ -3168,23 +3132,26 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     free(send);
 }
 
-// all[size] = every rank's `mine`, on the host.
-static void gather_host(Ranks *k, void *all, const void *mine, size_t bytes, int purpose) {
+// Every rank's `mine`, in rank order, on the host.
+static void *gather_host(Ranks *k, const void *mine, size_t bytes, int purpose) {
+    void *all = xalloc(k->size, bytes);
+    memcpy(all, mine, bytes);
+    if (k->size == 1) return all;
     void *device = device_alloc(bytes), *gathered = device_alloc(bytes * k->size);
     upload(device, mine, bytes);
     all_gather(k, gathered, device, 1, bytes, purpose);
     download(all, gathered, bytes * k->size);
     device_free(device), device_free(gathered);
+    return all;
 }
 
 static void max_over_ranks(Ranks *k, float *m) {
-    float mine, *all = floats(k->size);
-    if (k->size > 1) {
-        download(&mine, m, sizeof mine);
-        gather_host(k, all, &mine, sizeof mine, MAXIMA);
-        for (int s = 0; s < k->size; s++) mine = fmaxf(mine, all[s]);
-        upload(m, &mine, sizeof mine);
-    }
+    if (k->size == 1) return;
+    float most;
+    download(&most, m, sizeof most);
+    float *all = (float *)gather_host(k, &most, sizeof most, MAXIMA);
+    for (int s = 0; s < k->size; s++) most = fmaxf(most, all[s]);
+    upload(m, &most, sizeof most);
     free(all);
 }
 
@@ -3209,12 +3176,11 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t seed) {
 }
 
 // All ranks must read the same bytes and run with the same settings: they compare hashes and stop as one.
-static void ranks_agree(Ranks *k, uint64_t hash, const char *what) {
-    uint64_t *all = (uint64_t *)xalloc(k->size, sizeof hash);
-    if (k->size > 1) gather_host(k, all, &hash, sizeof hash, OUTPUT);
+static void ranks_agree(Ranks *k, uint64_t hash) {
+    uint64_t *all = (uint64_t *)gather_host(k, &hash, sizeof hash, OUTPUT);
     for (int s = 1; s < k->size; s++)
         if (all[s] != all[0])
-            die("rank %d has another %s than rank 0: start the same program on the same files", s, what);
+            die("rank %d has another setting or file than rank 0: start the same program on the same files", s);
     free(all);
 }
 // ==========================================================================================================
@@ -3226,7 +3192,7 @@ static void output_abandon(void);            // what was being written is remove
 static void die(const char *format, ...) {
     char line[8192];
     va_list args;
-    wait_for_rank_0();                                // on many ranks the first one says what all have to say
+    if (world_rank > 0) sleep(2);     // rank 0's abort ends the others before they repeat its message
     output_abandon();
     va_start(args, format);
     fflush(stdout);
@@ -3235,7 +3201,7 @@ static void die(const char *format, ...) {
     for (char *c = line; *c; c++)
         if ((unsigned char)*c < ' ') *c = ' ';               // one line, whatever an argument holds
     fprintf(stderr, "osp: %s\n", line);
-    abort_ranks();
+    ranks_end(2);
     exit(2);
 }
 
@@ -3941,7 +3907,7 @@ static void option_store(const Option *o, void *values, const char *text) {
 
 static void finish(int code) {
     if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
-    ranks_end();
+    ranks_end(0);
     exit(code);
 }
 
@@ -4018,7 +3984,7 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     char *settings = settings_of(o);
     uint64_t hash = hash_bytes(settings, strlen(settings), 0);
     for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
-    ranks_agree(k, hash, "setting or file");
+    ranks_agree(k, hash);
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
     bool halves = P2 % k->size && guided && k->size % 2 == 0 && P2 % (k->size / 2) == 0;
     if (P2 % k->size && !halves)
@@ -4049,7 +4015,7 @@ static void config_override(Config *c, const Options *o) {
 // What a run will take, said and refused before any of it is asked for.
 static void plan_memory(Run *plan) {
     const Model *m = plan->m;
-    double machine = device_memory() / ranks_here();
+    double machine = device_memory() / ranks_here;
     double weights = (double)model_bytes(m, plan->training), run = (double)run_place(plan, NULL);
     struct rlimit limit;
     if (plan->training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);     // moments, average
@@ -4123,8 +4089,7 @@ static Learning learning_start(const Options *o, Ranks *k, float *w, float *dw, 
 
 // After each step but the last: saves the state now and then, and when any rank is asked to stop.
 static void learning_step(Learning *l, const Options *o, Ranks *k) {
-    int asked = stopped, *all = (int *)xalloc(k->size, sizeof asked);
-    if (k->size > 1) gather_host(k, all, &asked, sizeof asked, OUTPUT);
+    int asked = stopped, *all = (int *)gather_host(k, &asked, sizeof asked, OUTPUT);
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
     free(all);
     if (speaks(k) && (asked || seconds() - l->saved > o->save)) {
@@ -4486,7 +4451,7 @@ static int osp_main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     Ranks ranks;
     memset(&ranks, 0, sizeof ranks);
-    ranks_start(&ranks, &argc, &argv);
+    ranks_start(&ranks);
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
     for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) {

@@ -3582,7 +3582,7 @@ static int help(void) {
 int main(int argc, char **argv) {
     Ranks k;
     memset(&k, 0, sizeof k);
-    ranks_start(&k, &argc, &argv);
+    ranks_start(&k);
     const char *word = argc > 1 ? argv[1] : "", *command = *word != '-' ? word : word[1] == 'h' ? "help" : "";
     const char *folder = option(argc, argv, "--golden", "golden"), *more = argc > 2 ? argv[2] : "";
     #define IS(name) (!strcmp(command, name))
@@ -3600,6 +3600,6 @@ int main(int argc, char **argv) {
                  : IS("fuzz")        ? fuzz_reader(atol(more))
                  : IS("mutate")      ? mutate(folder, option(argc, argv, "--only", NULL))
                                      : help();
-    ranks_end();
+    ranks_end(0);
     return failed > 0;
 }
