@@ -3657,7 +3657,8 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // ==========================================================================================================
 // Pictures: clips as an animated PNG and as a sheet of their frames
 // ==========================================================================================================
-#define STB_IMAGE_WRITE_IMPLEMENTATION            // one function of it is used: stbi_zlib_compress
+#include <arpa/inet.h>                            // htonl: PNG has the most significant byte first
+#define STB_IMAGE_WRITE_IMPLEMENTATION            // two functions of it are used: deflate and CRC
 #define STBI_WRITE_NO_STDIO
 #define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use smaller or fewer clips"))
 #if __has_include(<stb/stb_image_write.h>)
@@ -3718,7 +3719,6 @@ static Picture picture_size(const Clips *k, bool sheet) {
 
 static void draw(Picture *p, const Clips *k, bool sheet, int t) {
     size_t width = k->W * k->scale, row = TITLE + k->H * k->scale + GAP;
-    if (sheet) fill_rect(p, 0, 0, p->width, p->height, 0x202024);
     for (int i = 0; i < k->count; i++) {
         if (!sheet) draw_frame(p, i * width, 0, k, i, t);
         if (sheet) draw_text(p, GAP, i * row + GAP + 2, k->captions[i]);
@@ -3727,23 +3727,20 @@ static void draw(Picture *p, const Clips *k, bool sheet, int t) {
     }
 }
 
-// ---- PNG: a signature, then chunks of length, name, data, CRC --------------------------------------------
-static void put_number(uint8_t *out, size_t v) {  // 4 bytes, the most significant first
-    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(v >> (24 - 8 * i));
-}
-
-// number: what fcTL and fdAT count, before the data; −1 for all others, which have none.
+// A PNG is a signature, then chunks of length, name, data, CRC. number: what fcTL and fdAT count, before the
+// data; −1 for all others, which have none.
 static void png_chunk(Output *o, const char *name, int number, const void *data, size_t size) {
-    uint8_t *all = (uint8_t *)xalloc(size + 16, 1), *body = all + 8;
-    memcpy(all + 4, name, 4);
-    put_number(body, (size_t)number);
-    if (number >= 0) body += 4;
-    memcpy(body, data, size);
-    size_t count = (size_t)(body - all) - 8 + size;
-    put_number(all, count);
-    put_number(body + size, stbiw__crc32(all + 4, (int)count + 4));
-    output_bytes(o, all, count + 12);
-    free(all);
+    size_t head = number < 0 ? 4 : 8;
+    uint8_t *body = (uint8_t *)xalloc(size + 8, 1);
+    uint32_t length = htonl((uint32_t)(head + size - 4)), count = htonl((uint32_t)number);
+    memcpy(body, name, 4);
+    memcpy(body + 4, &count, 4);
+    memcpy(body + head, data, size);
+    uint32_t crc = htonl(stbiw__crc32(body, (int)(head + size)));
+    output_bytes(o, &length, 4);
+    output_bytes(o, body, head + size);
+    output_bytes(o, &crc, 4);
+    free(body);
 }
 
 // The sheet, or an animated PNG (APNG) that loops for ever: IDAT is the frame that every viewer shows, the
@@ -3751,17 +3748,15 @@ static void png_chunk(Output *o, const char *name, int number, const void *data,
 static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
     Picture p = picture_size(k, sheet);
     Output *o = output_open(path);
-    uint8_t header[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2};          // width, height; 8 bits, RGB
-    uint8_t animation[8] = {0}, control[22] = {0};
+    int frames = sheet ? 1 : k->T, size, number = 0;
+    uint32_t width = htonl((uint32_t)p.width), height = htonl((uint32_t)p.height);
+    const uint32_t header[] = {width, height, htonl(0x08020000), 0};                    // 8 bits, RGB
+    const uint32_t animation[] = {htonl((uint32_t)frames), 0};              // played 0 times: for ever
+    const uint32_t control[] = {width, height, 0, 0, htonl(1 << 16 | FPS), 0};          // at (0, 0) for 1/FPS s
     char text[2000];
-    int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment), size, number = 0;
-    int frames = sheet ? 1 : k->T;
+    int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment);
     p.rows = (uint8_t *)xalloc(p.height, 3 * p.width + 1);
-    put_number(header, p.width);
-    put_number(header + 4, p.height);
-    put_number(animation, (size_t)frames);                // played 0 times: for ever
-    memcpy(control, header, 8);                   // all of the picture, at (0, 0) ...
-    put_number(control + 16, 1 << 16 | FPS);      // ... for 1/FPS seconds
+    fill_rect(&p, 0, 0, p.width, p.height, 0x202024);
     output_bytes(o, "\x89PNG\r\n\x1a\n", 8);
     png_chunk(o, "IHDR", -1, header, 13);
     png_chunk(o, "tEXt", -1, text, (size_t)used);
