@@ -2700,16 +2700,15 @@ static Scene scene_of(int caption) {                              // caption in 
 }
 
 // A tenth of the captions (96) is never trained on: new combinations of words that were each seen many times.
-// The seed 19511 splits evenly: each color, shape, size, motion and background is on both sides.
+// With the seed 19511 every word is on both sides.
 static bool held_out(int caption) {
-    enum { HELD_OUT = 0x48454c44 };                               // this random stream's name
-    return rng_bits(19511, HELD_OUT, (uint64_t)caption) % 10 == 0;
+    return rng_bits(19511, 0x48454c44, (uint64_t)caption) % 10 == 0;          // this random stream is "HELD"
 }
 
 static void caption_text(char *text, size_t room, Scene s) {
     bool still = s.motion == STILL;
     snprintf(text, room, "a %s %s %s %s %s on a %s background", WORDS[1 + s.size], WORDS[3 + s.color],
-             WORDS[11 + s.shape], still ? "standing" : "moving", still ? "still" : WORDS[16 + s.motion],
+             WORDS[11 + s.shape], WORDS[still ? 20 : 15], WORDS[16 + still + s.motion],
              WORDS[23 + s.background]);
 }
 
@@ -2743,11 +2742,12 @@ static void caption_ids(int *ids, int text_len, const char *text) {
 
 // ---- drawing: lengths in pixels, the origin at the frame's upper left corner -----------------------------
 // A shape has the area πr², whichever it is, and lies with its centre of mass at its position.
+static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
 static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (float)(H < W ? H : W); }
 
-// Signed distance from the shape's edge to (dx, dy) off its centre: negative inside.
-static inline float shape_distance(int shape, float dx, float dy, float r) {
-    float ax = fabsf(dx), ay = fabsf(dy);
+// Signed distance of pixel i from the edge of a shape at (x, y): negative inside.
+static inline float shape_distance(int shape, float r, float x, float y, size_t i, int W) {
+    float dx = (float)(i % W) + 0.5f - x, dy = (float)(i / W) + 0.5f - y, ax = fabsf(dx), ay = fabsf(dy);
     if (shape == 0) return sqrtf(dx * dx + dy * dy) - r;
     if (shape == 1) return (ax > ay ? ax : ay) - 0.88623f * r;                // half a side: √π/2·r
     if (shape == 3) return 0.70711f * (ax + ay) - 0.88623f * r;               // the square on its corner
@@ -2759,10 +2759,9 @@ static const float REACH[SHAPES][3] = {
     {1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
     {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
 
-// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ...
+// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32; of a scene, slower where the way would not fit with a pixel to
+// spare.
 static float full_speed(int H, int W) { return 1 + (float)(H < W ? H : W) / 64; }
-
-// ... and slower where the way would not fit with a pixel to spare.
 static float scene_speed(Scene s, int T, int H, int W) {
     float speed = full_speed(H, W), r = shape_radius(s.size, H, W);
     const float *reach = REACH[s.shape];
@@ -2770,25 +2769,21 @@ static float scene_speed(Scene s, int T, int H, int W) {
     return T < 2 || speed * (float)(T - 1) <= way ? speed : fmaxf(way, 0) / (float)(T - 1);
 }
 
-static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
-
 // x[3, T, H, W] = the clip of scene s; (seed, index) name the draw of its place.
 static void draw_clip(float *x, Scene s, uint64_t seed, uint64_t index, int T, int H, int W) {
-    enum { PLACE = 0x504c41 };                                    // this random stream's name
     float r = shape_radius(s.size, H, W), speed = scene_speed(s, T, H, W), start[2], velocity[2];
     for (int i = 0; i < 2; i++) {                             // x, then y: anywhere that keeps the way inside
         velocity[i] = speed * STEP[s.motion][i];
         float way = velocity[i] * (float)(T - 1);
         float low = 1 + r * REACH[s.shape][i] - fminf(way, 0);
         float high = (float)(i ? H : W) - 1 - r * REACH[s.shape][2 * i] - fmaxf(way, 0);
-        float u = (float)rng_uniform(seed, PLACE, 2 * index + (uint64_t)i);
+        float u = (float)rng_uniform(seed, 0x504c41, 2 * index + (uint64_t)i);         // stream "PLA"
         start[i] = low < high ? low + u * (high - low) : (low + high) / 2;
     }
     size_t frame = (size_t)H * W, plane = (size_t)T * frame;
     for (size_t i = 0; i < plane; i++) {
         float t = (float)(i / frame), cx = start[0] + velocity[0] * t, cy = start[1] + velocity[1] * t;
-        float dx = (float)(i % W) + 0.5f - cx, dy = (float)(i % frame / W) + 0.5f - cy;
-        float cover = clamp01(0.5f - shape_distance(s.shape, dx, dy, r));    // the shape's share of the pixel
+        float cover = clamp01(0.5f - shape_distance(s.shape, r, cx, cy, i % frame, W));
         for (int c = 0; c < 3; c++) {
             float ground = GROUND[s.background][c], paint = PAINT[s.color][c];
             x[c * plane + i] = 2 * ground - 1 + cover * 2 * (paint - ground);
@@ -2827,10 +2822,10 @@ static float weighted_mean(float *mean, int first, int count, float (*pixel)[5],
 
 // Edges are made 1.75 times as steep, here and in look_at, so that noise on the background counts for
 // nothing.
-static float look_at_shape(const Look look, int shape, float (*pixel)[5], const float *cover, int n) {
+static float look_at_shape(const Look look, int shape, const float *cover, int n, int W) {
     float r = sqrtf(look[AREA] / (float)M_PI), both = 0, area = 0;
     for (int i = 0; i < n; i++) {
-        float distance = shape_distance(shape, pixel[i][3] - look[AT], pixel[i][4] - look[AT + 1], r);
+        float distance = shape_distance(shape, r, look[AT], look[AT + 1], i, W);
         float model = clamp01(0.5f - 1.75f * distance);
         area += model;
         both += fminf(model, cover[i]);
@@ -2867,7 +2862,7 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
     float small = shape_radius(0, H, W), large = shape_radius(1, H, W);
     bool clear = contrast >= 0.2f && look[AREA] >= 1.2f * small * small && look[AREA] <= 8 * large * large;
     for (int shape = 0; shape < SHAPES && clear; shape++) {
-        look[FIT + shape] = look_at_shape(look, shape, pixel, weight, n);
+        look[FIT + shape] = look_at_shape(look, shape, weight, n, W);
         if (look[FIT + shape] > 0.4f) look[FOUND] = 1;
     }
     look[TIME] = (float)t;
@@ -2938,19 +2933,19 @@ static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int
     watch(mean, v, score + 5, x, T, H, W);
     float color = color_margin(PAINT, COLORS, mean + COLOR, asked.color);
     float back = color_margin(GROUND, BACKGROUNDS, mean + BACK, asked.background);
-    float fit = mean[FIT + asked.shape], other = 0;
-    for (int k = 0; k < SHAPES; k++) if (k != asked.shape) other = fmaxf(other, mean[FIT + k]);
+    float fit = mean[FIT + asked.shape], other = 0, speed = scene_speed(asked, T, H, W);
+    Scene saw = {mean[AREA] > (float)M_PI * small * large, 0, 0, 0, 0};    // the geometric mean of both areas
+    for (int k = 0; k < SHAPES; k++) {
+        if (k != asked.shape) other = fmaxf(other, mean[FIT + k]);
+        if (mean[FIT + k] > mean[FIT + saw.shape]) saw.shape = k;
+    }
+    saw.motion = fabsf(v[0]) > fabsf(v[1]) ? v[0] > 0 : 2 + (v[1] > 0);    // the main axis, then the sign ...
+    if (fmaxf(fabsf(v[0]), fabsf(v[1])) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
     float off = fabsf(logf(fmaxf(mean[AREA], 1e-3f) / ((float)M_PI * r * r))), gap = 2 * logf(large / small);
-    float speed = scene_speed(asked, T, H, W);
     float dx = v[0] - speed * STEP[asked.motion][0], dy = v[1] - speed * STEP[asked.motion][1];
     float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;      // 1: the opposite way
     const float slopes[] = {clamp01(1.2f * color), clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit),
         clamp01(1.1f - off / gap), clamp01(1.05f - miss) * clamp01(1.05f - miss), clamp01(1.2f * back)};
-
-    Scene saw = {mean[AREA] > (float)M_PI * small * large, 0, 0, 0, 0};    // the geometric mean of both areas
-    for (int k = 1; k < SHAPES; k++) if (mean[FIT + k] > mean[FIT + saw.shape]) saw.shape = k;
-    saw.motion = fabsf(v[0]) > fabsf(v[1]) ? v[0] > 0 : 2 + (v[1] > 0);    // the main axis, then the sign ...
-    if (fmaxf(fabsf(v[0]), fabsf(v[1])) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
     const bool right[] = {color > 0.5f, saw.shape == asked.shape, saw.size == asked.size,
         saw.motion == asked.motion, back > 0.5f}, there = mean[FOUND] >= 0.5f;
     for (int k = 0; k < 4; k++) score[k] = mean[FOUND] * (soft ? slopes[k] : there && right[k]);
@@ -2990,14 +2985,14 @@ static void sample_fill(Batch *a, const Run *r, int b, Scene scene, const char *
 }
 
 static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
-    double s = train_shift(r->H * r->W);
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
         uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b;
         char text[128];
         Scene scene = scene_of(training_caption(text, o->seed, k));
         if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) text[0] = 0;
-        double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))), s);
+        double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))),
+                                   train_shift(r->H * r->W));
         sample_fill(a, r, b, scene, text, sigma, o->seed, k);
     }
 }
@@ -3076,10 +3071,7 @@ static void ranks_end(int error) {
     else MPI_Finalize();
 }
 #else
-static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                           size_t row_bytes, int R, int purpose) {
-    (void)to, (void)from, (void)receive, (void)send, (void)same, (void)row_bytes, (void)R, (void)purpose;
-}
+static void mpi_all_to_all(void *to, ...) { (void)to; }              // one rank has no one to call it for
 static void ranks_start(Ranks *k) { k->size = k->halves = 1; }
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
 static void ranks_end(int error) { (void)error; }
@@ -3113,8 +3105,7 @@ static void all_gather(Ranks *k, void *to, const void *from, int count, size_t r
     free(counts);
 }
 
-// Each rank adds up one slice, in rank order, so that every run gives the same bytes; then all gather the
-// slices.
+// Each rank adds up one slice, in rank order: every run gives the same bytes. Then all gather the slices.
 static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     size_t R = k->size;
     if (R == 1) return;
@@ -3180,7 +3171,8 @@ static void ranks_agree(Ranks *k, uint64_t hash) {
     uint64_t *all = (uint64_t *)gather_host(k, &hash, sizeof hash, OUTPUT);
     for (int s = 1; s < k->size; s++)
         if (all[s] != all[0])
-            die("rank %d has another setting or file than rank 0: start the same program on the same files", s);
+            die("rank %d has another setting or file than rank 0: start the same program on the same files",
+                s);
     free(all);
 }
 // ==========================================================================================================
@@ -3692,18 +3684,6 @@ static void draw_text(Picture *p, size_t x, size_t y, const char *text) {
 // Clips x[count][3, T, H, W] in [-1, 1] with their captions; a pixel is drawn as scale x scale pixels.
 typedef struct { int T, H, W, count, scale; float **x; const char *const *captions; } Clips;
 
-static void draw_frame(Picture *p, size_t left, size_t top, const Clips *k, int clip, int t) {
-    size_t plane = (size_t)k->H * k->W;
-    for (size_t i = 0; i < plane; i++) {
-        uint32_t color = 0;
-        for (int c = 0; c < 3; c++) {
-            float v = k->x[clip][((size_t)c * k->T + t) * plane + i];
-            color = color << 8 | (uint32_t)(255 * clamp01(0.5f + 0.5f * v) + 0.5f);
-        }
-        fill_rect(p, left + i % k->W * k->scale, top + i / k->W * k->scale, k->scale, k->scale, color);
-    }
-}
-
 enum { FPS = 8, GAP = 4, TITLE = 13, CAPTION = 392 }; // pixels of a sheet: between frames, above, least width
 
 // The size of a frame, all clips side by side, or of the sheet: a row a clip, its caption above its frames.
@@ -3717,13 +3697,18 @@ static Picture picture_size(const Clips *k, bool sheet) {
     return p;
 }
 
-static void draw(Picture *p, const Clips *k, bool sheet, int t) {
-    size_t width = k->W * k->scale, row = TITLE + k->H * k->scale + GAP;
-    for (int i = 0; i < k->count; i++) {
-        if (!sheet) draw_frame(p, i * width, 0, k, i, t);
-        if (sheet) draw_text(p, GAP, i * row + GAP + 2, k->captions[i]);
-        for (int s = 0; s < k->T && sheet; s++)
-            draw_frame(p, GAP + s * (width + GAP), i * row + GAP + TITLE, k, i, s);
+static void draw_frame(Picture *p, const Clips *k, bool sheet, int clip, int t) {
+    size_t plane = (size_t)k->H * k->W, size = k->scale, width = k->W * size, height = k->H * size;
+    size_t left = sheet ? GAP + t * (width + GAP) : clip * width;
+    size_t top = sheet ? clip * (TITLE + height + GAP) + GAP + TITLE : 0;
+    if (sheet) draw_text(p, GAP, top - TITLE + 2, k->captions[clip]);
+    for (size_t i = 0; i < plane; i++) {
+        uint32_t color = 0;
+        for (size_t c = 0; c < 3; c++) {
+            float v = 0.5f + 0.5f * k->x[clip][(c * k->T + t) * plane + i];
+            color = color << 8 | (uint32_t)(255 * clamp01(v) + 0.5f);
+        }
+        fill_rect(p, left + i % k->W * size, top + i / k->W * size, size, size, color);
     }
 }
 
@@ -3752,7 +3737,7 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
     uint32_t width = htonl((uint32_t)p.width), height = htonl((uint32_t)p.height);
     const uint32_t header[] = {width, height, htonl(0x08020000), 0};                    // 8 bits, RGB
     const uint32_t animation[] = {htonl((uint32_t)frames), 0};              // played 0 times: for ever
-    const uint32_t control[] = {width, height, 0, 0, htonl(1 << 16 | FPS), 0};          // at (0, 0) for 1/FPS s
+    const uint32_t control[] = {width, height, 0, 0, htonl(1 << 16 | FPS), 0};     // at (0, 0) for 1/FPS s
     char text[2000];
     int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment);
     p.rows = (uint8_t *)xalloc(p.height, 3 * p.width + 1);
@@ -3761,12 +3746,14 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
     png_chunk(o, "IHDR", -1, header, 13);
     png_chunk(o, "tEXt", -1, text, (size_t)used);
     if (frames > 1) png_chunk(o, "acTL", -1, animation, 8);
-    for (int t = 0; t < frames; t++) {
-        draw(&p, k, sheet, t);
+    for (int t = 0; t < k->T; t++) {
+        for (int clip = 0; clip < k->count; clip++) draw_frame(&p, k, sheet, clip, t);
+        if (sheet && t < k->T - 1) continue;                                // it holds all frames
         uint8_t *pixels = stbi_zlib_compress(p.rows, (int)(p.height * (3 * p.width + 1)), &size, 8);
         STBIW_ASSERT(pixels);
         if (frames > 1) png_chunk(o, "fcTL", number++, control, 22);
-        png_chunk(o, t ? "fdAT" : "IDAT", t ? number++ : -1, pixels, (size_t)size);
+        if (number > 1) png_chunk(o, "fdAT", number++, pixels, (size_t)size);
+        else png_chunk(o, "IDAT", -1, pixels, (size_t)size);
         free(pixels);
     }
     png_chunk(o, "IEND", -1, "", 0);
