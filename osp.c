@@ -2678,9 +2678,8 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ==========================================================================================================
-// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`: 2·8·4·5·3 =
-// 960 of them. A clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (scene, seed,
-// index) alone.
+// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, one of 960. A
+// clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (scene, seed, index) alone.
 enum { COLORS = 8, SHAPES = 4, MOTIONS = 5, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
 static const char *const WORDS[VOCAB] = {
     "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange",
@@ -2699,8 +2698,7 @@ static Scene scene_of(int caption) {                              // caption in 
     return s;
 }
 
-// A tenth of the captions (96) is never trained on: new combinations of words that were each seen many times.
-// With the seed 19511 every word is on both sides.
+// A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
 static bool held_out(int caption) {
     return rng_bits(19511, 0x48454c44, (uint64_t)caption) % 10 == 0;          // this random stream is "HELD"
 }
@@ -2756,11 +2754,9 @@ static inline float shape_distance(int shape, float r, float x, float y, size_t 
 
 // How far a shape of r = 1 reaches from its centre: sideways, up, down.
 static const float REACH[SHAPES][3] = {
-    {1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
-    {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
+    {1, 1, 1}, {0.88623f, 0.88623f, 0.88623f}, {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
 
-// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32; of a scene, slower where the way would not fit with a pixel to
-// spare.
+// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ..; slower where the way would not fit with a pixel to spare.
 static float full_speed(int H, int W) { return 1 + (float)(H < W ? H : W) / 64; }
 static float scene_speed(Scene s, int T, int H, int W) {
     float speed = full_speed(H, W), r = shape_radius(s.size, H, W);
@@ -2924,9 +2920,8 @@ static float color_margin(const float (*palette)[3], int count, const float rgb[
     return other / (own + other);
 }
 
-// score[7] in 0..1, from pixels only. Hard (what `osp eval` reports): is the asked word the nearest to what
-// is seen? Soft (the reward of GRPO): the same measurements as slopes, above 1/2 on the right side, so that
-// better pays.
+// score[7] in 0..1. Hard (what `osp eval` reports): is the asked word the nearest to what is seen? Soft (the
+// reward of GRPO): the same measurements as slopes, above 1/2 on the right side, so that better pays.
 static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int T, int H, int W, bool soft) {
     float small = shape_radius(0, H, W), large = shape_radius(1, H, W), r = asked.size ? large : small, v[2];
     Look mean;
@@ -3018,7 +3013,6 @@ static double reward_of(const float *x, const char *caption, const Run *r, const
 // ==========================================================================================================
 static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses", "full<->sparse", "gradients",
                                            "HiF8 maxima", "output", "guidance"};
-
 static int world_rank, ranks_here = 1;       // this process among all; how many run on this machine
 
 #ifdef OSP_MPI
