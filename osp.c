@@ -2792,123 +2792,88 @@ enum { N_SCORES = 7 };
 static const char *const SCORE_NAMES[N_SCORES + 1] = {
     "color", "shape", "size", "motion", "background", "consistency", "smoothness", "total"};
 
-// What one frame shows, as 16 numbers. BACK: the border's color. RING: the share of the border that has it.
-// COLOR: the object's. AREA: in pixels. FIT: intersection over union with each shape of this area at this
-// place. AT: its centre of mass, x and y. TIME: the frame's number. FOUND: 1 if one clear object is there; if
-// not, COLOR and all that follow are 0.
-enum { BACK = 0, RING = 3, COLOR = 4, AREA = 7, FIT = 8, AT = 12, TIME = 14, FOUND = 15 };
-typedef float Look[16];
+// What one frame shows. BACK, COLOR and PLACE are weighted means of its pixels, as 6 numbers: red, green,
+// blue, x, y and the weights' sum; of the border, and of the object by two weights. FOUND: 1 if one clear
+// object is there; if not, all that follow are 0. RING: the share of the border that has the background's
+// color. AT: the object's centre of mass, x and y. AREA: in pixels. FIT: intersection over union with each
+// shape of this area at this place. TIME: the frame's number.
+enum { BACK = 0, RING = 5, FOUND = 6, COLOR = 7, PLACE = 13, AT = 16, AREA = 18, FIT = 19, TIME = 23 };
+typedef float Look[24];
 
 static float color_distance(const float a[3], const float b[3]) {
     float red = a[0] - b[0], green = a[1] - b[1], blue = a[2] - b[2];
     return sqrtf(red * red + green * green + blue * blue);
 }
 
-// A pixel is red, green, blue, x, y. mean[count] = the n pixels' weighted mean of those from `first` on; not
-// written where all weights are 0. Returns their sum.
-static float weighted_mean(float *mean, int first, int count, float (*pixel)[5], const float *weight, int n) {
-    float sum[5] = {0, 0, 0, 0, 0}, total = 0;
-    for (int i = 0; i < n; i++) {
-        total += weight[i];
-        for (int k = 0; k < count; k++) sum[k] += weight[i] * pixel[i][first + k];
-    }
-    for (int k = 0; k < count && total > 0; k++) mean[k] = sum[k] / total;
-    return total;
-}
-
-// Edges are made 1.75 times as steep, here and in look_at, so that noise on the background counts for
-// nothing.
-static float look_at_shape(const Look look, int shape, const float *cover, int n, int W) {
-    float r = sqrtf(look[AREA] / (float)M_PI), both = 0, area = 0;
-    for (int i = 0; i < n; i++) {
-        float distance = shape_distance(shape, r, look[AT], look[AT + 1], i, W);
-        float model = clamp01(0.5f - 1.75f * distance);
-        area += model;
-        both += fminf(model, cover[i]);
-    }
-    return both / (look[AREA] + area - both);
-}
-
-// Frame t of x[3, T, H, W]: the background from the border, the object as whatever differs from it.
+// Frame t of x[3, T, H, W] in four passes: the border's color; again, without what differs from it; the
+// object's color: the pixels that differ most say most; its place, by its share of each pixel. Here edges are
+// 1.75 times as steep, so that noise on the background counts for nothing.
 static void look_at(Look look, const float *x, int t, int T, int H, int W) {
+    static const int INTO[] = {BACK, BACK, COLOR, PLACE};
     int n = H * W;
-    float (*pixel)[5] = (float (*)[5])xalloc((size_t)n, sizeof(*pixel));
-    float *weight = floats((size_t)n);
-    for (int i = 0; i < n; i++) {
-        for (int c = 0; c < 3; c++) pixel[i][c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
-        pixel[i][3] = (float)(i % W) + 0.5f;
-        pixel[i][4] = (float)(i / W) + 0.5f;
-    }
-    for (int pass = 0; pass < 2; pass++) {          // the border's color; again, without what differs from it
+    float *weight = floats(n), contrast = 0, small = shape_radius(0, H, W), large = shape_radius(1, H, W);
+    for (int pass = 0; pass < 4; pass++) {
+        float sum[6] = {0, 0, 0, 0, 0, 0};
         for (int i = 0; i < n; i++) {
+            float pixel[6] = {0, 0, 0, (float)(i % W) + 0.5f, (float)(i / W) + 0.5f, 1};
+            for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
             bool border = i < W || i >= n - W || i % W == 0 || i % W == W - 1;
-            weight[i] = border && (!pass || color_distance(pixel[i], look + BACK) <= 0.3f);
+            float d = color_distance(pixel, look + BACK);
+            if (pass < 2) weight[i] = border && (!pass || d <= 0.3f);
+            if (pass == 2) weight[i] = d * d * d * d;
+            if (pass == 3) weight[i] = clamp01(1.75f * d / contrast - 0.375f);
+            for (int k = 0; k < 6; k++) sum[k] += weight[i] * pixel[k];
         }
-        look[RING] = weighted_mean(look + BACK, 0, 3, pixel, weight, n) / (float)(2 * (H + W) - 4);
+        for (int k = 0; k < 5 && sum[5] > 0; k++) look[INTO[pass] + k] = sum[k] / sum[5];
+        look[INTO[pass] + 5] = sum[5];
+        contrast = color_distance(look + COLOR, look + BACK);
     }
-    for (int i = 0; i < n; i++) {                      // the object's: the pixels that differ most say most
-        float d = color_distance(pixel[i], look + BACK);
-        weight[i] = d * d * d * d;
-    }
-    weighted_mean(look + COLOR, 0, 3, pixel, weight, n);
-    float contrast = color_distance(look + COLOR, look + BACK);
-    for (int i = 0; i < n; i++)                        // its share of each pixel
-        weight[i] = clamp01(1.75f * color_distance(pixel[i], look + BACK) / contrast - 0.375f);
-    look[AREA] = weighted_mean(look + AT, 3, 2, pixel, weight, n);
-    float small = shape_radius(0, H, W), large = shape_radius(1, H, W);
     bool clear = contrast >= 0.2f && look[AREA] >= 1.2f * small * small && look[AREA] <= 8 * large * large;
-    for (int shape = 0; shape < SHAPES && clear; shape++) {
-        look[FIT + shape] = look_at_shape(look, shape, weight, n, W);
-        if (look[FIT + shape] > 0.4f) look[FOUND] = 1;
+    for (int shape = 0; shape < SHAPES; shape++) {
+        float r = sqrtf(look[AREA] / (float)M_PI), both = 0, area = 0;
+        for (int i = 0; i < n; i++) {
+            float d = shape_distance(shape, r, look[AT], look[AT + 1], i, W), model = clamp01(0.5f - 1.75f * d);
+            area += model;
+            both += fminf(model, weight[i]);
+        }
+        look[FIT + shape] = both / (look[AREA] + area - both);
+        if (clear && look[FIT + shape] > 0.4f) look[FOUND] = 1;
     }
+    look[RING] /= (float)(2 * (H + W) - 4);
     look[TIME] = (float)t;
-    for (int k = COLOR; k < FOUND && !look[FOUND]; k++) look[k] = 0;
-    free(pixel);
+    if (!look[FOUND]) memset(look + COLOR, 0, sizeof(Look) - COLOR * sizeof(float));
     free(weight);
 }
 
-// Consistency: how little color, area and shape of each frame's object differ from the clip's mean.
-// Smoothness: how small the second differences of its path are beside one step. Frames without an object
-// count 0 in both.
-static void judge_quality(float quality[2], const Look mean, Look *looks, int T, int H, int W) {
-    float smooth = 0;
-    quality[0] = 0;
+// What a clip x[3, T, H, W] shows: the mean of its frames with an object (BACK, RING, FOUND: of all).
+// velocity[2] in pixels a frame: the slope of the least-squares line through AT. quality[2]: consistency, how
+// little color, area and shape of each frame's object differ from the mean; smoothness, how small the second
+// differences of its path are beside one step. Frames without an object count 0 in both.
+static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
+    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
+    float spread = 0;
+    memset(mean, 0, sizeof(Look));
+    velocity[0] = velocity[1] = quality[0] = quality[1] = 0;
+    for (int t = 0; t < T; t++) {
+        look_at(looks[t], x, t, T, H, W);
+        for (int k = 0; k <= TIME; k++) mean[k] += looks[t][k];
+    }
+    for (int k = TIME; k >= 0; k--) mean[k] /= k > FOUND ? fmaxf(mean[FOUND], 1) : (float)T;   // still a sum
     for (int t = 0; t < T; t++) {
         const float *now = looks[t];
         if (!now[FOUND]) continue;
+        float dt = (float)t - mean[TIME], bend[2], shape = 0;
         float paint = color_distance(now + COLOR, mean + COLOR), area = fabsf(logf(now[AREA] / mean[AREA]));
-        float bend[2], shape = 0;
+        for (int i = 0; i < 2; i++) velocity[i] += dt * now[AT + i];
         for (int k = FIT; k < FIT + SHAPES; k++) shape = fmaxf(shape, fabsf(now[k] - mean[k]));
+        spread += dt * dt;
         quality[0] += clamp01(1.2f - paint - area - 2 * shape) / (float)T;     // 0.2: what pixels may do
         if (t < 2 || !looks[t - 1][FOUND] || !looks[t - 2][FOUND]) continue;
         for (int i = 0; i < 2; i++) bend[i] = now[AT + i] - 2 * looks[t - 1][AT + i] + looks[t - 2][AT + i];
-        smooth += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / full_speed(H, W));
-    }
-    quality[1] = T > 2 ? smooth / (float)(T - 2) : mean[FOUND];
-}
-
-// What a clip x[3, T, H, W] shows: the mean of its frames with an object (of all for BACK and RING; FOUND:
-// the share of such frames); velocity[2] in pixels a frame: the slope of the least-squares line through AT;
-// quality[2].
-static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
-    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
-    float n = 0, spread = 0;
-    memset(mean, 0, sizeof(Look));
-    for (int t = 0; t < T; t++) {
-        look_at(looks[t], x, t, T, H, W);
-        n += looks[t][FOUND];
-        for (int k = 0; k < FOUND; k++) mean[k] += k < COLOR ? looks[t][k] / (float)T : looks[t][k];
-    }
-    for (int k = COLOR; k < FOUND; k++) mean[k] /= fmaxf(n, 1);
-    mean[FOUND] = n / (float)T;
-    velocity[0] = velocity[1] = 0;
-    for (int t = 0; t < T; t++) {
-        float dt = looks[t][FOUND] * ((float)t - mean[TIME]);
-        spread += dt * dt;
-        for (int i = 0; i < 2; i++) velocity[i] += dt * looks[t][AT + i];
+        quality[1] += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / full_speed(H, W));
     }
     for (int i = 0; i < 2 && spread > 0; i++) velocity[i] /= spread;
-    judge_quality(quality, mean, looks, T, H, W);
+    quality[1] = T > 2 ? quality[1] / (float)(T - 2) : mean[FOUND];
     free(looks);
 }
 
