@@ -2710,15 +2710,14 @@ static void caption_text(char *text, size_t room, Scene s) {
              WORDS[23 + s.background]);
 }
 
-// Is text one of the 960 captions? Then *s is its scene. (Other sentences may be sampled, but not scored.)
-static bool parse_caption(Scene *s, const char *text) {
+// Which of the 960 captions text is; −1: another sentence, that may be sampled, but not scored.
+static int parse_caption(const char *text) {
     char known[128];
     for (int caption = 0; caption < CAPTIONS; caption++) {
-        *s = scene_of(caption);
-        caption_text(known, sizeof(known), *s);
-        if (!strcasecmp(known, text)) return true;
+        caption_text(known, sizeof(known), scene_of(caption));
+        if (!strcasecmp(known, text)) return caption;
     }
-    return false;
+    return -1;
 }
 
 // ids[text_len] = the words of text, case ignored, then −1 for padding.
@@ -2962,9 +2961,7 @@ static double reward_of(const float *x, const char *caption, const Run *r, const
     size_t plane = r->N * 4;
     double red = 0, sum = 0;
     float score[N_SCORES];
-    Scene asked;
-    parse_caption(&asked, caption);
-    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, true);
+    shapes_score(score, x, scene_of(parse_caption(caption)), r->T, 2 * r->H, 2 * r->W, true);
     for (size_t i = 0; i < plane; i++)
         red += (x[i] - 0.5 * (x[plane + i] + x[2 * plane + i])) / (2 * (double)plane);
     for (int s = 0; s < N_SCORES; s++) {
@@ -4107,9 +4104,9 @@ static const char *save_latents(const char *path, float **x, int count, const Ru
 // ShapesBench of one clip, where the caption is one of the world's.
 static void print_score(const float *x, const char *caption, const Run *r) {
     float score[N_SCORES];
-    Scene asked;
-    if (!parse_caption(&asked, caption)) return;
-    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, false);
+    int known = parse_caption(caption);
+    if (known < 0) return;
+    shapes_score(score, x, scene_of(known), r->T, 2 * r->H, 2 * r->W, false);
     printf("%s:", caption);
     for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
     printf("\n");
@@ -4180,9 +4177,8 @@ static Bench evaluate(Run *r, int clips, int steps, double shift, double guidanc
             noise_fill(x, r->B * size, seed, SAMPLE_STREAM, (uint64_t)i * size);
             sample_host(r, x, cond, uncond, steps, shift, guidance);
         }
-        Scene asked;
         double v[N_SCORES + 1] = {0};
-        parse_caption(&asked, captions[at]);
+        Scene asked = scene_of(parse_caption(captions[at]));
         shapes_score(score, x + at * size, asked, r->T, 2 * r->H, 2 * r->W, soft);
         for (int s = 0; s < N_SCORES; s++) v[s] = score[s], v[N_SCORES] += score[s] / N_SCORES;
         for (int s = 0; s <= N_SCORES; s++) b.mean[s] += v[s], b.error[s] += v[s] * v[s];

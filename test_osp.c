@@ -1656,10 +1656,9 @@ static void check_captions(void) {
     int held = 0;
     for (int caption = 0; caption < CAPTIONS; caption++) {
         char text[128];
-        Scene s = scene_of(caption), back;
         held += held_out(caption);
-        caption_text(text, sizeof text, s);
-        note("read as written", !parse_caption(&back, text) || memcmp(&s, &back, sizeof s));
+        caption_text(text, sizeof text, scene_of(caption));
+        note("read as written", parse_caption(text) != caption);
     }
     note("96 held out", held != 96);
     worst_row(0, "captions,");
