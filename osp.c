@@ -2791,11 +2791,10 @@ enum { N_SCORES = 7 };
 static const char *const SCORE_NAMES[N_SCORES + 1] = {
     "color", "shape", "size", "motion", "background", "consistency", "smoothness", "total"};
 
-// What one frame shows. BACK, COLOR and PLACE are weighted means of its pixels, as 6 numbers: red, green,
-// blue, x, y and the weights' sum; of the border, and of the object by two weights. FOUND: 1 if one clear
-// object is there; if not, all that follow are 0. RING: the share of the border that has the background's
-// color. AT: the object's centre of mass, x and y. AREA: in pixels. FIT: intersection over union with each
-// shape of this area at this place. TIME: the frame's number.
+// What one frame shows. BACK (of the border), COLOR and PLACE (of the object) are weighted means of pixels:
+// red, green, blue, x, y; then the sum of weights: RING, the border's share of that color, and AREA. AT: the
+// centre of mass. FIT: intersection over union with each shape of this area at this place. TIME: the frame's
+// number. FOUND: 1 if one clear object is there; if not, all that follow are 0.
 enum { BACK = 0, RING = 5, FOUND = 6, COLOR = 7, PLACE = 13, AT = 16, AREA = 18, FIT = 19, TIME = 23 };
 typedef float Look[24];
 
@@ -2844,10 +2843,9 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
     free(weight);
 }
 
-// What a clip x[3, T, H, W] shows: the mean of its frames with an object (BACK, RING, FOUND: of all).
-// velocity[2] in pixels a frame: the slope of the least-squares line through AT. quality[2]: consistency, how
-// little color, area and shape of each frame's object differ from the mean; smoothness, how small the second
-// differences of its path are beside one step. Frames without an object count 0 in both.
+// What a clip x[3, T, H, W] shows: its frames' mean (from COLOR on: of those with an object). velocity[2]: the
+// slope of the least-squares line through AT. quality[2]: consistency, how little color, area and shape differ
+// from the mean; smoothness, how small the path's second differences are beside one step.
 static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
     Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
     float spread = 0;
@@ -3122,13 +3120,12 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t seed) {
     return h;
 }
 
-// All ranks must read the same bytes and run with the same settings: they compare hashes and stop as one.
+// All ranks must read the same bytes and have the same settings: they compare hashes and stop as one.
 static void ranks_agree(Ranks *k, uint64_t hash) {
     uint64_t *all = (uint64_t *)gather_host(k, &hash, sizeof hash, OUTPUT);
     for (int s = 1; s < k->size; s++)
         if (all[s] != all[0])
-            die("rank %d has another setting or file than rank 0: start the same program on the same files",
-                s);
+            die("rank %d has another setting or file than rank 0: start all alike on the same files", s);
     free(all);
 }
 // ==========================================================================================================
