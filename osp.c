@@ -2752,8 +2752,8 @@ static inline float shape_distance(int shape, float r, float x, float y, size_t 
 }
 
 // How far a shape of r = 1 reaches from its centre: sideways, up, down.
-static const float REACH[SHAPES][3] = {
-    {1, 1, 1}, {0.88623f, 0.88623f, 0.88623f}, {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
+static const float REACH[SHAPES][3] = {{1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
+    {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
 
 // Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ..; slower where the way would not fit with a pixel to spare.
 static float full_speed(int H, int W) { return 1 + (float)(H < W ? H : W) / 64; }
@@ -2830,7 +2830,7 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
     for (int shape = 0; shape < SHAPES; shape++) {
         float r = sqrtf(look[AREA] / (float)M_PI), both = 0, area = 0;
         for (int i = 0; i < n; i++) {
-            float d = shape_distance(shape, r, look[AT], look[AT + 1], i, W), model = clamp01(0.5f - 1.75f * d);
+            float model = clamp01(0.5f - 1.75f * shape_distance(shape, r, look[AT], look[AT + 1], i, W));
             area += model;
             both += fminf(model, weight[i]);
         }
@@ -2843,9 +2843,9 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
     free(weight);
 }
 
-// What a clip x[3, T, H, W] shows: its frames' mean (from COLOR on: of those with an object). velocity[2]: the
-// slope of the least-squares line through AT. quality[2]: consistency, how little color, area and shape differ
-// from the mean; smoothness, how small the path's second differences are beside one step.
+// What a clip x[3, T, H, W] shows: its frames' mean (from COLOR on: of those with an object). velocity[2]:
+// the slope of the least-squares line through AT. quality[2]: consistency, how little color, area and shape
+// differ from the mean; smoothness, how small the path's second differences are beside one step.
 static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
     Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
     float spread = 0;
