@@ -1340,7 +1340,7 @@ typedef struct {
 } PolicyFigures;
 
 // The small world's: the k-th caption for training; its words; how well a clip shows it, 0..1.
-static void training_caption(char text[128], uint64_t seed, uint64_t k);
+static int training_caption(char text[128], uint64_t seed, uint64_t k);
 static void caption_ids(int *ids, int text_len, const char *text);
 static double reward_of(const float *x, const char *caption, const Run *r, const char *reward);
 
@@ -2534,9 +2534,8 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ==========================================================================================================
-// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`: 2·8·4·5·3 =
-// 960 of them. A clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (scene, seed,
-// index) alone.
+// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, one of 960. A
+// clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (scene, seed, index) alone.
 enum { COLORS = 8, SHAPES = 4, MOTIONS = 5, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
 static const char *const WORDS[VOCAB] = {
     "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange",
@@ -2555,57 +2554,53 @@ static Scene scene_of(int caption) {                              // caption in 
     return s;
 }
 
-// A tenth of the captions (96) is never trained on: new combinations of words that were each seen many times.
-// The seed 19511 splits evenly: each color, shape, size, motion and background is on both sides.
+// A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
 static bool held_out(int caption) {
-    enum { HELD_OUT = 0x48454c44 };                               // this random stream's name
-    return rng_bits(19511, HELD_OUT, (uint64_t)caption) % 10 == 0;
+    return rng_bits(19511, 0x48454c44, (uint64_t)caption) % 10 == 0;          // this random stream is "HELD"
 }
 
 static void caption_text(char *text, size_t room, Scene s) {
     bool still = s.motion == STILL;
     snprintf(text, room, "a %s %s %s %s %s on a %s background", WORDS[1 + s.size], WORDS[3 + s.color],
-             WORDS[11 + s.shape], still ? "standing" : "moving", still ? "still" : WORDS[16 + s.motion],
+             WORDS[11 + s.shape], WORDS[still ? 20 : 15], WORDS[16 + still + s.motion],
              WORDS[23 + s.background]);
 }
 
-// Is text one of the 960 captions? Then *s is its scene. (Other sentences may be sampled, but not scored.)
-static bool parse_caption(Scene *s, const char *text) {
+// Which of the 960 captions text is; −1: another sentence, that may be sampled, but not scored.
+static int parse_caption(const char *text) {
     char known[128];
     for (int caption = 0; caption < CAPTIONS; caption++) {
-        *s = scene_of(caption);
-        caption_text(known, sizeof(known), *s);
-        if (!strcasecmp(known, text)) return true;
+        caption_text(known, sizeof(known), scene_of(caption));
+        if (!strcasecmp(known, text)) return caption;
     }
-    return false;
+    return -1;
 }
 
 // ids[text_len] = the words of text, case ignored, then −1 for padding.
 static void caption_ids(int *ids, int text_len, const char *text) {
-    char *copy = (char *)xalloc(strlen(text) + 1, 1), *rest = NULL;
-    int n = 0;
-    strcpy(copy, text);
-    for (char *word = strtok_r(copy, " \t\r\n", &rest); word; word = strtok_r(NULL, " \t\r\n", &rest)) {
+    char word[41];
+    int n = 0, length;
+    for (; sscanf(text, "%40s%n", word, &length) == 1; text += length) {
         int id = 0;
         while (id < VOCAB && strcasecmp(WORDS[id], word)) id++;
         if (id == VOCAB)
-            die("unknown word \"%.40s\" in the caption; the words are: a small|large red|green|blue|yellow|"
+            die("unknown word \"%s\" in the caption; the words are: a small|large red|green|blue|yellow|"
                 "magenta|cyan|white|orange circle|square|triangle|diamond moving left|right|up|down or "
                 "standing still on a black|gray|navy background", word);
         if (n == text_len) die("the caption has more than %d words; shorten it", text_len);
         ids[n++] = id;
     }
     while (n < text_len) ids[n++] = -1;
-    free(copy);
 }
 
 // ---- drawing: lengths in pixels, the origin at the frame's upper left corner -----------------------------
 // A shape has the area πr², whichever it is, and lies with its centre of mass at its position.
+static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
 static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (float)(H < W ? H : W); }
 
-// Signed distance from the shape's edge to (dx, dy) off its centre: negative inside.
-static inline float shape_distance(int shape, float dx, float dy, float r) {
-    float ax = fabsf(dx), ay = fabsf(dy);
+// Signed distance of pixel i from the edge of a shape at (x, y): negative inside.
+static inline float shape_distance(int shape, float r, float x, float y, size_t i, int W) {
+    float dx = (float)(i % W) + 0.5f - x, dy = (float)(i / W) + 0.5f - y, ax = fabsf(dx), ay = fabsf(dy);
     if (shape == 0) return sqrtf(dx * dx + dy * dy) - r;
     if (shape == 1) return (ax > ay ? ax : ay) - 0.88623f * r;                // half a side: √π/2·r
     if (shape == 3) return 0.70711f * (ax + ay) - 0.88623f * r;               // the square on its corner
@@ -2613,14 +2608,11 @@ static inline float shape_distance(int shape, float dx, float dy, float r) {
 }
 
 // How far a shape of r = 1 reaches from its centre: sideways, up, down.
-static const float REACH[SHAPES][3] = {
-    {1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
+static const float REACH[SHAPES][3] = {{1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
     {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
 
-// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ...
+// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ..; slower where the way would not fit with a pixel to spare.
 static float full_speed(int H, int W) { return 1 + (float)(H < W ? H : W) / 64; }
-
-// ... and slower where the way would not fit with a pixel to spare.
 static float scene_speed(Scene s, int T, int H, int W) {
     float speed = full_speed(H, W), r = shape_radius(s.size, H, W);
     const float *reach = REACH[s.shape];
@@ -2628,25 +2620,21 @@ static float scene_speed(Scene s, int T, int H, int W) {
     return T < 2 || speed * (float)(T - 1) <= way ? speed : fmaxf(way, 0) / (float)(T - 1);
 }
 
-static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
-
 // x[3, T, H, W] = the clip of scene s; (seed, index) name the draw of its place.
 static void draw_clip(float *x, Scene s, uint64_t seed, uint64_t index, int T, int H, int W) {
-    enum { PLACE = 0x504c41 };                                    // this random stream's name
     float r = shape_radius(s.size, H, W), speed = scene_speed(s, T, H, W), start[2], velocity[2];
     for (int i = 0; i < 2; i++) {                             // x, then y: anywhere that keeps the way inside
         velocity[i] = speed * STEP[s.motion][i];
         float way = velocity[i] * (float)(T - 1);
         float low = 1 + r * REACH[s.shape][i] - fminf(way, 0);
         float high = (float)(i ? H : W) - 1 - r * REACH[s.shape][2 * i] - fmaxf(way, 0);
-        float u = (float)rng_uniform(seed, PLACE, 2 * index + (uint64_t)i);
+        float u = (float)rng_uniform(seed, 0x504c41, 2 * index + (uint64_t)i);         // stream "PLA"
         start[i] = low < high ? low + u * (high - low) : (low + high) / 2;
     }
     size_t frame = (size_t)H * W, plane = (size_t)T * frame;
     for (size_t i = 0; i < plane; i++) {
         float t = (float)(i / frame), cx = start[0] + velocity[0] * t, cy = start[1] + velocity[1] * t;
-        float dx = (float)(i % W) + 0.5f - cx, dy = (float)(i % frame / W) + 0.5f - cy;
-        float cover = clamp01(0.5f - shape_distance(s.shape, dx, dy, r));    // the shape's share of the pixel
+        float cover = clamp01(0.5f - shape_distance(s.shape, r, cx, cy, i % frame, W));
         for (int c = 0; c < 3; c++) {
             float ground = GROUND[s.background][c], paint = PAINT[s.color][c];
             x[c * plane + i] = 2 * ground - 1 + cover * 2 * (paint - ground);
@@ -2659,123 +2647,86 @@ enum { N_SCORES = 7 };
 static const char *const SCORE_NAMES[N_SCORES + 1] = {
     "color", "shape", "size", "motion", "background", "consistency", "smoothness", "total"};
 
-// What one frame shows, as 16 numbers. BACK: the border's color. RING: the share of the border that has it.
-// COLOR: the object's. AREA: in pixels. FIT: intersection over union with each shape of this area at this
-// place. AT: its centre of mass, x and y. TIME: the frame's number. FOUND: 1 if one clear object is there; if
-// not, COLOR and all that follow are 0.
-enum { BACK = 0, RING = 3, COLOR = 4, AREA = 7, FIT = 8, AT = 12, TIME = 14, FOUND = 15 };
-typedef float Look[16];
+// What one frame shows. BACK (of the border), COLOR and PLACE (of the object) are weighted means of pixels:
+// red, green, blue, x, y; then the sum of weights: RING, the border's share of that color, and AREA. AT: the
+// centre of mass. FIT: intersection over union with each shape of this area at this place. TIME: the frame's
+// number. FOUND: 1 if one clear object is there; if not, all that follow are 0.
+enum { BACK = 0, RING = 5, FOUND = 6, COLOR = 7, PLACE = 13, AT = 16, AREA = 18, FIT = 19, TIME = 23 };
+typedef float Look[24];
 
 static float color_distance(const float a[3], const float b[3]) {
     float red = a[0] - b[0], green = a[1] - b[1], blue = a[2] - b[2];
     return sqrtf(red * red + green * green + blue * blue);
 }
 
-// A pixel is red, green, blue, x, y. mean[count] = the n pixels' weighted mean of those from `first` on; not
-// written where all weights are 0. Returns their sum.
-static float weighted_mean(float *mean, int first, int count, float (*pixel)[5], const float *weight, int n) {
-    float sum[5] = {0, 0, 0, 0, 0}, total = 0;
-    for (int i = 0; i < n; i++) {
-        total += weight[i];
-        for (int k = 0; k < count; k++) sum[k] += weight[i] * pixel[i][first + k];
-    }
-    for (int k = 0; k < count && total > 0; k++) mean[k] = sum[k] / total;
-    return total;
-}
-
-// Edges are made 1.75 times as steep, here and in look_at, so that noise on the background counts for
-// nothing.
-static float look_at_shape(const Look look, int shape, float (*pixel)[5], const float *cover, int n) {
-    float r = sqrtf(look[AREA] / (float)M_PI), both = 0, area = 0;
-    for (int i = 0; i < n; i++) {
-        float distance = shape_distance(shape, pixel[i][3] - look[AT], pixel[i][4] - look[AT + 1], r);
-        float model = clamp01(0.5f - 1.75f * distance);
-        area += model;
-        both += fminf(model, cover[i]);
-    }
-    return both / (look[AREA] + area - both);
-}
-
-// Frame t of x[3, T, H, W]: the background from the border, the object as whatever differs from it.
+// Frame t of x[3, T, H, W] in four passes: the border's color; again, without what differs from it; the
+// object's color: the pixels that differ most say most; its place, by its share of each pixel. Here edges are
+// 1.75 times as steep, so that noise on the background counts for nothing.
 static void look_at(Look look, const float *x, int t, int T, int H, int W) {
+    static const int INTO[] = {BACK, BACK, COLOR, PLACE};
     int n = H * W;
-    float (*pixel)[5] = (float (*)[5])xalloc((size_t)n, sizeof(*pixel));
-    float *weight = floats((size_t)n);
-    for (int i = 0; i < n; i++) {
-        for (int c = 0; c < 3; c++) pixel[i][c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
-        pixel[i][3] = (float)(i % W) + 0.5f;
-        pixel[i][4] = (float)(i / W) + 0.5f;
-    }
-    for (int pass = 0; pass < 2; pass++) {          // the border's color; again, without what differs from it
+    float *weight = floats(n), contrast = 0, small = shape_radius(0, H, W), large = shape_radius(1, H, W);
+    for (int pass = 0; pass < 4; pass++) {
+        float sum[6] = {0, 0, 0, 0, 0, 0};
         for (int i = 0; i < n; i++) {
+            float pixel[6] = {0, 0, 0, (float)(i % W) + 0.5f, (float)(i / W) + 0.5f, 1};
+            for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
             bool border = i < W || i >= n - W || i % W == 0 || i % W == W - 1;
-            weight[i] = border && (!pass || color_distance(pixel[i], look + BACK) <= 0.3f);
+            float d = color_distance(pixel, look + BACK);
+            if (pass < 2) weight[i] = border && (!pass || d <= 0.3f);
+            if (pass == 2) weight[i] = d * d * d * d;
+            if (pass == 3) weight[i] = clamp01(1.75f * d / contrast - 0.375f);
+            for (int k = 0; k < 6; k++) sum[k] += weight[i] * pixel[k];
         }
-        look[RING] = weighted_mean(look + BACK, 0, 3, pixel, weight, n) / (float)(2 * (H + W) - 4);
+        for (int k = 0; k < 5 && sum[5] > 0; k++) look[INTO[pass] + k] = sum[k] / sum[5];
+        look[INTO[pass] + 5] = sum[5];
+        contrast = color_distance(look + COLOR, look + BACK);
     }
-    for (int i = 0; i < n; i++) {                      // the object's: the pixels that differ most say most
-        float d = color_distance(pixel[i], look + BACK);
-        weight[i] = d * d * d * d;
-    }
-    weighted_mean(look + COLOR, 0, 3, pixel, weight, n);
-    float contrast = color_distance(look + COLOR, look + BACK);
-    for (int i = 0; i < n; i++)                        // its share of each pixel
-        weight[i] = clamp01(1.75f * color_distance(pixel[i], look + BACK) / contrast - 0.375f);
-    look[AREA] = weighted_mean(look + AT, 3, 2, pixel, weight, n);
-    float small = shape_radius(0, H, W), large = shape_radius(1, H, W);
     bool clear = contrast >= 0.2f && look[AREA] >= 1.2f * small * small && look[AREA] <= 8 * large * large;
-    for (int shape = 0; shape < SHAPES && clear; shape++) {
-        look[FIT + shape] = look_at_shape(look, shape, pixel, weight, n);
-        if (look[FIT + shape] > 0.4f) look[FOUND] = 1;
+    for (int shape = 0; shape < SHAPES; shape++) {
+        float r = sqrtf(look[AREA] / (float)M_PI), both = 0, area = 0;
+        for (int i = 0; i < n; i++) {
+            float model = clamp01(0.5f - 1.75f * shape_distance(shape, r, look[AT], look[AT + 1], i, W));
+            area += model;
+            both += fminf(model, weight[i]);
+        }
+        look[FIT + shape] = both / (look[AREA] + area - both);
+        if (clear && look[FIT + shape] > 0.4f) look[FOUND] = 1;
     }
+    look[RING] /= (float)(2 * (H + W) - 4);
     look[TIME] = (float)t;
-    for (int k = COLOR; k < FOUND && !look[FOUND]; k++) look[k] = 0;
-    free(pixel);
+    if (!look[FOUND]) memset(look + COLOR, 0, sizeof(Look) - COLOR * sizeof(float));
     free(weight);
 }
 
-// Consistency: how little color, area and shape of each frame's object differ from the clip's mean.
-// Smoothness: how small the second differences of its path are beside one step. Frames without an object
-// count 0 in both.
-static void judge_quality(float quality[2], const Look mean, Look *looks, int T, int H, int W) {
-    float smooth = 0;
-    quality[0] = 0;
+// What a clip x[3, T, H, W] shows: its frames' mean (from COLOR on: of those with an object). velocity[2]:
+// the slope of the least-squares line through AT. quality[2]: consistency, how little color, area and shape
+// differ from the mean; smoothness, how small the path's second differences are beside one step.
+static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
+    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
+    float spread = 0;
+    memset(mean, 0, sizeof(Look));
+    velocity[0] = velocity[1] = quality[0] = quality[1] = 0;
+    for (int t = 0; t < T; t++) {
+        look_at(looks[t], x, t, T, H, W);
+        for (int k = 0; k <= TIME; k++) mean[k] += looks[t][k];
+    }
+    for (int k = TIME; k >= 0; k--) mean[k] /= k > FOUND ? fmaxf(mean[FOUND], 1) : (float)T;   // still a sum
     for (int t = 0; t < T; t++) {
         const float *now = looks[t];
         if (!now[FOUND]) continue;
+        float dt = (float)t - mean[TIME], bend[2], shape = 0;
         float paint = color_distance(now + COLOR, mean + COLOR), area = fabsf(logf(now[AREA] / mean[AREA]));
-        float bend[2], shape = 0;
+        for (int i = 0; i < 2; i++) velocity[i] += dt * now[AT + i];
         for (int k = FIT; k < FIT + SHAPES; k++) shape = fmaxf(shape, fabsf(now[k] - mean[k]));
+        spread += dt * dt;
         quality[0] += clamp01(1.2f - paint - area - 2 * shape) / (float)T;     // 0.2: what pixels may do
         if (t < 2 || !looks[t - 1][FOUND] || !looks[t - 2][FOUND]) continue;
         for (int i = 0; i < 2; i++) bend[i] = now[AT + i] - 2 * looks[t - 1][AT + i] + looks[t - 2][AT + i];
-        smooth += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / full_speed(H, W));
-    }
-    quality[1] = T > 2 ? smooth / (float)(T - 2) : mean[FOUND];
-}
-
-// What a clip x[3, T, H, W] shows: the mean of its frames with an object (of all for BACK and RING; FOUND:
-// the share of such frames); velocity[2] in pixels a frame: the slope of the least-squares line through AT;
-// quality[2].
-static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
-    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
-    float n = 0, spread = 0;
-    memset(mean, 0, sizeof(Look));
-    for (int t = 0; t < T; t++) {
-        look_at(looks[t], x, t, T, H, W);
-        n += looks[t][FOUND];
-        for (int k = 0; k < FOUND; k++) mean[k] += k < COLOR ? looks[t][k] / (float)T : looks[t][k];
-    }
-    for (int k = COLOR; k < FOUND; k++) mean[k] /= fmaxf(n, 1);
-    mean[FOUND] = n / (float)T;
-    velocity[0] = velocity[1] = 0;
-    for (int t = 0; t < T; t++) {
-        float dt = looks[t][FOUND] * ((float)t - mean[TIME]);
-        spread += dt * dt;
-        for (int i = 0; i < 2; i++) velocity[i] += dt * looks[t][AT + i];
+        quality[1] += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / full_speed(H, W));
     }
     for (int i = 0; i < 2 && spread > 0; i++) velocity[i] /= spread;
-    judge_quality(quality, mean, looks, T, H, W);
+    quality[1] = T > 2 ? quality[1] / (float)(T - 2) : mean[FOUND];
     free(looks);
 }
 
@@ -2787,28 +2738,27 @@ static float color_margin(const float (*palette)[3], int count, const float rgb[
     return other / (own + other);
 }
 
-// score[7] in 0..1, from pixels only. Hard (what `osp eval` reports): is the asked word the nearest to what
-// is seen? Soft (the reward of GRPO): the same measurements as slopes, above 1/2 on the right side, so that
-// better pays.
+// score[7] in 0..1. Hard (what `osp eval` reports): is the asked word the nearest to what is seen? Soft (the
+// reward of GRPO): the same measurements as slopes, above 1/2 on the right side, so that better pays.
 static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int T, int H, int W, bool soft) {
     float small = shape_radius(0, H, W), large = shape_radius(1, H, W), r = asked.size ? large : small, v[2];
     Look mean;
     watch(mean, v, score + 5, x, T, H, W);
     float color = color_margin(PAINT, COLORS, mean + COLOR, asked.color);
     float back = color_margin(GROUND, BACKGROUNDS, mean + BACK, asked.background);
-    float fit = mean[FIT + asked.shape], other = 0;
-    for (int k = 0; k < SHAPES; k++) if (k != asked.shape) other = fmaxf(other, mean[FIT + k]);
+    float fit = mean[FIT + asked.shape], other = 0, speed = scene_speed(asked, T, H, W);
+    Scene saw = {mean[AREA] > (float)M_PI * small * large, 0, 0, 0, 0};    // the geometric mean of both areas
+    for (int k = 0; k < SHAPES; k++) {
+        if (k != asked.shape) other = fmaxf(other, mean[FIT + k]);
+        if (mean[FIT + k] > mean[FIT + saw.shape]) saw.shape = k;
+    }
+    saw.motion = fabsf(v[0]) > fabsf(v[1]) ? v[0] > 0 : 2 + (v[1] > 0);    // the main axis, then the sign ...
+    if (fmaxf(fabsf(v[0]), fabsf(v[1])) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
     float off = fabsf(logf(fmaxf(mean[AREA], 1e-3f) / ((float)M_PI * r * r))), gap = 2 * logf(large / small);
-    float speed = scene_speed(asked, T, H, W);
     float dx = v[0] - speed * STEP[asked.motion][0], dy = v[1] - speed * STEP[asked.motion][1];
     float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;      // 1: the opposite way
     const float slopes[] = {clamp01(1.2f * color), clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit),
         clamp01(1.1f - off / gap), clamp01(1.05f - miss) * clamp01(1.05f - miss), clamp01(1.2f * back)};
-
-    Scene saw = {mean[AREA] > (float)M_PI * small * large, 0, 0, 0, 0};    // the geometric mean of both areas
-    for (int k = 1; k < SHAPES; k++) if (mean[FIT + k] > mean[FIT + saw.shape]) saw.shape = k;
-    saw.motion = fabsf(v[0]) > fabsf(v[1]) ? v[0] > 0 : 2 + (v[1] > 0);    // the main axis, then the sign ...
-    if (fmaxf(fabsf(v[0]), fabsf(v[1])) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
     const bool right[] = {color > 0.5f, saw.shape == asked.shape, saw.size == asked.size,
         saw.motion == asked.motion, back > 0.5f}, there = mean[FOUND] >= 0.5f;
     for (int k = 0; k < 4; k++) score[k] = mean[FOUND] * (soft ? slopes[k] : there && right[k]);
@@ -2823,15 +2773,13 @@ static Text caption_batch(const Model *m, const char *const *captions, int count
     return t;
 }
 
-static Scene training_scene(uint64_t seed, uint64_t k) {      // the first of draw k that is not held out
+// The first caption of draw k that is not held out: its words and, returned, its number.
+static int training_caption(char text[128], uint64_t seed, uint64_t k) {
     int caption;
     k <<= 8;
     do caption = (int)(rng_bits(seed, CAPTION_STREAM, k++) % CAPTIONS); while (held_out(caption));
-    return scene_of(caption);
-}
-
-static void training_caption(char text[128], uint64_t seed, uint64_t k) {
-    caption_text(text, 128, training_scene(seed, k));
+    caption_text(text, 128, scene_of(caption));
+    return caption;
 }
 
 // Sample b of a batch: a scene's clip x0 under a caption's words, at σ, with noise k of a seed.
@@ -2850,15 +2798,15 @@ static void sample_fill(Batch *a, const Run *r, int b, Scene scene, const char *
 }
 
 static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
-    double s = train_shift(r->H * r->W);
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
         uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b;
         char text[128];
-        training_caption(text, o->seed, k);
+        Scene scene = scene_of(training_caption(text, o->seed, k));
         if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) text[0] = 0;
-        double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))), s);
-        sample_fill(a, r, b, training_scene(o->seed, k), text, sigma, o->seed, k);
+        double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))),
+                                   train_shift(r->H * r->W));
+        sample_fill(a, r, b, scene, text, sigma, o->seed, k);
     }
 }
 
@@ -2867,9 +2815,7 @@ static double reward_of(const float *x, const char *caption, const Run *r, const
     size_t plane = r->N * 4;
     double red = 0, sum = 0;
     float score[N_SCORES];
-    Scene asked;
-    parse_caption(&asked, caption);
-    shapes_score(score, x, asked, r->T, 2 * r->H, 2 * r->W, true);
+    shapes_score(score, x, scene_of(parse_caption(caption)), r->T, 2 * r->H, 2 * r->W, true);
     for (size_t i = 0; i < plane; i++)
         red += (x[i] - 0.5 * (x[plane + i] + x[2 * plane + i])) / (2 * (double)plane);
     for (int s = 0; s < N_SCORES; s++) {
@@ -2883,110 +2829,70 @@ static double reward_of(const float *x, const char *caption, const Run *r, const
 // ==========================================================================================================
 static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses", "full<->sparse", "gradients",
                                            "HiF8 maxima", "output", "guidance"};
-
-// One machine's ranks share its cores, unless OMP_NUM_THREADS says how.
-#ifdef _OPENMP
-static void share_cores(int ranks) {
-    int cores = omp_get_num_procs() / ranks;
-    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(cores > 1 ? cores : 1);
-}
-#else
-static void share_cores(int ranks) { (void)ranks; }
-#endif
+static int world_rank, ranks_here = 1;       // this process among all; how many run on this machine
 
 #ifdef OSP_MPI
-static MPI_Comm sample_ranks = MPI_COMM_NULL, guidance_pair = MPI_COMM_NULL;
-
-static void wait_for_rank_0(void) {          // rank 0's abort ends the others before they repeat its message
-    int up = 0, rank = 0;
-    MPI_Initialized(&up);
-    if (up) MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    if (rank > 0) sleep(2);
-}
-
-static void abort_ranks(void) {
-    int up = 0;
-    MPI_Initialized(&up);
-    if (up) MPI_Abort(MPI_COMM_WORLD, 2);
-}
-
-static MPI_Comm ranks_of(int purpose) {
-    if (purpose == GUIDANCE) return guidance_pair;
-    return sample_ranks == MPI_COMM_NULL ? MPI_COMM_WORLD : sample_ranks;
-}
-
-// How many ranks run on this machine.
-static int ranks_here(void) {
-    MPI_Comm here;
-    int count;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
-    MPI_Comm_size(here, &count);
-    MPI_Comm_free(&here);
-    return count;
-}
+#ifndef _OPENMP
+static int omp_get_num_procs(void) { return 1; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
+static MPI_Comm sample_ranks = MPI_COMM_WORLD, guidance_pair;
+static MPI_Comm ranks_of(int purpose) { return purpose == GUIDANCE ? guidance_pair : sample_ranks; }
 
 // The transfer itself, between buffers in host memory.
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                           size_t row_bytes, int purpose) {
-    MPI_Comm comm = ranks_of(purpose);
-    int R, at_send = 0, at_receive = 0;
-    MPI_Comm_size(comm, &R);
+                           size_t row_bytes, int R, int purpose) {
     int *send_at = (int *)xalloc(2 * R, sizeof(int)), *receive_at = send_at + R;
-    for (int s = 0; s < R; s++) {
-        send_at[s] = same ? 0 : at_send, receive_at[s] = at_receive;
-        at_send += send[s], at_receive += receive[s];
+    for (int s = 1; s < R; s++) {
+        send_at[s] = same ? 0 : send_at[s - 1] + send[s - 1];
+        receive_at[s] = receive_at[s - 1] + receive[s - 1];
     }
     MPI_Datatype row;
     MPI_Type_contiguous((int)row_bytes, MPI_BYTE, &row);
     MPI_Type_commit(&row);
-    MPI_Alltoallv(from, send, send_at, row, to, receive, receive_at, row, comm);
+    MPI_Alltoallv(from, send, send_at, row, to, receive, receive_at, row, ranks_of(purpose));
     MPI_Type_free(&row);
     free(send_at);
 }
 
-static void ranks_start(Ranks *k, int *argc, char ***argv) {
+static void ranks_start(Ranks *k) {
+    MPI_Comm here;
     int level;
-    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_rank(MPI_COMM_WORLD, &k->rank);
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
     MPI_Comm_size(MPI_COMM_WORLD, &k->size);
-    k->halves = 1;
-    share_cores(ranks_here());
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_size(here, &ranks_here);
+    k->rank = world_rank, k->halves = 1;
+    int cores = omp_get_num_procs() / ranks_here;              // shared evenly, unless OMP_NUM_THREADS is set
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(cores > 1 ? cores : 1);
 }
 
 // All ranks of the world -> `halves` groups of size/halves ranks.
 static void ranks_split(Ranks *k, int halves) {
-    int R = k->size / halves, world = k->rank;
-    MPI_Comm_split(MPI_COMM_WORLD, world / R, world, &sample_ranks);
-    MPI_Comm_split(MPI_COMM_WORLD, world % R, world, &guidance_pair);
-    k->size = R, k->rank = world % R, k->half = world / R, k->halves = halves;
+    int R = k->size / halves;
+    k->size = R, k->rank = world_rank % R, k->half = world_rank / R, k->halves = halves;
+    MPI_Comm_split(MPI_COMM_WORLD, k->half, world_rank, &sample_ranks);
+    MPI_Comm_split(MPI_COMM_WORLD, k->rank, world_rank, &guidance_pair);
 }
 
-static void ranks_end(void) { MPI_Finalize(); }
+static void ranks_end(int error) {
+    if (error) MPI_Abort(MPI_COMM_WORLD, error);
+    else MPI_Finalize();
+}
 #else
-static void wait_for_rank_0(void) {}
-static void abort_ranks(void) {}
-static int ranks_here(void) { return 1; }
-static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                           size_t row_bytes, int purpose) {
-    (void)to, (void)from, (void)receive, (void)send, (void)same, (void)row_bytes, (void)purpose;
-}
-static void ranks_start(Ranks *k, int *argc, char ***argv) {
-    (void)argc, (void)argv, k->size = k->halves = 1;
-    share_cores(ranks_here());
-}
+static void mpi_all_to_all(void *to, ...) { (void)to; }              // one rank has no one to call it for
+static void ranks_start(Ranks *k) { k->size = k->halves = 1; }
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
-static void ranks_end(void) {}
+static void ranks_end(int error) { (void)error; }
 #endif
 
 // From device memory to device memory: straight through MPI on the CPU; osp_cuda.cu stages or uses NCCL.
+#ifdef OSP_CUDA
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int rank, int R, int purpose);
-#ifndef OSP_CUDA
-static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int rank, int R, int purpose) {
-    (void)rank, (void)R;
-    mpi_all_to_all(to, from, receive, send, same, row_bytes, purpose);
-}
+                              size_t row_bytes, int R, int purpose);
+#else
+#define device_all_to_all mpi_all_to_all
 #endif
 
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
@@ -2994,7 +2900,7 @@ static void all_to_all(Ranks *k, void *to, const void *from, const int *receive,
     int R = purpose == GUIDANCE ? k->halves : k->size, me = purpose == GUIDANCE ? k->half : k->rank;
     wait_device();                                                 // so that the time is the transfer's alone
     double begin = seconds();
-    device_all_to_all(to, from, receive, send, same, row_bytes, me, R, purpose);
+    device_all_to_all(to, from, receive, send, same, row_bytes, R, purpose);
     k->time[purpose] += seconds() - begin;
     k->calls[purpose]++;
     for (int s = 0; s < R; s++)
@@ -3009,8 +2915,7 @@ static void all_gather(Ranks *k, void *to, const void *from, int count, size_t r
     free(counts);
 }
 
-// Each rank adds up one slice, in rank order, so that every run gives the same bytes; then all gather the
-// slices.
+// Each rank adds up one slice, in rank order: every run gives the same bytes. Then all gather the slices.
 static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     size_t R = k->size;
     if (R == 1) return;
@@ -3028,23 +2933,26 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     free(send);
 }
 
-// all[size] = every rank's `mine`, on the host.
-static void gather_host(Ranks *k, void *all, const void *mine, size_t bytes, int purpose) {
+// Every rank's `mine`, in rank order, on the host.
+static void *gather_host(Ranks *k, const void *mine, size_t bytes, int purpose) {
+    void *all = xalloc(k->size, bytes);
+    memcpy(all, mine, bytes);
+    if (k->size == 1) return all;
     void *device = device_alloc(bytes), *gathered = device_alloc(bytes * k->size);
     upload(device, mine, bytes);
     all_gather(k, gathered, device, 1, bytes, purpose);
     download(all, gathered, bytes * k->size);
     device_free(device), device_free(gathered);
+    return all;
 }
 
 static void max_over_ranks(Ranks *k, float *m) {
-    float mine, *all = floats(k->size);
-    if (k->size > 1) {
-        download(&mine, m, sizeof mine);
-        gather_host(k, all, &mine, sizeof mine, MAXIMA);
-        for (int s = 0; s < k->size; s++) mine = fmaxf(mine, all[s]);
-        upload(m, &mine, sizeof mine);
-    }
+    if (k->size == 1) return;
+    float most;
+    download(&most, m, sizeof most);
+    float *all = (float *)gather_host(k, &most, sizeof most, MAXIMA);
+    for (int s = 0; s < k->size; s++) most = fmaxf(most, all[s]);
+    upload(m, &most, sizeof most);
     free(all);
 }
 
@@ -3068,13 +2976,12 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t seed) {
     return h;
 }
 
-// All ranks must read the same bytes and run with the same settings: they compare hashes and stop as one.
-static void ranks_agree(Ranks *k, uint64_t hash, const char *what) {
-    uint64_t *all = (uint64_t *)xalloc(k->size, sizeof hash);
-    if (k->size > 1) gather_host(k, all, &hash, sizeof hash, OUTPUT);
+// All ranks must read the same bytes and have the same settings: they compare hashes and stop as one.
+static void ranks_agree(Ranks *k, uint64_t hash) {
+    uint64_t *all = (uint64_t *)gather_host(k, &hash, sizeof hash, OUTPUT);
     for (int s = 1; s < k->size; s++)
         if (all[s] != all[0])
-            die("rank %d has another %s than rank 0: start the same program on the same files", s, what);
+            die("rank %d has another setting or file than rank 0: start all alike on the same files", s);
     free(all);
 }
 // ==========================================================================================================
@@ -3086,7 +2993,7 @@ static void output_abandon(void);            // what was being written is remove
 static void die(const char *format, ...) {
     char line[8192];
     va_list args;
-    wait_for_rank_0();                                // on many ranks the first one says what all have to say
+    if (world_rank > 0) sleep(2);     // rank 0's abort ends the others before they repeat its message
     output_abandon();
     va_start(args, format);
     fflush(stdout);
@@ -3095,7 +3002,7 @@ static void die(const char *format, ...) {
     for (char *c = line; *c; c++)
         if ((unsigned char)*c < ' ') *c = ' ';               // one line, whatever an argument holds
     fprintf(stderr, "osp: %s\n", line);
-    abort_ranks();
+    ranks_end(2);
     exit(2);
 }
 
@@ -3538,7 +3445,8 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // ==========================================================================================================
 // Pictures: clips as an animated PNG and as a sheet of their frames
 // ==========================================================================================================
-#define STB_IMAGE_WRITE_IMPLEMENTATION            // one function of it is used: stbi_zlib_compress
+#include <arpa/inet.h>                            // htonl: PNG has the most significant byte first
+#define STB_IMAGE_WRITE_IMPLEMENTATION            // two functions of it are used: deflate and CRC
 #define STBI_WRITE_NO_STDIO
 #define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use smaller or fewer clips"))
 #if __has_include(<stb/stb_image_write.h>)
@@ -3572,18 +3480,6 @@ static void draw_text(Picture *p, size_t x, size_t y, const char *text) {
 // Clips x[count][3, T, H, W] in [-1, 1] with their captions; a pixel is drawn as scale x scale pixels.
 typedef struct { int T, H, W, count, scale; float **x; const char *const *captions; } Clips;
 
-static void draw_frame(Picture *p, size_t left, size_t top, const Clips *k, int clip, int t) {
-    size_t plane = (size_t)k->H * k->W;
-    for (size_t i = 0; i < plane; i++) {
-        uint32_t color = 0;
-        for (int c = 0; c < 3; c++) {
-            float v = k->x[clip][((size_t)c * k->T + t) * plane + i];
-            color = color << 8 | (uint32_t)(255 * clamp01(0.5f + 0.5f * v) + 0.5f);
-        }
-        fill_rect(p, left + i % k->W * k->scale, top + i / k->W * k->scale, k->scale, k->scale, color);
-    }
-}
-
 enum { FPS = 8, GAP = 4, TITLE = 13, CAPTION = 392 }; // pixels of a sheet: between frames, above, least width
 
 // The size of a frame, all clips side by side, or of the sheet: a row a clip, its caption above its frames.
@@ -3597,34 +3493,35 @@ static Picture picture_size(const Clips *k, bool sheet) {
     return p;
 }
 
-static void draw(Picture *p, const Clips *k, bool sheet, int t) {
-    size_t width = k->W * k->scale, row = TITLE + k->H * k->scale + GAP;
-    if (sheet) fill_rect(p, 0, 0, p->width, p->height, 0x202024);
-    for (int i = 0; i < k->count; i++) {
-        if (!sheet) draw_frame(p, i * width, 0, k, i, t);
-        if (sheet) draw_text(p, GAP, i * row + GAP + 2, k->captions[i]);
-        for (int s = 0; s < k->T && sheet; s++)
-            draw_frame(p, GAP + s * (width + GAP), i * row + GAP + TITLE, k, i, s);
+static void draw_frame(Picture *p, const Clips *k, bool sheet, int clip, int t) {
+    size_t plane = (size_t)k->H * k->W, size = k->scale, width = k->W * size, height = k->H * size;
+    size_t left = sheet ? GAP + t * (width + GAP) : clip * width;
+    size_t top = sheet ? clip * (TITLE + height + GAP) + GAP + TITLE : 0;
+    if (sheet) draw_text(p, GAP, top - TITLE + 2, k->captions[clip]);
+    for (size_t i = 0; i < plane; i++) {
+        uint32_t color = 0;
+        for (size_t c = 0; c < 3; c++) {
+            float v = 0.5f + 0.5f * k->x[clip][(c * k->T + t) * plane + i];
+            color = color << 8 | (uint32_t)(255 * clamp01(v) + 0.5f);
+        }
+        fill_rect(p, left + i % k->W * size, top + i / k->W * size, size, size, color);
     }
 }
 
-// ---- PNG: a signature, then chunks of length, name, data, CRC --------------------------------------------
-static void put_number(uint8_t *out, size_t v) {  // 4 bytes, the most significant first
-    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(v >> (24 - 8 * i));
-}
-
-// number: what fcTL and fdAT count, before the data; −1 for all others, which have none.
+// A PNG is a signature, then chunks of length, name, data, CRC. number: what fcTL and fdAT count, before the
+// data; −1 for all others, which have none.
 static void png_chunk(Output *o, const char *name, int number, const void *data, size_t size) {
-    uint8_t *all = (uint8_t *)xalloc(size + 16, 1), *body = all + 8;
-    memcpy(all + 4, name, 4);
-    put_number(body, (size_t)number);
-    if (number >= 0) body += 4;
-    memcpy(body, data, size);
-    size_t count = (size_t)(body - all) - 8 + size;
-    put_number(all, count);
-    put_number(body + size, stbiw__crc32(all + 4, (int)count + 4));
-    output_bytes(o, all, count + 12);
-    free(all);
+    size_t head = number < 0 ? 4 : 8;
+    uint8_t *body = (uint8_t *)xalloc(size + 8, 1);
+    uint32_t length = htonl((uint32_t)(head + size - 4)), count = htonl((uint32_t)number);
+    memcpy(body, name, 4);
+    memcpy(body + 4, &count, 4);
+    memcpy(body + head, data, size);
+    uint32_t crc = htonl(stbiw__crc32(body, (int)(head + size)));
+    output_bytes(o, &length, 4);
+    output_bytes(o, body, head + size);
+    output_bytes(o, &crc, 4);
+    free(body);
 }
 
 // The sheet, or an animated PNG (APNG) that loops for ever: IDAT is the frame that every viewer shows, the
@@ -3632,27 +3529,27 @@ static void png_chunk(Output *o, const char *name, int number, const void *data,
 static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
     Picture p = picture_size(k, sheet);
     Output *o = output_open(path);
-    uint8_t header[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2};          // width, height; 8 bits, RGB
-    uint8_t animation[8] = {0}, control[22] = {0};
+    int frames = sheet ? 1 : k->T, size, number = 0;
+    uint32_t width = htonl((uint32_t)p.width), height = htonl((uint32_t)p.height);
+    const uint32_t header[] = {width, height, htonl(0x08020000), 0};                    // 8 bits, RGB
+    const uint32_t animation[] = {htonl((uint32_t)frames), 0};              // played 0 times: for ever
+    const uint32_t control[] = {width, height, 0, 0, htonl(1 << 16 | FPS), 0};     // at (0, 0) for 1/FPS s
     char text[2000];
-    int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment), size, number = 0;
-    int frames = sheet ? 1 : k->T;
+    int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment);
     p.rows = (uint8_t *)xalloc(p.height, 3 * p.width + 1);
-    put_number(header, p.width);
-    put_number(header + 4, p.height);
-    put_number(animation, (size_t)frames);                // played 0 times: for ever
-    memcpy(control, header, 8);                   // all of the picture, at (0, 0) ...
-    put_number(control + 16, 1 << 16 | FPS);      // ... for 1/FPS seconds
+    fill_rect(&p, 0, 0, p.width, p.height, 0x202024);
     output_bytes(o, "\x89PNG\r\n\x1a\n", 8);
     png_chunk(o, "IHDR", -1, header, 13);
     png_chunk(o, "tEXt", -1, text, (size_t)used);
     if (frames > 1) png_chunk(o, "acTL", -1, animation, 8);
-    for (int t = 0; t < frames; t++) {
-        draw(&p, k, sheet, t);
+    for (int t = 0; t < k->T; t++) {
+        for (int clip = 0; clip < k->count; clip++) draw_frame(&p, k, sheet, clip, t);
+        if (sheet && t < k->T - 1) continue;                                // it holds all frames
         uint8_t *pixels = stbi_zlib_compress(p.rows, (int)(p.height * (3 * p.width + 1)), &size, 8);
         STBIW_ASSERT(pixels);
         if (frames > 1) png_chunk(o, "fcTL", number++, control, 22);
-        png_chunk(o, t ? "fdAT" : "IDAT", t ? number++ : -1, pixels, (size_t)size);
+        if (number > 1) png_chunk(o, "fdAT", number++, pixels, (size_t)size);
+        else png_chunk(o, "IDAT", -1, pixels, (size_t)size);
         free(pixels);
     }
     png_chunk(o, "IEND", -1, "", 0);
@@ -3779,7 +3676,7 @@ static void option_store(const Option *o, void *values, const char *text) {
 
 __attribute__((noreturn)) static void finish(int code) {
     if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
-    ranks_end();
+    ranks_end(0);
     exit(code);
 }
 
@@ -3836,7 +3733,7 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
     uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
     for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
-    ranks_agree(k, hash, "setting or file");
+    ranks_agree(k, hash);
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
     int halves = P2 % k->size && guided ? 2 : 1;
     if (k->size % halves || P2 % (k->size / halves))
@@ -3865,7 +3762,7 @@ static void config_override(Config *c, const Options *o) {
 // What a run of B samples will take, said and refused before any of it is asked for.
 static void plan_memory(Model *m, Ranks *k, int B, bool training) {
     Run *plan = run_plan(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
-    double machine = device_memory() / ranks_here(), GiB = 0x1p30;
+    double machine = device_memory() / ranks_here, GiB = 0x1p30;
     double weights = (double)model_bytes(m, training), run = (double)run_place(plan, NULL);
     struct rlimit limit;
     if (training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);           // moments, average
@@ -3924,8 +3821,7 @@ static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w,
 
 // After each step but the last: saves the state now and then, and when any rank is asked to stop.
 static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
-    int asked = stopped, *all = (int *)xalloc(k->size, sizeof asked);
-    if (k->size > 1) gather_host(k, all, &asked, sizeof asked, OUTPUT);
+    int asked = stopped, *all = (int *)gather_host(k, &asked, sizeof asked, OUTPUT);
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
     free(all);
     if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
@@ -4013,9 +3909,9 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) {
         float score[N_SCORES];
-        Scene asked;
-        if (!parse_caption(&asked, o->captions.text[i])) continue;          // none of the world's
-        shapes_score(score, x[i], asked, r->T, 2 * r->H, 2 * r->W, false);
+        int caption = parse_caption(o->captions.text[i]);
+        if (caption < 0) continue;                                          // none of the world's
+        shapes_score(score, x[i], scene_of(caption), r->T, 2 * r->H, 2 * r->W, false);
         printf("%s:", o->captions.text[i]);
         for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
         printf("\n");
@@ -4254,7 +4150,7 @@ static int osp_main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     static Ranks ranks;
     static Options options;
-    ranks_start(&ranks, &argc, &argv);
+    ranks_start(&ranks);
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);

@@ -136,7 +136,7 @@ static void device_start(const char *dtype, int rank) {
     if ((e = cudaFuncGetAttributes(&found, empty_kernel)) != cudaSuccess)
         die("built for other cards than %s (%s): make -B osp_cuda ARCH=%d%d%s", c->name,
             cudaGetErrorString(e), c->major, c->minor, c->major == 9 ? "a" : "");
-    gpu.shared = ranks_here() > cards;
+    gpu.shared = ranks_here > cards;
     cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     blas_check(cublasLtCreate(&gpu.blas));
     gpu.workspace = card_memory(WORKSPACE_BYTES);
@@ -173,7 +173,7 @@ static void device_free(void *p) { cuda_check(cudaFree(p)); }
 static double device_memory(void) {                       // of the cards of this machine's ranks
     size_t unused, all;
     cuda_check(cudaMemGetInfo(&unused, &all));
-    return (double)all * (gpu.shared ? 1 : ranks_here());
+    return (double)all * (gpu.shared ? 1 : ranks_here);
 }
 static size_t act_size(void) { return gpu.half ? sizeof(bf16) : sizeof(float); }
 static cudaDataType_t act_type(void) { return gpu.half ? CUDA_R_16BF : CUDA_R_32F; }
@@ -213,11 +213,13 @@ static void nccl_check(ncclResult_t r) {
 
 // One communicator for the ranks of a sample, one for the guidance pair, each made when first used: the
 // group's first rank draws an id, MPI brings it to the others. NVLink multicast stays off.
-static ncclComm_t nccl_group(int purpose, int rank, int R) {
+static ncclComm_t nccl_group(int purpose, int R) {
     static ncclComm_t groups[2];
     ncclComm_t *group = &groups[purpose == GUIDANCE];
     if (*group) return *group;
     ncclUniqueId id;
+    int rank;
+    MPI_Comm_rank(ranks_of(purpose), &rank);
     setenv("NCCL_NVLS_ENABLE", "0", 1);
     if (rank == 0) nccl_check(ncclGetUniqueId(&id));
     MPI_Bcast(&id, sizeof(id), MPI_BYTE, 0, ranks_of(purpose));
@@ -226,9 +228,9 @@ static ncclComm_t nccl_group(int purpose, int rank, int R) {
 }
 
 static bool nccl_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                            size_t row_bytes, int rank, int R, int purpose) {
-    if (sample_ranks == MPI_COMM_NULL || gpu.shared) return false;
-    ncclComm_t group = nccl_group(purpose, rank, R);
+                            size_t row_bytes, int R, int purpose) {
+    if (sample_ranks == MPI_COMM_WORLD || gpu.shared) return false;
+    ncclComm_t group = nccl_group(purpose, R);
     nccl_check(ncclGroupStart());
     for (int s = 0; s < R; s++) {
         size_t out = (size_t)send[s] * row_bytes, in = (size_t)receive[s] * row_bytes;
@@ -245,8 +247,8 @@ template <typename... P> static bool nccl_all_to_all(P...) { return false; }
 #endif
 
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int rank, int R, int purpose) {
-    if (nccl_all_to_all(to, from, receive, send, same, row_bytes, rank, R, purpose)) return;
+                              size_t row_bytes, int R, int purpose) {
+    if (nccl_all_to_all(to, from, receive, send, same, row_bytes, R, purpose)) return;
     size_t out = 0, in = 0;
     for (int s = 0; s < R; s++) {
         out = same ? (size_t)send[s] : out + (size_t)send[s];
@@ -258,7 +260,7 @@ static void device_all_to_all(void *to, const void *from, const int *receive, co
         cuda_check(cudaMallocHost((void **)&gpu.room, gpu.room_bytes = out + in));
     }
     download(gpu.room, from, out);
-    mpi_all_to_all(gpu.room + out, gpu.room, receive, send, same, row_bytes, purpose);
+    mpi_all_to_all(gpu.room + out, gpu.room, receive, send, same, row_bytes, R, purpose);
     upload(to, gpu.room + out, in);
 }
 
