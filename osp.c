@@ -1514,6 +1514,7 @@ enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     TASK_M = 512,           // rows of a product that one task computes with each panel
+    SUM_ROWS = 64,          // rows that a sum over rows takes at a time
     KEYS = 64,              // attention: keys taken at a time
     QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
@@ -1636,14 +1637,15 @@ static void matmul(float *c, const float *bias, bool add, View a, View b, size_t
 }
 
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
+// By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
-    size_t D = r.dim;
+    size_t D = r.dim, pieces = blocks_of(r.n, SUM_ROWS);
     #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t j = 0; j < (sum.p ? D : 0); j += TILE_N)
-        for (int b = 0; b < r.B; b++) {
+        for (size_t piece = 0; piece < r.B * pieces; piece++) {
             float part[TILE_N] = {0};
-            size_t columns = least(TILE_N, D - j);
-            for (size_t row = b * r.n; row < (b + 1) * r.n; row++) {
+            size_t columns = least(TILE_N, D - j), b = piece / pieces, first = piece % pieces * SUM_ROWS;
+            for (size_t row = b * r.n + first; row < b * r.n + least(first + SUM_ROWS, r.n); row++) {
                 float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
                 for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
                     part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
