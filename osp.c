@@ -1545,17 +1545,31 @@ enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     TASK_M = 512,           // rows of a product that one task computes with each panel
+    SUM_ROWS = 64,          // rows that a sum over rows takes at a time
     KEYS = 64,              // attention: keys taken at a time
     QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
 
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
 static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
+
+// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
+// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
+static inline float exp2_fast(float x) {
+    uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
+    float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
+    float p = (((((1.54531634e-4f * f + 1.33908633e-3f) * f + 9.61808302e-3f) * f + 5.55035695e-2f) * f +
+                2.40226507e-1f) * f + 6.93147182e-1f) * f + 1.0f;
+    p *= bits_float((float_bits(shifted) + 127u) << 23);
+    return bits_float((float_bits(p) & ~(low | high)) | (high & 0x7E800000u));
+}
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
 
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
@@ -1590,9 +1604,8 @@ static View at(View v, size_t i, size_t k) { View w = {v.p + i * v.row + k * v.c
 // One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < min(rows, TILE_M), j < TILE_N, k < depth;
 // start_row 0: one row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in
 // registers. Where rows are fewer than TILE_M the last one is repeated, and not stored.
-static inline __attribute__((always_inline))
-void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, size_t rows, const float *b,
-          size_t depth) {
+INLINE void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, size_t rows,
+                 const float *b, size_t depth) {
     const float *p[TILE_M];
     vec t[TILE_M][2], none = {0};
     for (size_t i = 0; i < TILE_M; i++) {
@@ -1655,14 +1668,15 @@ static void matmul(float *c, const float *bias, bool add, View a, View b, size_t
 }
 
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
+// By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
-    size_t D = r.dim;
+    size_t D = r.dim, pieces = blocks_of(r.n, SUM_ROWS);
     #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t j = 0; j < (sum.p ? D : 0); j += TILE_N)
-        for (int b = 0; b < r.B; b++) {
+        for (size_t piece = 0; piece < r.B * pieces; piece++) {
             float part[TILE_N] = {0};
-            size_t columns = least(TILE_N, D - j);
-            for (size_t row = b * r.n; row < (b + 1) * r.n; row++) {
+            size_t columns = least(TILE_N, D - j), b = piece / pieces, first = piece % pieces * SUM_ROWS;
+            for (size_t row = b * r.n + first; row < b * r.n + least(first + SUM_ROWS, r.n); row++) {
                 float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
                 for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
                     part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
@@ -1870,14 +1884,24 @@ static Head head_of(const Sequences *s, size_t task, int heads, int head_dim, si
     return t;
 }
 
-// block[n, dim] = the head's columns of rows first..first+n-1 of x[.., heads·dim].
+// The head's columns of x[.., heads·dim], from row `first` on.
+static View head_rows(const float *x, size_t first, Head t) {
+    View v = {x + (first * t.heads + t.h) * t.dim, t.heads * t.dim, 1};
+    return v;
+}
+
+// block[n, dim] = the head's columns of n rows; and back, scaled.
 static void take_rows(float *block, const float *x, size_t first, size_t n, Head t) {
-    for (size_t i = 0; i < n; i++)
-        memcpy(block + i * t.dim, x + ((first + i) * t.heads + t.h) * t.dim, 4 * t.dim);
+    for (size_t i = 0; i < n; i++) memcpy(block + i * t.dim, head_rows(x, first + i, t).p, 4 * t.dim);
+}
+INLINE void put_rows(float *x, View block, float scale, size_t first, size_t n, Head t) {
+    for (size_t i = 0; i < n; i++, x += t.heads * t.dim)
+        for (size_t d = 0; d < t.dim; d++)
+            x[(first * t.heads + t.h) * t.dim + d] = scale * block.p[i * block.row + d * block.col];
 }
 
 // c[rows, columns] = a[rows, depth]·b[depth, columns], or += where add; b in panels of TILE_N columns.
-static void tiles(float *c, size_t columns, bool add, View a, size_t rows, const float *b, size_t depth) {
+INLINE void tiles(float *c, size_t columns, bool add, View a, size_t rows, const float *b, size_t depth) {
     for (size_t j = 0; j < columns; j += TILE_N)
         for (size_t i = 0; i < rows; i += TILE_M) {
             float *to = c + i * columns + j;
@@ -1910,30 +1934,26 @@ static void softmax_step(float *s, float *m, float *sum, float *o, float c, size
 
 // One task: its queries, in blocks of TILE_N, through all keys of their sequence.
 static void attend(act *o, float *lse, const act *q, const act *k, const act *v, Head t) {
-    size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim;
-    size_t panel = t.dim * TILE_N, keys = KEYS * t.dim;
+    size_t count = t.q1 - t.q0, all = blocks_of(count, TILE_N) * TILE_N * t.dim, keys = KEYS * t.dim;
     float m[QUERIES], sum[QUERIES] = {0}, s[KEYS * TILE_N], c = (float)(LOG2E / sqrt((double)t.dim));
-    float *qt = (float *)scratch(8 * (blocks * panel + keys)), *ot = qt + blocks * panel;   // [dim, query]
-    float *kb = ot + blocks * panel, *vb = kb + keys;                                       // [key, dim]
-    View queries = turned(matrix(q + t.q0 * row + t.h * t.dim, row));
-    for (size_t g = 0; g < blocks; g++)
-        pack(qt + g * panel, at(queries, 0, g * TILE_N), t.dim, least(TILE_N, count - g * TILE_N));
+    float *qt = (float *)scratch(8 * (all + keys)), *ot = qt + all, *kb = ot + all, *vb = kb + keys;
+    memset(ot, 0, 4 * all);
     for (int j = 0; j < QUERIES; j++) m[j] = -INFINITY;
-    memset(ot, 0, 4 * blocks * panel);
+    for (size_t i = 0; i < count; i += TILE_N)
+        pack(qt + i * t.dim, turned(head_rows(q, t.q0 + i, t)), t.dim, least(TILE_N, count - i));
     for (size_t key = t.k0; key < t.k1; key += KEYS) {
         size_t n = least(KEYS, t.k1 - key);
         take_rows(kb, k, key, n, t);
         take_rows(vb, v, key, n, t);
-        for (size_t g = 0; g < blocks; g++) {
-            tiles(s, TILE_N, false, matrix(kb, t.dim), n, qt + g * panel, t.dim);
-            softmax_step(s, m + g * TILE_N, sum + g * TILE_N, ot + g * panel, c, n, t.dim);
-            tiles(ot + g * panel, TILE_N, true, turned(matrix(vb, t.dim)), t.dim, s, n);
+        for (size_t i = 0; i < count; i += TILE_N) {
+            tiles(s, TILE_N, false, matrix(kb, t.dim), n, qt + i * t.dim, t.dim);
+            softmax_step(s, m + i, sum + i, ot + i * t.dim, c, n, t.dim);
+            tiles(ot + i * t.dim, TILE_N, true, turned(matrix(vb, t.dim)), t.dim, s, n);
         }
     }
     for (size_t i = 0; i < count; i++) {
-        const float *column = ot + i / TILE_N * panel + i % TILE_N;
-        float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i], *out = o + (t.q0 + i) * row + t.h * t.dim;
-        for (size_t d = 0; d < t.dim; d++) out[d] = column[d * TILE_N] * inverse;
+        float *column = ot + i / TILE_N * TILE_N * t.dim + i % TILE_N, inverse = 1.0f / sum[i];
+        put_rows(o, turned(matrix(column, TILE_N)), sum[i] == 0.0f ? 0.0f : inverse, t.q0 + i, 1, t);
         if (lse) lse[(t.q0 + i) * t.heads + t.h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
     }
     free(qt);
@@ -1951,12 +1971,10 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
     if (amax) absmax(amax, o, queries * heads * head_dim);
 }
 
-// A block of n queries' rows: transposed [dim, TILE_N], and in panels [TILE_N, TILE_N dims].
-static void pack_queries(float *xt, float *xr, const float *x, size_t row, size_t n, size_t dim) {
-    View xs = matrix(x, row);
-    pack(xt, turned(xs), dim, n);
-    for (size_t d = 0; d < dim; d += TILE_N)
-        pack(xr + d * TILE_N, at(xs, 0, d), n, least(TILE_N, dim - d));
+// A block of n queries: transposed, xt[dim, TILE_N], and in panels, xr[TILE_N, TILE_N dims].
+static void pack_queries(float *xt, float *xr, View x, size_t n, size_t dim) {
+    pack(xt, turned(x), dim, n);
+    for (size_t d = 0; d < dim; d += TILE_N) pack(xr + d * TILE_N, at(x, 0, d), n, least(TILE_N, dim - d));
 }
 
 // s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).
@@ -1973,24 +1991,24 @@ static void softmax_back(float *s, float *dp, const float *lse2, const float *de
 // P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks.
 static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                             const act *v, const act *o, const float *lse, Head t) {
-    size_t count = t.q1 - t.q0, blocks = blocks_of(count, TILE_N), row = t.heads * t.dim, first = t.h * t.dim;
-    size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, panel = wide * TILE_N, all = blocks * panel;
+    size_t count = t.q1 - t.q0, queries = blocks_of(count, TILE_N) * TILE_N;
+    size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, all = queries * wide, keys = KEYS * wide;
     float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
     float p[KEYS * TILE_N], ds[KEYS * TILE_N];
-    float *qt = (float *)scratch(4 * (5 * all + 2 * blocks * TILE_N + 4 * KEYS * wide)), *dot = qt + all;
-    float *dqt = dot + all, *qr = dqt + all, *dor = qr + all, *lse2 = dor + all;
-    float *delta = lse2 + blocks * TILE_N, *kb = delta + blocks * TILE_N, *vb = kb + KEYS * wide;
-    float *dkb = vb + KEYS * wide, *dvb = dkb + KEYS * wide;
-    memset(dqt, 0, 4 * (3 * all + 2 * blocks * TILE_N));
+    float *qt = (float *)scratch(4 * (5 * all + 2 * queries + 4 * keys)), *dot = qt + all, *dqt = dot + all;
+    float *qr = dqt + all, *dor = qr + all, *lse2 = dor + all, *delta = lse2 + queries;
+    float *kb = delta + queries, *vb = kb + keys, *dkb = vb + keys, *dvb = dkb + keys;
+    memset(dqt, 0, 4 * (3 * all + 2 * queries));
+    for (size_t i = 0; i < count; i += TILE_N) {
+        size_t n = least(TILE_N, count - i);
+        pack_queries(qt + i * wide, qr + i * wide, head_rows(q, t.q0 + i, t), n, t.dim);
+        pack_queries(dot + i * wide, dor + i * wide, head_rows(dout, t.q0 + i, t), n, t.dim);
+    }
     for (size_t i = 0; i < count; i++) {
-        size_t from = (t.q0 + i) * row + first, g = i / TILE_N * panel, n = least(TILE_N, count - i);
-        if (i % TILE_N == 0) {
-            pack_queries(qt + g, qr + g, q + from, row, n, t.dim);
-            pack_queries(dot + g, dor + g, dout + from, row, n, t.dim);
-        }
+        const float *dor_i = head_rows(dout, t.q0 + i, t).p, *or_i = head_rows(o, t.q0 + i, t).p;
         float sum = 0.0f;
         #pragma omp simd reduction(+ : sum)
-        for (size_t d = 0; d < t.dim; d++) sum += dout[from + d] * o[from + d];
+        for (size_t d = 0; d < t.dim; d++) sum += dor_i[d] * or_i[d];
         delta[i] = sum;
         lse2[i] = (float)(LOG2E * lse[(t.q0 + i) * t.heads + t.h]);
     }
@@ -1998,25 +2016,20 @@ static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const ac
         size_t n = least(KEYS, t.k1 - key);
         take_rows(kb, k, key, n, t);
         take_rows(vb, v, key, n, t);
-        memset(dkb, 0, 4 * 2 * KEYS * wide);
+        memset(dkb, 0, 4 * 2 * keys);
         for (size_t i = 0; i < count; i += TILE_N) {
-            size_t g = i / TILE_N * panel;
-            tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + g, t.dim);
-            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dot + g, t.dim);
+            tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + i * wide, t.dim);
+            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dot + i * wide, t.dim);
             softmax_back(p, ds, lse2 + i, delta + i, c, n);
-            tiles(dqt + g, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
-            tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + g, TILE_N);
-            tiles(dvb, wide, true, matrix(p, TILE_N), n, dor + g, TILE_N);
+            tiles(dqt + i * wide, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
+            tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + i * wide, TILE_N);
+            tiles(dvb, wide, true, matrix(p, TILE_N), n, dor + i * wide, TILE_N);
         }
-        for (size_t i = 0; i < n; i++)
-            for (size_t d = 0; d < t.dim; d++) {
-                dk[(key + i) * row + first + d] = scale * dkb[i * wide + d];
-                dv[(key + i) * row + first + d] = dvb[i * wide + d];
-            }
+        put_rows(dk, matrix(dkb, wide), scale, key, n, t);
+        put_rows(dv, matrix(dvb, wide), 1.0f, key, n, t);
     }
-    for (size_t i = 0; i < count; i++)
-        for (size_t d = 0; d < t.dim; d++)
-            dq[(t.q0 + i) * row + first + d] = scale * dqt[i / TILE_N * panel + d * TILE_N + i % TILE_N];
+    for (size_t i = 0; i < count; i += TILE_N)
+        put_rows(dq, turned(matrix(dqt + i * wide, TILE_N)), scale, t.q0 + i, least(TILE_N, count - i), t);
     free(qt);
 }
 
@@ -2030,16 +2043,11 @@ static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
-// Magnitudes of floats are ordered like their bits, so the maximum is one of integers.
 static void absmax(float *m, const act *x, size_t n) {
-    uint32_t top = 0;
+    float top = 0.0f;
     #pragma omp parallel for simd reduction(max : top) if (n > PARALLEL)
-    for (size_t i = 0; i < n; i++) {
-        uint32_t a = float_bits(x[i]) & 0x7FFFFFFFu;
-        a = a > 0x7F800000u ? 0u : a;
-        top = a > top ? a : top;
-    }
-    *m = bits_float(top);
+    for (size_t i = 0; i < n; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    *m = top;
 }
 
 static void hif8_tensor(Factor y, const act *x, size_t rows, int columns, float s, const float *m) {
@@ -2125,12 +2133,10 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 // ==========================================================================================================
 // Building a model and a run: ranges, memory, buffers, index maps
 // ==========================================================================================================
-// The numbers of a Config, in its order, under the names they have in a checkpoint's metadata; the first 11
-// must be there.
-static const char *const CONFIG[] = {"dim",          "ffn_dim", "num_heads", "num_layers", "num_full_blocks",
-                                     "sparse_ratio", "in_dim",  "out_dim",   "text_dim",   "text_len",
-                                     "freq_dim",     "vocab",   "quant",     "quant_attn", "T",
-                                     "H_l",          "W_l",     "sparse"};
+// The numbers of a Config, in its order, by their names in a checkpoint; the first 11 must be there.
+static const char *const CONFIG[] = {
+    "dim", "ffn_dim", "num_heads", "num_layers", "num_full_blocks", "sparse_ratio", "in_dim", "out_dim",
+    "text_dim", "text_len", "freq_dim", "vocab", "quant", "quant_attn", "T", "H_l", "W_l", "sparse"};
 enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG, CONFIG_NEEDED = 11, CONFIG_MOST = 65536 };
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -2344,11 +2350,9 @@ static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, const F
     size_t D = c->dim, row = D * act_size();
     take(a, rows * row, &s->q.x, &s->o, &s->q_raw, &s->y, NULL);
     take(a, kv_rows * row, &s->k.x, &s->v, &s->k_raw, NULL);
-    take(a, rows * sizeof(float), &s->q_rstd, NULL);
-    take(a, kv_rows * sizeof(float), &s->k_rstd, NULL);
+    take(a, larger(rows, kv_rows) * sizeof(float), &s->q_rstd, &s->k_rstd, NULL);
     if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
-        take(a, rows * D, &s->q.code, NULL);
-        take(a, kv_rows * D, &s->k.code, NULL);
+        take(a, larger(rows, kv_rows) * D, &s->q.code, &s->k.code, NULL);
         take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
     }
     s->oq.x = s->o;
@@ -2385,9 +2389,14 @@ static void block_buffers(Arena *a, Run *r, int i, size_t rows) {
     attention_buffers(a, r, &s->cross, &first->h1, rows, B * c->text_len, false);
 }
 
-static void run_buffers(Arena *a, Run *r, size_t rows) {
+// All buffers of a run, and their bytes. base: memory for them, or NULL to only add up. Every layout gets the
+// rows of the largest: a pattern's, or a share of all tokens where heads are dealt out.
+static size_t run_place(Run *r, void *base) {
     const Config *c = &r->m->c;
+    Arena arena = {(char *)base, 0}, *a = &arena;
     size_t B = r->B, D = c->dim, R = r->ranks->size, F = sizeof(float), act_bytes = act_size();
+    size_t most = larger(r->n[FULL], larger(r->n[TOKEN_WISE], r->n[GROUP_WISE]));
+    size_t rows = B * larger(most, (r->N + R - 1) / R);
     size_t text = B * c->text_len, both = larger(rows, text);
     size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_bytes;
     size_t modulation = B * larger(6 * D, c->freq_dim) * F, words = text * larger(D, c->text_dim) * act_bytes;
@@ -2408,15 +2417,16 @@ static void run_buffers(Arena *a, Run *r, size_t rows) {
         take(a, larger(2 * both * D * F, (R * rows + B * r->N) * patch), &r->packed, NULL);
         take(a, B * r->N * patch, &r->y_all, NULL);
     }
-    if (!r->training) return;
+    if (!r->training) return a->used;
     take(a, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
     take(a, rows * D * F, &r->dx, NULL);
     take(a, modulation, &r->de, &r->de0, &r->de_e, &r->dhead_e, &r->dt, NULL);
     take(a, both * D * act_bytes, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
     take(a, rows * c->ffn_dim * act_bytes, &r->dff, NULL);
-    if (!coded(r->m)) return;
+    if (!coded(r->m)) return a->used;
     take(a, (both + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
     take(a, F, &r->g.unit, NULL);
+    return a->used;
 }
 
 // ---- a run -----------------------------------------------------------------------------------------------
@@ -2447,16 +2457,6 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tr
         r->saved[i].layout = ranks->ulysses && R > 1 ? FULL : r->saved[i].pattern;
     }
     return r;
-}
-
-// The bytes of a run's buffers, from a plan alone. *base: memory for them, or NULL to only add up. Every
-// layout gets the rows of the largest: a pattern's, or a share of all tokens where heads are dealt out.
-static size_t run_place(Run *r, void *base) {
-    Arena a = {(char *)base, 0};
-    size_t most = (r->N + r->ranks->size - 1) / r->ranks->size;
-    for (int p = 0; p < PATTERNS; p++) most = larger(most, r->n[p]);
-    run_buffers(&a, r, r->B * most);
-    return a.used;
 }
 
 static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool training) {
@@ -2516,8 +2516,7 @@ static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, 
 static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const TrainOptions *train) {
     Policy *p = (Policy *)xalloc(1, sizeof(Policy));
     size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window;
-    size_t V = (size_t)o->prompts * o->group;
-    size_t one = latent_size(make);
+    size_t V = (size_t)o->prompts * o->group, one = latent_size(make);
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
     p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
     p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int));
