@@ -1559,18 +1559,6 @@ static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
 static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
 
-// 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
-// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
-static inline float exp2_fast(float x) {
-    uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
-    float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
-    float p = (((((1.54531634e-4f * f + 1.33908633e-3f) * f + 9.61808302e-3f) * f + 5.55035695e-2f) * f +
-                2.40226507e-1f) * f + 6.93147182e-1f) * f + 1.0f;
-    p *= bits_float((float_bits(shifted) + 127u) << 23);
-    return bits_float((float_bits(p) & ~(low | high)) | (high & 0x7E800000u));
-}
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-1.44269504f * x)); }
-
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
     (void)rank;
