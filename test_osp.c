@@ -1829,23 +1829,37 @@ static void verify_cost(const Config *c, const char *name, const char *paper) {
           fmt("%.2fx padded as the paper, %.2fx here", full / padded, full / ragged));
 }
 
-// Milliseconds of a forward of 14B's 40 layers, full and hybrid, as bench printed them on a card.
-static void recorded(double ms[2], const char *size, const char *kind) {
-    char text[256];
-    FILE *file = fopen(fmt("assets/bench_%s_%s.log", size, kind), "r");
-    ms[0] = ms[1] = NAN;
-    while (file && fgets(text, sizeof text, file))
-        sscanf(text, "forward of 40 layers: full %lf ms, hybrid %lf ms", &ms[0], &ms[1]);
-    if (file) fclose(file);
+// ---- logs: of osp train, osp grpo and bench --------------------------------------------------------------
+typedef struct { int n; double *x, *y; } Series;
+
+// Of each line that begins with `head`: x the number after it, y number `which` after `key`.
+static Series read_series(const char *path, const char *head, const char *key, int which) {
+    enum { ROOM = 1 << 16 };
+    char text[1024];
+    Series s = {0, doubles(ROOM), doubles(ROOM)};
+    FILE *file = fopen(path, "r");
+    if (!file) die("%s: %s; give the log of osp train, osp grpo or bench", path, strerror(errno));
+    while (s.n < ROOM && fgets(text, sizeof text, file)) {
+        char *at = strstr(text, key);
+        if (!at || strncmp(text, head, strlen(head))) continue;
+        at += strlen(key), s.x[s.n] = atof(text + strlen(head));
+        for (int i = 0; i <= which; i++) s.y[s.n] = strtod(at, &at);
+        s.n++;
+    }
+    fclose(file);
+    return s;
 }
 
+// A forward of 14B's 40 layers, full and hybrid, as bench printed it on a card.
 static void verify_speed(const char *size, const char *paper, const char *paper_8) {
-    double half[2], eight[2];
-    recorded(half, size, "bf16"), recorded(eight, size, "hif8");
-    claim(half[0] / half[1] > atof(paper), fmt("%s: hybrid over full, bf16, as recorded in assets/", size),
-          paper, fmt("%.2fx: %.0f, %.0f ms on an H100", half[0] / half[1], half[0], half[1]));
-    claim(half[0] / eight[1] > atof(paper_8), fmt("%s: hybrid in HiF8 over full in bf16, as recorded", size),
-          paper_8, fmt("%.2fx: %.0f, %.0f ms on an H100", half[0] / eight[1], half[0], eight[1]));
+    const char *half = fmt("assets/bench_%s_bf16.log", size), *eight = fmt("assets/bench_%s_hif8.log", size);
+    double full = *read_series(half, "forward ", "layers: full", 0).y;
+    double hybrid = *read_series(half, "forward ", "hybrid", 0).y;
+    double hybrid_8 = *read_series(eight, "forward ", "hybrid", 0).y;
+    claim(full / hybrid > atof(paper), fmt("%s: hybrid over full, bf16, as recorded in assets/", size), paper,
+          fmt("%.2fx: %.0f, %.0f ms on an H100", full / hybrid, full, hybrid));
+    claim(full / hybrid_8 > atof(paper_8), fmt("%s: hybrid in HiF8 over full in bf16, as recorded", size),
+          paper_8, fmt("%.2fx: %.0f, %.0f ms on an H100", full / hybrid_8, full, hybrid_8));
 }
 
 static void verify_reach(void) {
@@ -2274,17 +2288,16 @@ static const char *const OTHER_COLOR[] = {"#0D9488", "#9333EA", "#DC2626", "#CA8
 
 static FILE *svg;                                        // the picture being drawn
 static void box(double x, double y, double w, double h, const char *fill, double opacity) {
-    fprintf(svg,
-            "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' fill-opacity='%.2f'/>\n",
-            x, y, w, h, fmin(4, 0.12 * fmin(w, h)), fill, opacity);
+    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' "
+            "fill-opacity='%.2f'/>\n", x, y, w, h, fmin(4, 0.12 * fmin(w, h)), fill, opacity);
 }
 static void rim(double x, double y, double w, double h, const char *color, double width) {
     fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='3' fill='none' stroke='%s' "
             "stroke-width='%.1f'/>\n", x, y, w, h, color, width);
 }
 static void line(double x0, double y0, double x1, double y1, const char *color, double width) {
-    fprintf(svg, "<path d='M%.1f %.1fL%.1f %.1f' stroke='%s' stroke-width='%.1f'/>\n", x0, y0, x1, y1, color,
-            width);
+    const char *format = "<path d='M%.1f %.1fL%.1f %.1f' stroke='%s' stroke-width='%.1f'/>\n";
+    fprintf(svg, format, x0, y0, x1, y1, color, width);
 }
 
 static void dot(double x, double y, double r, const char *color) {
@@ -2307,7 +2320,7 @@ static void label(double x, double y, double size, char anchor, const char *colo
 static void picture(int width, int height, const char *title, const char *subtitle) {
     fprintf(svg, "<svg xmlns='http://www.w3.org/2000/svg' width='%d' height='%d' viewBox='0 0 %d %d' "
             "font-family='sans-serif'>\n", width, height, width, height);
-    fprintf(svg, "<rect width='%d' height='%d' fill='" PAPER "'/>\n", width, height);
+    box(0, 0, width, height, PAPER, 1);
     label(40, 46, 20, 's', INK, "%s", title);
     label(40, 74, 13, 's', SOFT, "%s", subtitle);
 }
@@ -2319,13 +2332,11 @@ static double at_y(const Plot *a, double v) {
     double u = a->log_y ? log(v / a->y0) / log(a->y1 / a->y0) : (v - a->y0) / (a->y1 - a->y0);
     return a->y + a->h * (1 - fmin(fmax(u, 0), 1));
 }
-static void tick_y(const Plot *a, double v, const char *text) {
-    line(a->x, at_y(a, v), a->x + a->w, at_y(a, v), FAINT, 1);
-    label(a->x - 8, at_y(a, v) + 4, 12, 'e', SOFT, "%s", text);
-}
-static void tick_x(const Plot *a, double v, const char *text) {
-    line(at_x(a, v), a->y, at_x(a, v), a->y + a->h, FAINT, 1);
-    label(at_x(a, v), a->y + a->h + 18, 12, 'm', SOFT, "%s", text);
+// A line of the grid and its number: at a height, or across.
+static void tick(const Plot *a, bool height, double v, const char *text) {
+    double x = height ? a->x : at_x(a, v), y = height ? at_y(a, v) : a->y + a->h;
+    line(x, y, height ? x + a->w : x, height ? y : a->y, FAINT, 1);
+    label(height ? x - 8 : x, height ? y + 4 : y + 18, 12, height ? 'e' : 'm', SOFT, "%s", text);
 }
 static void frame(const Plot *a, const char *title) {
     rim(a->x, a->y, a->w, a->h, RIM, 1);
@@ -2336,14 +2347,14 @@ static void frame(const Plot *a, const char *title) {
 static void axes(const Plot *a, const char *title) {
     for (int axis = 0; axis < 2; axis++) {
         double low = axis ? a->y0 : a->x0, high = axis ? a->y1 : a->x1, raw = (high - low) / (axis ? 5 : 8);
-        double power = pow(10, floor(log10(raw))), step = power * (raw <= 2 * power   ? 2
-                                                                   : raw <= 5 * power ? 5
-                                                                                      : 10);
-        double first = axis && a->log_y ? pow(10, floor(log10(low))) : ceil(low / step - 1e-9) * step;
-        for (double v = first, next; v <= high * (1 + 1e-9); v = next) {
-            double digit = round(v / pow(10, floor(log10(v) + 1e-9)));
-            next = axis && a->log_y ? v * (digit == 2 ? 2.5 : 2) : v + step;
-            if (v >= low) (axis ? tick_y : tick_x)(a, v, fmt("%g", fabs(v) < 1e-9 * step ? 0 : v));
+        double power = pow(10, floor(log10(raw))), digits = raw / power;
+        double step = power * (digits <= 2 ? 2 : digits <= 5 ? 5 : 10);
+        bool log_axis = axis && a->log_y;
+        double next, first = log_axis ? pow(10, floor(log10(low))) : ceil(low / step - 1e-9) * step;
+        for (double v = first; v <= high * (1 + 1e-9); v = next) {
+            bool two = round(v / pow(10, floor(log10(v) + 1e-9))) == 2;
+            next = log_axis ? v * (two ? 2.5 : 2) : v + step;
+            if (v >= low) tick(a, axis, v, fmt("%g", fabs(v) < 1e-9 * step ? 0 : v));
         }
     }
     frame(a, title);
@@ -2352,40 +2363,14 @@ static void axes(const Plot *a, const char *title) {
 // A line through (x, y), or, where `back` is given, the band between y and back.
 static void curve(const Plot *a, const double *x, const double *y, const double *back, int n,
                   const char *color, double width, double opacity) {
-    fprintf(svg,
-            "<path fill='%s' fill-opacity='%.2f' stroke='%s' stroke-opacity='%.2f' stroke-width='%.1f' d='",
-            back ? color : "none", opacity, back ? "none" : color, opacity, width);
+    fprintf(svg, "<path fill='%s' stroke='%s' opacity='%.2f' stroke-width='%.1f' d='", back ? color : "none",
+            back ? "none" : color, opacity, width);
     for (int i = 0; i < n; i++) fprintf(svg, "%c%.1f %.1f", i ? 'L' : 'M', at_x(a, x[i]), at_y(a, y[i]));
     for (int i = n - 1; back && i >= 0; i--) fprintf(svg, "L%.1f %.1f", at_x(a, x[i]), at_y(a, back[i]));
     fputs("'/>\n", svg);
 }
 
 // ---- logs of osp train and osp grpo ----------------------------------------------------------------------
-enum { MOST_LOGS = 8, FIELDS = 5 };
-typedef struct { int n; double *step, *field[FIELDS]; } Log;
-
-// Lines "HEAD 10/600 .. KEY number ..". Field k: the key, then how sscanf finds the number after it.
-static Log read_log(const char *path, const char *head, const char *const (*field)[2], int count, bool must) {
-    enum { ROOM = 1 << 16 };
-    char line[1024];
-    FILE *file = fopen(path, "r");
-    Log l = {0, doubles(ROOM), {NULL}};
-    if (!file)
-        die("%s: %s; give the log of osp train or osp grpo (its standard output)", path, strerror(errno));
-    for (int k = 0; k < count; k++) l.field[k] = doubles(ROOM);
-    while (l.n < ROOM && fgets(line, sizeof line, file)) {
-        bool ok = !strncmp(line, head, strlen(head)) && sscanf(line + strlen(head), "%lf", &l.step[l.n]) == 1;
-        for (int k = 0; ok && k < count; k++) {
-            const char *at = strstr(line, field[k][0]);
-            ok = at && sscanf(at + strlen(field[k][0]), field[k][1], &l.field[k][l.n]) == 1;
-        }
-        l.n += ok;
-    }
-    fclose(file);
-    if (!l.n && must)
-        die("%s: no line like \"%s10/600 ..%s..\"; give osp's standard output", path, head, field[0][0]);
-    return l;
-}
 
 static double *smoothed(const double *y, int n) {        // the mean of a window around each point
     double *s = doubles(n);
@@ -2397,65 +2382,55 @@ static double *smoothed(const double *y, int n) {        // the mean of a window
     return s;
 }
 
-// One panel: field `mean` of each log; the band from low to high, or, where these are the mean, smoothed.
-static Plot show_curves(double y, double h, bool log_y, const Log *logs, int count, int mean, int low,
-                        int high, const char *title) {
-    Plot a = {80, y, 880, h, 0, 1, INFINITY, -INFINITY, log_y};
-    for (const Log *l = logs; l < logs + count; l++)
-        for (int j = 0; j < l->n; j++) {
-            a.x1 = fmax(a.x1, l->step[j]);
-            a.y0 = fmin(a.y0, l->field[low][j]), a.y1 = fmax(a.y1, l->field[high][j]);
-        }
-    double room = log_y ? 0 : 0.06 * (a.y1 - a.y0) + 1e-6;
-    a.y0 -= room, a.y1 += room;
-    axes(&a, title);
+// ---- loss, reward: logs of osp train and osp grpo --------------------------------------------------------
+enum { MOST_LOGS = 8 };
+typedef struct { const char *title, *head, *key; double y, h; bool log_y, band; } Panel;
+static const Panel PANEL[] = {
+    {"loss: mean (v − (noise − data))², and its running mean", "step ", " loss ", 120, 390, true, false},
+    {"reward of an update's videos (thin), its running mean, and the held-out score (dots)", "update ",
+     " reward ", 120, 320, false, false},
+    {"KL to the model without its adapter, and its running mean", "update ", " kl ", 520, 150, false, false},
+    {"ratio: mean, least and largest of an update", "update ", " ratio ", 750, 150, false, true}};
+
+// A number of each log, thin, and its running mean; or of three numbers the mean and the band around it.
+static Plot show_panel(const Panel *p, const char *const *paths, int count) {
+    Plot a = {80, p->y, 880, p->h, 0, 1, INFINITY, -INFINITY, p->log_y};
+    Series low[MOST_LOGS], high[MOST_LOGS];
     for (int i = 0; i < count; i++) {
-        const Log *l = &logs[i];
-        double *middle = low == mean ? smoothed(l->field[mean], l->n) : l->field[mean];
-        curve(&a, l->step, l->field[low], low == mean ? NULL : l->field[high], l->n, OTHER_COLOR[i], 1, 0.3);
-        curve(&a, l->step, middle, NULL, l->n, OTHER_COLOR[i], 2.5, 1);
+        low[i] = read_series(paths[i], p->head, p->key, 0);
+        high[i] = read_series(paths[i], p->head, p->key, 2 * p->band);
+        if (!low[i].n) die("%s: no line \"%s10/600 ..%s..\"; give osp's output", paths[i], p->head, p->key);
+        for (int j = 0; j < low[i].n; j++) {
+            a.x1 = fmax(a.x1, low[i].x[j]);
+            a.y0 = fmin(a.y0, low[i].y[j]), a.y1 = fmax(a.y1, high[i].y[j]);
+        }
+    }
+    double room = p->log_y ? 0 : 0.06 * (a.y1 - a.y0) + 1e-6;
+    a.y0 -= room, a.y1 += room;
+    axes(&a, p->title);
+    for (int i = 0; i < count; i++) {
+        Series s = low[i];
+        curve(&a, s.x, s.y, p->band ? high[i].y : NULL, s.n, OTHER_COLOR[i], 1, 0.3);
+        double *mean = p->band ? read_series(paths[i], p->head, p->key, 1).y : smoothed(s.y, s.n);
+        curve(&a, s.x, mean, NULL, s.n, OTHER_COLOR[i], 2.5, 1);
     }
     return a;
 }
 
-// What osp grpo --eval prints, on the panel of the rewards.
-static void show_held_out(Plot a, const char *const *paths, int count) {
-    static const char *const SCORE[][2] = {{": ", "%lf"}};
-    for (int i = 0; i < count; i++) {
-        Log l = read_log(paths[i], "held out after ", SCORE, 1, false);
-        for (int j = 0; j < l.n; j++) l.field[0][j] /= 100;
-        curve(&a, l.step, l.field[0], NULL, l.n, OTHER_COLOR[i], 1.5, 1);
-        for (int j = 0; j < l.n; j++) dot(at_x(&a, l.step[j]), at_y(&a, l.field[0][j]), 5, OTHER_COLOR[i]);
-    }
-}
-
 static void show_logs(const char *const *paths, int count, bool reward) {
-    static const char *const LOSS[][2] = {{" loss ", "%lf"}}, *const REWARD[][2] = {
-                                                                  {" reward ", "%lf"},
-                                                                  {" kl ", "%lf"},
-                                                                  {" ratio ", "%lf"},
-                                                                  {" ratio ", "%*f %lf"},
-                                                                  {" ratio ", "%*f %*f %lf"}};
-    Log *l = (Log *)xalloc(MOST_LOGS, sizeof(Log));
     picture(1000, reward ? 960 : 560, reward ? "Mix-GRPO, by update" : "Flow matching, by training step", "");
+    Plot a = show_panel(&PANEL[reward], paths, count);
     for (int i = 0; i < count; i++) {
         const char *slash = strrchr(paths[i], '/'), *name = slash ? slash + 1 : paths[i];
-        l[i] = reward ? read_log(paths[i], "update ", REWARD, 5, true)
-                      : read_log(paths[i], "step ", LOSS, 1, true);
-        label(960 - 120 * (count - 1 - i), 74, 13, 'e', OTHER_COLOR[i], "%.*s", (int)strcspn(name, "."),
-              name);
+        label(1080 - 120 * (count - i), 74, 13, 'e', OTHER_COLOR[i], "%.*s", (int)strcspn(name, "."), name);
+        Series held = read_series(paths[i], "held out after ", ": ", 0);
+        for (int j = 0; j < held.n; j++) {
+            held.y[j] /= 100;
+            dot(at_x(&a, held.x[j]), at_y(&a, held.y[j]), 5, OTHER_COLOR[i]);
+        }
+        if (held.n) curve(&a, held.x, held.y, NULL, held.n, OTHER_COLOR[i], 1.5, 1);
     }
-    if (!reward)
-        show_curves(120, 390, true, l, count, 0, 0, 0,
-                    "loss: mean (v − (noise − data))², and its running mean");
-    if (!reward) return;
-    show_held_out(show_curves(120, 320, false, l, count, 0, 0, 0,
-                              "reward of an update's videos (thin), its running mean, "
-                              "and the held-out score (dots)"),
-                  paths, count);
-    show_curves(520, 150, false, l, count, 1, 1, 1,
-                "KL to the model without its adapter, and its running mean");
-    show_curves(750, 150, false, l, count, 3, 2, 4, "ratio: mean, least and largest of an update");
+    for (int k = 2; k < 4 && reward; k++) show_panel(&PANEL[k], paths, count);
 }
 
 // ---- skiparse: who attends with whom ---------------------------------------------------------------------
@@ -2464,61 +2439,56 @@ static void show_logs(const char *const *paths, int count, bool reward) {
 static void skiparse_panel(double x, double y, double cell, int kind, int H, int W, int P, int h0, int w0) {
     int mine = subsequence(kind, h0, w0, P);
     const Pattern *p = &patterns_of(1, H, W, P, 1)[kind];
+    const char *color = PATTERN_COLOR[kind];
     double unit = cell / H, below = y + H * cell + 14;
-    label(x, y - 12, 15, 's', PATTERN_COLOR[kind], "%s", PATTERN_NAME[kind]);
+    label(x, y - 12, 15, 's', color, "%s", PATTERN_NAME[kind]);
     for (int i = 0; i < H * W; i++) {
         int s = subsequence(kind, i / W, i % W, P);
         double left = x + i % W * cell, top = y + i / W * cell;
-        box(left + 1, top + 1, cell - 2, cell - 2, PATTERN_COLOR[kind], s == mine ? 0.95 : 0.14);
+        box(left + 1, top + 1, cell - 2, cell - 2, color, s == mine ? 0.95 : 0.14);
         label(left + cell / 2, top + cell / 2 + 5, 13, 'm', s == mine ? PAPER : SOFT, "%d", s);
     }
     rim(x + w0 * cell, y + h0 * cell, cell, cell, INK, 3);
     for (int s = 0; s < p->count; s++) {
         int n = p->start[s + 1] - p->start[s];
-        box(x + unit * p->start[s] + 1, below, unit * n - 2, 24, PATTERN_COLOR[kind],
-            s == mine ? 0.95 : 0.14);
+        box(x + unit * p->start[s] + 1, below, unit * n - 2, 24, color, s == mine ? 0.95 : 0.14);
         label(x + unit * (p->start[s] + n / 2.0), below + 17, 12, 'm', s == mine ? PAPER : SOFT, "%d", n);
     }
 }
 
 // What the traced token has heard after a token-wise and then a group-wise block.
 static void heard_panel(double x, double y, double cell, int H, int W, int P, int h0, int w0) {
+    static const double OPACITY[] = {0.05, 0.45, 0.95};
     uint8_t *heard = (uint8_t *)xalloc(H * W, 1);
     int count = heard_of(heard, H, W, P, h0, w0);
     for (int i = 0; i < H * W; i++)
-        box(x + i % W * cell + 1, y + i / W * cell + 1, cell - 2, cell - 2,
-            PATTERN_COLOR[heard[i] == 2 ? GROUP_WISE : TOKEN_WISE],
-            heard[i] == 2 ? 0.95
-            : heard[i]    ? 0.45
-                          : 0.05);
+        box(x + i % W * cell + 1, y + i / W * cell + 1, cell - 2, cell - 2, PATTERN_COLOR[heard[i]],
+            OPACITY[heard[i]]);
     rim(x + w0 * cell, y + h0 * cell, cell, cell, INK, 3);
-    label(x, y - 12, 15, 's', INK, "heard after both");
-    label(x, y + H * cell + 24, 13, 's', PATTERN_COLOR[GROUP_WISE], "directly, in the group-wise block");
-    label(x, y + H * cell + 44, 13, 's', PATTERN_COLOR[TOKEN_WISE],
-          "through these, in the token-wise block before");
-    label(x, y + H * cell + 64, 13, 's', INK, "%d of %d tokens", count, H * W);
+    y += H * cell;
+    label(x, y - H * cell - 12, 15, 's', INK, "heard after both");
+    label(x, y + 24, 13, 's', PATTERN_COLOR[GROUP_WISE], "directly, in the group-wise block");
+    label(x, y + 44, 13, 's', PATTERN_COLOR[TOKEN_WISE], "through these, in the token-wise block before");
+    label(x, y + 64, 13, 's', INK, "%d of %d tokens", count, H * W);
 }
 
-static void show_skiparse(int P) {
-    enum { H = 8, W = 8, h0 = 5, w0 = 2 };
-    const char *token = PATTERN_COLOR[TOKEN_WISE], *group = PATTERN_COLOR[GROUP_WISE];
-    int rows = 2 * P + 1, columns = 3 * P;
-    picture(1060, 604 + 27 * rows, fmt("Skiparse-2D: which tokens attend together (P = %d)", P),
+static void show_skiparse(void) {
+    enum { H = 8, W = 8, P = 2, RAGGED_H = 5, RAGGED_W = 6, h0 = 5, w0 = 2 };
+    static const char *const RULE[] = {"", "token-wise: (h mod P)·P + w mod P",
+                                       "group-wise: (⌊h/P⌋ mod P)·P + ⌊w/P⌋ mod P"};
+    picture(1060, 739, "Skiparse-2D: which tokens attend together (P = 2)",
             "Numbers: the token's subsequence. Strong: that of the traced token (framed). Bars: the "
             "rearranged sequence.");
-    skiparse_panel(40, 130, 34, TOKEN_WISE, H, W, P, h0, w0);
-    skiparse_panel(380, 130, 34, GROUP_WISE, H, W, P, h0, w0);
     heard_panel(720, 130, 34, H, W, P, h0, w0);
-    label(40, 496, 15, 's', INK, "A ragged grid, %d x %d: lengths differ, no token is padded", rows, columns);
-    skiparse_panel(40, 540, 27, TOKEN_WISE, rows, columns, P, rows - 2, P);
-    skiparse_panel(380, 540, 27, GROUP_WISE, rows, columns, P, rows - 2, P);
+    label(40, 496, 15, 's', INK, "A ragged grid, 5 x 6: lengths differ, no token is padded");
     label(720, 546, 15, 's', INK, "The traced token: (h, w) = (%d, %d)", h0, w0);
-    label(720, 576, 13, 's', token, "token-wise: (h mod P)·P + w mod P");
-    label(720, 596, 13, 's', token, "= (%d mod %d)·%d + %d mod %d = %d", h0, P, P, w0, P,
-          subsequence(TOKEN_WISE, h0, w0, P));
-    label(720, 628, 13, 's', group, "group-wise: (⌊h/P⌋ mod P)·P + ⌊w/P⌋ mod P");
-    label(720, 648, 13, 's', group, "= (%d mod %d)·%d + %d mod %d = %d", h0 / P, P, P, w0 / P, P,
-          subsequence(GROUP_WISE, h0, w0, P));
+    for (int k = TOKEN_WISE; k <= GROUP_WISE; k++) {
+        int left = 40 + 340 * (k - 1), y = 576 + 52 * (k - 1), s = subsequence(k, h0, w0, P);
+        skiparse_panel(left, 130, 34, k, H, W, P, h0, w0);
+        skiparse_panel(left, 540, 27, k, RAGGED_H, RAGGED_W, P, RAGGED_H - 2, P);
+        label(720, y, 13, 's', PATTERN_COLOR[k], "%s", RULE[k]);
+        label(720, y + 20, 13, 's', PATTERN_COLOR[k], "= %d·%d + %d = %d", s / P, P, s % P, s);
+    }
 }
 
 // ---- model: the layout of the blocks, and one of them ----------------------------------------------------
@@ -2582,8 +2552,8 @@ static void show_hif8(void) {
     int n[4] = {hif8_values(v[0]), float8_values(v[1], 3, 7, 448), float8_values(v[2], 2, 15, 57344), 0};
     Plot a = {100, 110, 860, 300, LOW, HIGH, 0x1p-8, 3, true};
     picture(1000, 670, "HiF8: precision near 1, range far away", "");
-    for (int e = 0; e <= 7; e++) tick_y(&a, ldexp(1, -e), fmt(e ? "1/%d" : "1", 1 << e));
-    for (int k = LOW; k <= HIGH; k += 4) tick_x(&a, k, fmt("2^%d", k));
+    for (int e = 0; e <= 7; e++) tick(&a, true, ldexp(1, -e), fmt(e ? "1/%d" : "1", 1 << e));
+    for (int k = LOW; k <= HIGH; k += 4) tick(&a, false, k, fmt("2^%d", k));
     frame(&a, "Relative step: from a value to the next one, over the power of two below");
     label(a.x, 466, 15, 's', INK, "The positive values themselves");
     for (int f = 3; f >= 0; f--) {
@@ -2676,35 +2646,33 @@ static void show_ranks(const Config *c, const char *name, int R) {
 // ---- grpo: one noise, a window of SDE steps, a group that fans out, and what its rewards push -------------
 static void show_grpo(void) {
     enum { G = 5, S = 8, WINDOW = 2 };
-    static const double END[G] = {-125, -60, 5, 70, 125}, REWARD[G] = {0.35, 0.62, 0.88, 0.71, 0.44};
-    double advantage[G], sigma[S + 1];
+    static const double END[G] = {125, 60, -5, -70, -125}, REWARD[G] = {0.35, 0.62, 0.88, 0.71, 0.44};
+    double advantage[G], sigma[S + 1], x[S + 1], y[S + 1];
+    Plot a = {70, 120, 560, 310, 0, S, -150, 160, false};
     picture(1000, 470, "Mix-GRPO: a group of videos of one caption, from one noise",
             "a sketch: chance spreads the group; a reward above the mean makes that chance likelier");
     schedule(sigma, S, 1);
     advantages(advantage, REWARD, G);
-    for (int i = 0; i <= S; i++) {
-        double x = 70 + 560 * i / S;
-        line(x, 120, x, 430, FAINT, 1);
-        label(x, 452, 12, 'm', SOFT, "σ %.3g", sigma[i]);
+    for (int i = 0; i <= S; i++) x[i] = i, tick(&a, false, i, fmt("σ %.3g", sigma[i]));
+    for (int ode = 0; ode < 2; ode++) {
+        double left = at_x(&a, ode ? WINDOW : 0), wide = at_x(&a, ode ? S : WINDOW) - left;
+        box(left, 108, wide, 26, PATTERN_COLOR[ode ? 0 : 2], 0.9);
+        label(left + wide / 2, 126, 13, 'm', PAPER, ode ? "ODE: no noise, no gradient" : "window: SDE");
     }
-    box(70, 108, 560.0 * WINDOW / S, 26, PATTERN_COLOR[2], 0.9);
-    label(70 + 280.0 * WINDOW / S, 126, 13, 'm', PAPER, "window: SDE");
-    box(70 + 560.0 * WINDOW / S, 108, 560.0 * (S - WINDOW) / S, 26, PATTERN_COLOR[0], 0.9);
-    label(350 + 280.0 * WINDOW / S, 126, 13, 'm', PAPER, "ODE: no noise, no gradient");
     for (int v = 0; v < G; v++) {
-        double x = 70, y = 280;
-        for (int i = 1; i <= S; i++) {                   // chance spreads them, then each goes its way
+        for (int i = 0; i <= S; i++) {                   // chance spreads them, then each goes its way
             double part = i <= WINDOW ? 0.55 * i / WINDOW : 0.55 + 0.45 * (i - WINDOW) / (S - WINDOW);
-            double jump = i == 1 ? 14 * sin(3.0 * v + 1) : 0, next = 280 + END[v] * part + jump;
-            line(x, y, 70 + 560 * i / S, next, PATTERN_COLOR[i <= WINDOW ? 2 : 0], i <= WINDOW ? 2.5 : 1.5);
-            x = 70 + 560 * i / S, y = next;
-            dot(x, y, i <= WINDOW ? 4 : 2.5, PATTERN_COLOR[i <= WINDOW ? 2 : 0]);
+            y[i] = END[v] * part - (i == 1 ? 14 * sin(3.0 * v + 1) : 0);
+            dot(at_x(&a, i), at_y(&a, y[i]), i <= WINDOW ? 4 : 2.5, PATTERN_COLOR[i <= WINDOW ? 2 : 0]);
         }
+        curve(&a, x, y, NULL, WINDOW + 1, PATTERN_COLOR[2], 2.5, 1);
+        curve(&a, x + WINDOW, y + WINDOW, NULL, S - WINDOW + 1, PATTERN_COLOR[0], 1.5, 1);
         const char *color = OTHER_COLOR[advantage[v] > 0 ? 0 : 2];
-        box(650, y - 11, 150 * REWARD[v], 22, RIM, 0.6);
-        label(656, y + 5, 13, 's', INK, "reward %.2f", REWARD[v]);
-        label(880, y + 5, 15, 'e', color, "%+.2f", advantage[v]);
-        label(892, y + 5, 13, 's', color, "%s", advantage[v] > 0 ? "likelier" : "less likely");
+        double middle = at_y(&a, y[S]);
+        box(650, middle - 11, 150 * REWARD[v], 22, RIM, 0.6);
+        label(656, middle + 5, 13, 's', INK, "reward %.2f", REWARD[v]);
+        label(880, middle + 5, 15, 'e', color, "%+.2f", advantage[v]);
+        label(892, middle + 5, 13, 's', color, "%s", advantage[v] > 0 ? "likelier" : "less likely");
     }
     dot(70, 280, 7, INK);
     label(62, 260, 13, 'e', INK, "noise");
@@ -2714,40 +2682,32 @@ static void show_grpo(void) {
 }
 
 // ---- cost: where a block's time goes, from two logs of bench, bf16 and HiF8 ------------------------------
-static void read_parts(double (*ms)[PARTS], const char *path) {          // ms[full, sparse][part]
-    char text[256];
-    FILE *file = fopen(path, "r");
-    if (!file) die("%s: %s", path, strerror(errno));
-    while (fgets(text, sizeof text, file))
-        for (int part = 0; part < BACK_LINEARS; part++)
-            if (!strncmp(text, PART[part].name, strlen(PART[part].name)) && strlen(text) > 28)
-                sscanf(text + 28, " | %lf %*f%% %*f %*c | %lf", &ms[0][part], &ms[1][part]);
-    fclose(file);
-}
-
 static void show_cost(const char *const *log) {
     static const char *const BYTES[][2] = {
         {"forward", "x: bf16 → one byte, the HiF8 value of 15·x/max|x| as E4M3; W likewise → y: bf16"},
         {"attention", "q, k: one byte; v and P: bf16 (8 bits of P are too few over 80,640 keys) → o: bf16"},
         {"backward", "dy: bf16 → bytes of 224·dy/max|dy|, turned, too; W, x turned → dx: bf16, dW: float"}};
-    double ms[2][2][PARTS] = {{{0}}};
-    for (int i = 0; i < 2; i++) read_parts(ms[i], log[i]);
     picture(1060, 560, "Where a block's time goes", "14B at 768P on one H100: 80,640 tokens, milliseconds");
     for (int bar = 0; bar < 4; bar++) {
-        double x = 160, y = 110 + 46 * bar + 14 * (bar / 2), *t = ms[bar % 2][bar / 2], sum = 0;
-        label(150, y + 22, 13, 'e', PATTERN_COLOR[bar / 2], "%s, %s", bar / 2 ? "sparse" : "full",
-              bar % 2 ? "HiF8" : "bf16");
+        bool sparse = bar / 2, eight = bar % 2;
+        double x = 160, y = 110 + 46 * bar + 14 * sparse, sum = 0;
+        label(150, y + 22, 13, 'e', PATTERN_COLOR[sparse], "%s, %s", sparse ? "sparse" : "full",
+              eight ? "HiF8" : "bf16");
         for (int part = 0; part < BACK_LINEARS; part++) {
-            double wide = 3.2 * t[part];
+            const char *name = PART[part].name, *key = sparse ? fmt("%c |", PART[part].unit) : "|";
+            Series s = read_series(log[eight], name, key, 0);
+            if (!s.n) die("%s: no line \"%s ..\"; give what test_osp bench prints", log[eight], name);
+            double ms = s.y[0], wide = 3.2 * ms;
             box(x, y, wide, 34, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4);
-            if (wide > 40) label(x + wide / 2, y + 22, 12, 'm', PAPER, "%.1f", t[part]);
-            x += wide, sum += t[part];
+            if (wide > 40) label(x + wide / 2, y + 22, 12, 'm', PAPER, "%.1f", ms);
+            x += wide, sum += ms;
         }
         label(x + 8, y + 22, 14, 's', INK, "%.1f", sum);
     }
     for (int part = 0; part < BACK_LINEARS; part++) {
-        box(160 + part % 3 * 290, 330 + part / 3 * 26, 16, 16, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4);
-        label(184 + part % 3 * 290, 343 + part / 3 * 26, 13, 's', INK, "%s", PART[part].name);
+        double x = 160 + part % 3 * 290, y = 330 + part / 3 * 26;
+        box(x, y, 16, 16, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4);
+        label(x + 24, y + 13, 13, 's', INK, "%s", PART[part].name);
     }
     label(40, 446, 15, 's', INK, "What is read, in bytes");
     for (int i = 0; i < 3; i++) {
@@ -2757,11 +2717,11 @@ static void show_cost(const char *const *log) {
 }
 
 // ---- flow: one number, two data points; what sampling does with the best velocity there is --------------
-// x = σ·ε + (1 − σ)·x0 with x0 = ±1: the mean of x0 given x is tanh((1 − σ)x/σ²), so v = (x − that)/σ.
 static void show_flow(void) {
     enum { S = 8, PATHS = 8 };
+    static const double SHIFT[] = {1, 3, 7};
     Plot a = {100, 130, 520, 360, 1, 0, -2.4, 2.4, false}, b = {720, 130, 260, 360, 0, S, 0, 1, false};
-    double sigma[S + 1];
+    double sigma[S + 1], x[S + 1], step[S + 1];
     picture(1040, 570, "Flow matching: straight lines in training, a few steps in sampling",
             "gray: lines of training, from noise ε (σ = 1) to data x0 = ±1 (σ = 0); color: 8 Euler steps");
     axes(&a, "x along σ"), axes(&b, "the schedule: σ after each step");
@@ -2769,22 +2729,19 @@ static void show_flow(void) {
         line(at_x(&a, 1), at_y(&a, rng_normal(5, 1, i)), at_x(&a, 0), at_y(&a, i % 2 ? 1 : -1), FAINT, 1);
     schedule(sigma, S, 3);
     for (int p = 0; p < PATHS; p++) {
-        double x = -2 + 4.0 * p / (PATHS - 1);
+        const char *color = OTHER_COLOR[p < PATHS / 2];
+        x[0] = -2 + 4.0 * p / (PATHS - 1);
         for (int i = 0; i < S; i++) {
-            double v = (x - tanh((1 - sigma[i]) * x / (sigma[i] * sigma[i]))) / sigma[i];
-            double next = x + (sigma[i + 1] - sigma[i]) * v;
-            const char *color = OTHER_COLOR[x > 0 ? 0 : 1];
-            line(at_x(&a, sigma[i]), at_y(&a, x), at_x(&a, sigma[i + 1]), at_y(&a, next), color, 2);
-            dot(at_x(&a, sigma[i + 1]), at_y(&a, next), 3, color);
-            x = next;
+            double v = (x[i] - tanh((1 - sigma[i]) * x[i] / (sigma[i] * sigma[i]))) / sigma[i];
+            x[i + 1] = x[i] + (sigma[i + 1] - sigma[i]) * v;
+            dot(at_x(&a, sigma[i + 1]), at_y(&a, x[i + 1]), 3, color);
         }
+        curve(&a, sigma, x, NULL, S + 1, color, 2, 1);
     }
+    for (int i = 0; i <= S; i++) step[i] = i;
     for (int k = 0; k < 3; k++) {
-        static const double SHIFT[] = {1, 3, 7};
         schedule(sigma, S, SHIFT[k]);
-        for (int i = 0; i < S; i++)
-            line(at_x(&b, i), at_y(&b, sigma[i]), at_x(&b, i + 1), at_y(&b, sigma[i + 1]), OTHER_COLOR[2 + k],
-                 2);
+        curve(&b, step, sigma, NULL, S + 1, OTHER_COLOR[2 + k], 2, 1);
         label(740, 440 + 20 * k, 13, 's', OTHER_COLOR[2 + k], "shift %g", SHIFT[k]);
     }
     label(100, 540, 13, 's', SOFT, "x += (σ_next − σ)·v; a larger shift spends more of the steps at large σ, "
@@ -2792,96 +2749,93 @@ static void show_flow(void) {
 }
 
 // ---- gradients: what HiF8 and E4M3 make of a trained model's, at one step -------------------------------
-enum { BINADES = 48 };
-typedef struct { double share[BINADES], zeros[2], off[2], squares; size_t n; } Kind;   // [HiF8, E4M3]
-static const char *const FORMAT[] = {"HiF8", "E4M3"};
+enum { BINADES = 48, KINDS = 5 };
+static const double OUTLIER[] = {1, 1000};                   // a largest value so many times as large
+typedef struct { double share[BINADES], zeros[2][2], off[2][2], squares; size_t n; } Kind;  // [outlier][format]
 
 static float e4m3_round(float x) {                           // nearest, |x| <= 448
     double step = ldexp(1, (fabsf(x) < 0x1p-6f ? -6 : ilogbf(x)) - 3);
     return (float)(rint(x / step) * step);
 }
 
-// A tensor's magnitudes by binade below its maximum, and what each format loses; outlier: times the maximum.
-static void count_kind(Kind *kind, const act *device, size_t n, double outlier) {
+// A tensor's magnitudes by binade below its maximum, and what HiF8 and E4M3 lose of it.
+static void count_kind(Kind *kind, const act *device, size_t n) {
     float *g = down_act(device, n), most = 0;
     for (size_t i = 0; i < n; i++) most = fmaxf(most, fabsf(g[i]));
     for (size_t i = 0; i < n; i++) {
         int below = g[i] ? (int)-floor(log2(fabsf(g[i]) / most)) : BINADES;
         if (below < BINADES) kind->share[below] += 1;
         kind->squares += (double)g[i] * g[i], kind->n++;
-        for (int f = 0; f < 2; f++) {
-            double k = (f ? 448 : 224) / (most * outlier);
+        for (int j = 0; j < 4; j++) {
+            int o = j / 2, f = j % 2;
+            double k = (f ? 448 : 224) / (most * OUTLIER[o]);
             double q = (f ? e4m3_round : hif8_round)((float)(g[i] * k)) / k;
-            kind->zeros[f] += q == 0 && g[i] != 0, kind->off[f] += (q - g[i]) * (q - g[i]);
+            kind->zeros[o][f] += q == 0 && g[i] != 0, kind->off[o][f] += (q - g[i]) * (q - g[i]);
         }
     }
 }
 
 // The gradients that enter the products of each block, of 4 clips: of the outputs of ffn.2, ffn.0, q, k, v.
-enum { KINDS = 5 };
-static void gather_kinds(Kind *kind, const char *path, double outlier) {
+static void gather_kinds(Kind *kind, const char *path) {
     File f;
+    TrainOptions o;
+    Batch a;
+    memset(&o, 0, sizeof o);
     file_open(&f, path);
     Config c = config_read(&f);
-    c.quant = c.quant_attn = 0;
+    c.quant = c.quant_attn = 0, o.seed = 3;
     Model *m = model_layout(&c);
-    model_allocate(m, true);
-    weights_read(m, m->param, m->params, &f);
+    model_allocate(m, true), weights_read(m, m->param, m->params, &f);
     Run *r = run_of(m, 4, true);
-    TrainOptions o;
-    memset(&o, 0, sizeof o);
-    o.seed = 3;
-    Batch a;
-    batch_new(&a, r), batch_fill(&a, r, &o, 0);
     size_t count = r->B * latent_size(r);
-    float *x = up(a.x, count), *target = up(a.target, count), *dout = spoiled(count);
-    batch_upload(r, &a, x, target);
-    train_step(r, &a, x, target, dout);
-    head_backward(r, dout);
+    float *x = spoiled(count), *target = spoiled(count), *dout = spoiled(count);
+    batch_new(&a, r), batch_fill(&a, r, &o, 0), batch_upload(r, &a, x, target);
+    train_step(r, &a, x, target, dout), head_backward(r, dout);
     for (int i = c.num_layers - 1; i >= 0; i--) {
         Saved *s = &r->saved[i];
         size_t n = numbers(rows_of(r, s->layout));
-        gate_backward(r->d1, NONE, r->dx, s->y, of_row(s->e, 5, 6, c.dim),
-                      rows_of(r, r->saved[i + 1].layout));
-        count_kind(&kind[0], r->d1, n, outlier);
+        PerSample gate = of_row(s->e, 5, 6, c.dim);
+        gate_backward(r->d1, NONE, r->dx, s->y, gate, rows_of(r, r->saved[i + 1].layout));
+        count_kind(&kind[0], r->d1, n);
         block_backward(r, i);
         const act *const dy[] = {r->dff, r->dq, r->dk, r->dv};
-        for (int j = 0; j < 4; j++) count_kind(&kind[1 + j], dy[j], j ? n : n / c.dim * c.ffn_dim, outlier);
+        for (int j = 0; j < 4; j++) count_kind(&kind[1 + j], dy[j], j ? n : n / c.dim * c.ffn_dim);
     }
 }
 
 static void show_gradients(const char *path) {
     static const char *const NAME[] = {"ffn.2", "ffn.0", "q", "k", "v"};
     Plot a = {100, 120, 860, 330, -34, 0, 0, 0.2, false};
+    Kind kind[KINDS];
     picture(1000, 560, "A trained model's gradients, and what 8 bits hold of them",
             fmt("%s: dy of each product, all blocks, 4 clips; a tensor's largest value is 2^0", path));
-    for (int k = -30; k <= 0; k += 5) tick_x(&a, k, fmt("2^%d", k));
-    for (int k = 0; k <= 4; k++) tick_y(&a, 0.05 * k, fmt("%d %%", 5 * k));
+    for (int k = -30; k <= 0; k += 5) tick(&a, false, k, fmt("2^%d", k));
+    for (int k = 0; k <= 4; k++) tick(&a, true, 0.05 * k, fmt("%d %%", 5 * k));
     frame(&a, "Share of the values in each binade");
     for (int f = 0; f < 2; f++) {                            // from the smallest value to the scale
         double low = f ? log2(0x1p-9 / 448) : log2(0x1p-22 / 224);
         box(at_x(&a, low), 492 + 30 * f, at_x(&a, 0) - at_x(&a, low), 20, OTHER_COLOR[f], 0.7);
-        label(at_x(&a, low) - 8, 507 + 30 * f, 13, 'e', OTHER_COLOR[f], "%s holds", FORMAT[f]);
+        label(at_x(&a, low) - 8, 507 + 30 * f, 13, 'e', OTHER_COLOR[f], f ? "E4M3 holds" : "HiF8 holds");
     }
+    memset(kind, 0, sizeof kind);
+    gather_kinds(kind, path);
     printf("%-7s %9s | zeros: HiF8, E4M3 | relative error: HiF8, E4M3\n", "dy of", "outlier");
-    for (int spread = 0; spread < 2; spread++) {
-        Kind kind[KINDS];
-        memset(kind, 0, sizeof kind);
-        gather_kinds(kind, path, spread ? 1000 : 1);
-        for (int j = 0; j < KINDS; j++) {
-            double x[34], y[34], n = (double)kind[j].n, norm = kind[j].squares;
-            printf("%-7s %9s | %8.4f %% %8.4f %% | %8.4f %8.4f\n", NAME[j], spread ? "1000x" : "none",
-                   100 * kind[j].zeros[0] / n, 100 * kind[j].zeros[1] / n, sqrt(kind[j].off[0] / norm),
-                   sqrt(kind[j].off[1] / norm));
-            for (int i = 0; i < 34; i++) x[i] = -i - 0.5, y[i] = kind[j].share[i + 1] / n;
-            if (!spread) curve(&a, x, y, NULL, 34, OTHER_COLOR[2 + j], 2.5, 1);
-            if (!spread) label(120, 150 + 22 * j, 14, 's', OTHER_COLOR[2 + j], "dy of %s", NAME[j]);
-        }
+    for (int i = 0; i < 2 * KINDS; i++) {
+        const Kind *k = &kind[i % KINDS];
+        const double *zeros = k->zeros[i / KINDS], *off = k->off[i / KINDS], n = (double)k->n / 100;
+        printf("%-7s %9s | %8.4f %% %8.4f %% | %8.4f %8.4f\n", NAME[i % KINDS], i < KINDS ? "none" : "1000x",
+               zeros[0] / n, zeros[1] / n, sqrt(off[0] / k->squares), sqrt(off[1] / k->squares));
+    }
+    for (int j = 0; j < KINDS; j++) {
+        double x[34], y[34];
+        for (int i = 0; i < 34; i++) x[i] = -i - 0.5, y[i] = kind[j].share[i + 1] / (double)kind[j].n;
+        curve(&a, x, y, NULL, 34, OTHER_COLOR[2 + j], 2.5, 1);
+        label(120, 150 + 22 * j, 14, 's', OTHER_COLOR[2 + j], "dy of %s", NAME[j]);
     }
 }
 
 // ---- the command -----------------------------------------------------------------------------------------
-typedef struct { const char *out, *preset; Captions words; int P, R; } ShowOptions;
+typedef struct { const char *out, *preset; Captions words; int R; } ShowOptions;
 
 static void draw_picture(const ShowOptions *o) {
     const char *kind = o->words.count ? o->words.text[0] : "nothing";
@@ -2889,7 +2843,7 @@ static void draw_picture(const ShowOptions *o) {
     int count = o->words.count - 1;
     Config c = shape_config(name);
     one_of("show", kind, "skiparse|model|hif8|flow|ranks|grpo|gradients|cost|loss|reward:");
-    if (!strcmp(kind, "skiparse")) show_skiparse(o->P);
+    if (!strcmp(kind, "skiparse")) show_skiparse();
     else if (!strcmp(kind, "model")) show_model(&c, name);
     else if (!strcmp(kind, "hif8")) show_hif8();
     else if (!strcmp(kind, "flow")) show_flow();
@@ -2908,18 +2862,17 @@ static int show(int argc, char **argv) {
         {"", "KIND", 'm', AT(words), NULL, 0, 0,
          "skiparse, model, hif8, flow, ranks, grpo; gradients FILE; cost, loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
-        {"", "-P", 'i', AT(P), "2", 1, 8, "sparse ratio (skiparse)"},
         {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
         {"", "--preset", 's', AT(preset), NULL, 0, 0,
          "tiny, toy, 1.3b-480p, 14b-720p, 14b-768p (model, ranks)"},
     };
     #undef AT
-    const char *said[5], *why;
+    const char *said[4], *why;
     char *text;
     size_t size;
     ShowOptions o;
     memset(&o, 0, sizeof o);
-    parse_options(argc, argv, "test_osp show ranks -R 4 -o ranks.svg", OPTION, 5, 0, &o, said);
+    parse_options(argc, argv, "test_osp show ranks -R 4 -o ranks.svg", OPTION, 4, 0, &o, said);
     if (!(svg = open_memstream(&text, &size))) die("no memory for a picture: %s", strerror(errno));
     draw_picture(&o);
     fputs("</svg>\n", svg);
