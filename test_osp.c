@@ -213,10 +213,80 @@ static float *nearest_tensor(const float *x, size_t n, float s) {
 static void check_hif8(float *x, size_t n, float s) {
     float *m = spoiled(1);
     act *device = up_act(x, n), *q = spoiled_act(n);
-    absmax(m, device, n);
-    hif8_tensor(plain(q), device, n, 1, s, m);
+    absmax(m, device, n), hif8_tensor(plain(q), device, n, 1, s, m);
     row(!same_bits(down_act(q, n), as_act(nearest_tensor(down_act(device, n), n, s), n), n), 0,
         fmt("Q(x; %g) of %zu numbers, bit for bit", s, n));
+}
+
+// ---- HiF8 as E4M3 codes, on a card that multiplies them --------------------------------------------------
+static double code_value(uint8_t c) {                        // E4M3: sign, 4 bits of exponent, 3 of mantissa
+    int e = c >> 3 & 15, m = c & 7;
+    double size = (c & 127) == 127 ? NAN : e ? ldexp(8 + m, e - 10) : ldexp(m, -9);
+    return c & 128 ? -size : size;
+}
+
+static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
+
+// A factor's numbers on the host, codes or not.
+static float *down_factor(Factor f, size_t n) {
+    if (!f.code) return down_act(f.x, n);
+    uint8_t *code = (uint8_t *)xalloc(n, 1);
+    float *x = floats(n), unit = *down(f.unit, 1);
+    download(code, f.code, n);
+    for (size_t i = 0; i < n; i++) x[i] = (float)code_value(code[i]) * unit;
+    return x;
+}
+
+// x as a product reads it: codes of Q(x; s), or, where s is 0, x itself; *value: what that says, on the host.
+static Factor factor(float **value, act *x, int rows, int columns, float s) {
+    size_t n = (size_t)rows * columns;
+    Factor f = plain(x);
+    if (s > 0) {
+        float *m = spoiled(1);
+        f.x = NULL, f.code = (uint8_t *)spoiled_bytes(n), f.unit = spoiled(1);
+        f.turned = (uint8_t *)spoiled_bytes(columns * to_16(rows));
+        absmax(m, x, n), hif8_tensor(f, x, rows, columns, s, m);
+    }
+    *value = down_factor(f, n);
+    return f;
+}
+
+// Codes have a limit of their own that bfloat16 does not widen.
+static void op_row(double code_limit, double limit, const char *what) {
+    if (code_limit > 0) strict_row(code_limit, fmt("codes, %s", what));
+    else worst_row(limit, what);
+}
+
+// Every code is hif8_round of the scaled number, but below E4M3's exact values its nearest; turned ones are
+// the same, with zeros behind the last row.
+static void check_codes(int rows, int columns, float s) {
+    size_t n = (size_t)rows * columns, padded = to_16(rows);
+    float *x = noise(1, n, 1), *value, amax = 0;
+    for (size_t i = 0; i < n; i++) x[i] *= expf(3 * rng_normal(78, 1, i));
+    act *device = up_act(x, n);
+    Factor f = factor(&value, device, rows, columns, s);
+    uint8_t *code = (uint8_t *)xalloc(n, 1), *turned = (uint8_t *)xalloc(columns * padded, 1);
+    download(code, f.code, n), download(turned, f.turned, columns * padded);
+    x = down_act(device, n);
+    for (size_t i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
+    double scale = s > 15 ? 2 : 16, wrong = 0, k = s / amax;
+    for (size_t i = 0; i < n; i++) {
+        double want = hif8_round(x[i] * (float)k) * scale, off = fabs(code_value(code[i]) - want);
+        wrong += fabs(want) < 0x1p-6 ? off > 0x1p-10 : off != 0;
+    }
+    for (size_t i = 0; i < columns * padded; i++) {
+        size_t r = i % padded, c = i / padded;
+        wrong += turned[i] != (r < (size_t)rows ? code[r * columns + c] : 0);
+    }
+    row(wrong, 0, fmt("codes of Q(x; %g), [%d, %d], and turned, one by one", s, rows, columns));
+    row(fabs(*down(f.unit, 1) * k * scale - 1), 1e-6, "what a code is worth");
+}
+
+// Some numbers `spike` times as large.
+static act *spiky(uint64_t stream, size_t n, double mean, float spike) {
+    float *x = noise(stream, n, 1);
+    for (size_t i = 0; i < n; i++) x[i] = (x[i] + (float)mean) * (i % 10007 == 5 ? spike : 1);
+    return up_act(x, n);
 }
 
 // c[rows, columns] = plus + Σ_k a[row·ar + k·ak]·b[column·br + k·bk].
@@ -249,32 +319,29 @@ static float *mapped(double (*f)(double), const float *u, const float *dy, size_
     return y;
 }
 
-static void check_linear(int R, int O, int I) {
-    int nx = R * I, nw = O * I, n = R * O;
-    Given x = given(1, nx, 1), w = given(2, nw, 1), b = given(3, O, 1), dy = given(4, n, 1);
-    Factor xs = plain(x.a), ws = plain(w.a), dys = plain(dy.a);
-    float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O), one = 1;
+static void check_linear(int R, int O, int I, bool codes, double mean, float spike) {
+    size_t nx = (size_t)R * I, nw = (size_t)O * I, n = (size_t)R * O;
+    float *xv, *wv, *dv, *b = as_act(noise(3, O, 1), O), *bias = up(b, O), one = 1;
+    Factor x = factor(&xv, spiky(1, nx, mean, spike), R, I, codes ? 15 : 0);
+    Factor w = factor(&wv, spiky(2, nw, mean, 1), O, I, codes ? 15 : 0);
+    Factor dy = factor(&dv, spiky(4, n, mean, spike), R, O, codes ? 224 : 0);
+    float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O);
     act *y = spoiled_act(n), *z = spoiled_act(n), *dx = spoiled_act(nx), *more = up_act(plus, nx);
-    act *g = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n), *s = spoiled_act(n);
-    act *dg = up_act(dy.h, n), *ds = up_act(dy.h, n);
-    linear_forward(y, xs, ws, b.f, R, O, I), linear_forward(z, xs, ws, NULL, R, O, I);
-    linear_backward(dx, dw, db, dys, xs, ws, R, O, I, false);
-    linear_backward(more, NULL, NULL, dys, xs, ws, R, O, I, true);
-    linear_gelu_forward(g, pre, xs, ws, b.f, R, O, I), linear_gelu_forward(bare, NULL, xs, ws, b.f, R, O, I);
-    gelu_backward(dg, dg, pre, n), silu_forward(s, pre, n), silu_backward(ds, ds, pre, n);
-    float *u = product(repeated(b.h, O, R), R, O, I, x.h, I, 1, w.h, I, 1);
+    act *g = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n);
+    linear_forward(y, x, w, bias, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
+    linear_backward(dx, dw, db, dy, x, w, R, O, I, false);
+    linear_backward(more, NULL, NULL, dy, x, w, R, O, I, true);
+    linear_gelu_forward(g, pre, x, w, bias, R, O, I), linear_gelu_forward(bare, NULL, x, w, bias, R, O, I);
+    float *u = product(repeated(b, O, R), R, O, I, xv, I, 1, wv, I, 1), *want = mapped(gelu, u, NULL, n);
     near_act("y", y, u, n), near_act("pre", pre, u, n);
-    near_act("y without bias", z, product(NULL, R, O, I, x.h, I, 1, w.h, I, 1), n);
-    near_act("dx", dx, product(NULL, R, I, O, dy.h, O, 1, w.h, 1, I), nx);
-    near_act("dx added", more, product(plus, R, I, O, dy.h, O, 1, w.h, 1, I), nx);
-    near("dw", dw, product(plus, O, I, R, dy.h, 1, O, x.h, 1, I), nw);
-    near("db", db, product(plus, O, 1, R, dy.h, 1, O, &one, 0, 0), O);
-    near_act("gelu", g, mapped(gelu, u, NULL, n), n);
-    near_act("gelu, pre NULL", bare, mapped(gelu, u, NULL, n), n);
-    near_act("gelu backward", dg, mapped(gelu, u, dy.h, n), n);
-    near_act("silu", s, mapped(silu, u, NULL, n), n);
-    near_act("silu backward", ds, mapped(silu, u, dy.h, n), n);
-    worst_row(2e-6, fmt("linear %dx%dx%d, GELU, SiLU,", R, O, I));
+    near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), n);
+    near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
+    near_act("dx added", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
+    near_act("gelu", g, want, n), near_act("gelu, pre NULL", bare, want, n);
+    op_row(codes ? 3e-3 : 0, 2e-6, fmt("linear %dx%dx%d, GELU,", R, O, I));
+    near("dw", dw, product(plus, O, I, R, dv, 1, O, xv, 1, I), nw);
+    near("db", db, product(plus, O, 1, R, dv, 1, O, &one, 0, 0), O);
+    op_row(codes ? 5e-4 : 0, 2e-6, fmt("linear %dx%dx%d, dw and db,", R, O, I));
 }
 
 // A vector for each sample in the second of three slots, NaN in the others; stride 0 where all share one.
@@ -415,52 +482,58 @@ static void attention_formula(const Attended *t, int a, int h, int k0, int n) {
 }
 
 // Scores that try a softmax: queries and keys lifted apart (scores far below 0), keys that grow from first to
-// last, spikes. There query 5 is NaN, and must stay so, alone; gradients are not asked for.
-enum { USUAL, LARGE, FAR_BELOW, SPIKES, GROWING, SHRINKING };
-static const struct { const char *name; float scale, apart, first, last, spike; } SCORES[] = {
-    {"usual", 1, 0, 1, 1, 1}, {"large", 3, 0, 1, 1, 1}, {"far below 0", 1, 8, 1, 1, 1},
-    {"spikes", 1, 0, 1, 1, 30}, {"growing", 1, 0, 0, 24, 1}, {"shrinking", 1, 0, 24, 0, 1}};
+// last, spikes. There query 5 is NaN, and must stay so, alone; gradients are not asked for. Last, codes.
+enum { USUAL, LARGE, FAR_BELOW, SHRINKING = 5, CODES, CODES_SPIKES = 9 };
+typedef struct { const char *name; float scale, apart, first, last, spike, key_spike; int every; } Scores;
+static const Scores SCORES[] = {
+    {"usual", 1, 0, 1, 1, 1, 1, 1}, {"large", 3, 0, 1, 1, 1, 1, 1}, {"far below 0", 1, 8, 1, 1, 1, 1, 1},
+    {"spikes", 1, 0, 1, 1, 30, 30, 997}, {"growing", 1, 0, 0, 24, 1, 1, 1},
+    {"shrinking", 1, 0, 24, 0, 1, 1, 1}, {"usual", 1, 0, 1, 1, 1, 1, 1},
+    {"far below 0", 1, 8, 1, 1, 1, 1, 1}, {"growing", 1, 0, 1, 4, 1, 1, 1},
+    {"spikes", 1, 0, 1, 1, 30, 1, 10007}};
 
 static void check_attention(const char *name, int count, const int *q, const int *k, int heads, int hd,
                             int kind) {
     int D = heads * hd, nq = q[count] * D, nk = k[count] * D, nl = q[count] * heads;
-    int odd = kind > LARGE ? 5 : -1;
-    float lift = SCORES[kind].apart / sqrtf(sqrtf((float)hd)), first = SCORES[kind].first;
-    float *x[] = {noise(1, nq, SCORES[kind].scale), noise(2, nk, SCORES[kind].scale), noise(3, nk, 1),
-                  noise(4, nq, 1)};
-    for (int i = 0; i < nq; i++) x[0][i] = x[0][i] * (i % 997 ? 1 : SCORES[kind].spike) + lift;
+    const Scores *is = &SCORES[kind];
+    bool codes = kind >= CODES, odd = kind > LARGE && !codes;
+    float lift = is->apart / sqrtf(sqrtf((float)hd)), *qv, *kv;
+    float *x = noise(1, nq, is->scale), *y = noise(2, nk, is->scale), *v = noise(3, nk, 1);
+    for (int i = 0; i < nq; i++) x[i] = x[i] * (i % is->every ? 1 : is->spike) + lift;
     for (int i = 0; i < nk; i++) {
-        float grown = first + (SCORES[kind].last - first) * (float)(i / D) / k[count];
-        x[1][i] = x[1][i] * grown * (i % 991 ? 1 : SCORES[kind].spike) - lift;
+        float grown = is->first + (is->last - is->first) * (float)(i / D) / k[count];
+        y[i] = y[i] * grown * (i % is->every ? 1 : is->key_spike) - lift, v[i] += codes;
     }
-    for (int i = 0; i < 4 && odd >= 0; i++) x[i] = as_act(x[i], i % 3 ? nk : nq);
+    Factor qs = factor(&qv, up_act(x, nq), q[count], D, codes ? 15 : 0);
+    Factor ks = factor(&kv, up_act(y, nk), k[count], D, codes ? 15 : 0);
+    Given d = given(4, nq, 1);
     Attended t = {doubles(nq), doubles(nq), doubles(nk), doubles(nk), doubles(nl),
-                  x[0], x[1], x[2], x[3], heads, hd};
+                  qv, kv, as_act(v, nk), as_act(d.h, nq), heads, hd};
     for (int i = 0; i < count; i++)
         for (int a = q[i]; a < q[i + 1]; a++)
             for (int h = 0; h < heads; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
-    for (int i = odd * D; odd >= 0 && i < (odd + 1) * D; i++) x[0][i] = NAN;
+    for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
+    if (odd) qs = plain(up_act(x, nq));
     Sequences s = {count, (int *)q, (int *)k, to_device(q, count + 1), to_device(k, count + 1)};
-    act *qs = up_act(x[0], nq), *ks = up_act(x[1], nk), *vs = up_act(x[2], nk), *o = spoiled_act(nq);
-    act *bare = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk), *dv = spoiled_act(nk);
+    act *vs = up_act(v, nk), *o = spoiled_act(nq);
     float *lse = spoiled(nl), *amax = spoiled(1);
-    attention_forward(o, lse, amax, plain(qs), plain(ks), vs, &s, heads, hd);
+    attention_forward(o, lse, amax, qs, ks, vs, &s, heads, hd);
     near_maximum(amax, o, nq);
-    attention_forward(bare, NULL, NULL, plain(qs), plain(ks), vs, &s, heads, hd);
     float *got = down(lse, nl), *sums = rounded(t.lse, nl), *want = rounded(t.o, nq), *seen = down_act(o, nq);
-    for (int i = odd * D; odd >= 0 && i < (odd + 1) * D; i++) seen[i] = isnan(seen[i]) ? want[i] : INFINITY;
-    for (int h = 0; odd >= 0 && h < heads; h++)
-        got[odd * heads + h] = isnan(got[odd * heads + h]) ? sums[odd * heads + h] : INFINITY;
+    for (int i = 5 * D; odd && i < 6 * D; i++) seen[i] = isnan(seen[i]) ? want[i] : INFINITY;
+    for (int i = 5 * heads; odd && i < 6 * heads; i++) got[i] = isnan(got[i]) ? sums[i] : INFINITY;
     for (int i = 0; i < nl; i++) if (isnan(sums[i])) got[i] = sums[i] = 0;           // no keys: anything
     note("o", relative(seen, want, nq)), note("lse", relative(got, sums, nl));
-    note("o without lse", !same_bits(down_act(bare, nq), down_act(o, nq), nq));
-    if (odd < 0) {
-        attention_backward(dq, dk, dv, up_act(x[3], nq), qs, ks, vs, o, lse, &s, heads, hd);
+    if (kind <= LARGE) {
+        act *bare = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk), *dv = spoiled_act(nk);
+        attention_forward(bare, NULL, NULL, qs, ks, vs, &s, heads, hd);
+        note("o without lse", !same_bits(down_act(bare, nq), down_act(o, nq), nq));
+        attention_backward(dq, dk, dv, d.a, qs.x, ks.x, vs, o, lse, &s, heads, hd);
         near_act("dq", dq, rounded(t.dq, nq), nq), near_act("dk", dk, rounded(t.dk, nk), nk);
         near_act("dv", dv, rounded(t.dv, nk), nk);
     }
-    worst_row(odd < 0 ? 5e-6 : 1e-5, fmt("attention, %s, scores %s, %d heads of %d,", name, SCORES[kind].name,
-                                         heads, hd));
+    op_row(codes ? 3e-3 : 0, odd ? 1e-5 : 5e-6, fmt("attention, %s, scores %s, %d heads of %d,", name,
+                                                     is->name, heads, hd));
 }
 
 static void check_patches(bool channels_first) {
@@ -505,8 +578,9 @@ static void check_words(void) {
 static void check_elementwise(void) {
     size_t n = 10007;
     Given x = given(1, n, 1), z = given(2, n, 1);
-    float *want = floats(n), *only = floats(n), *dmse = floats(n), *y = spoiled(n), *y2 = spoiled(n),
-          *d = spoiled(n);
+    float *want = floats(n), *only = floats(n), *dmse = floats(n), *y = spoiled(n), *y2 = spoiled(n);
+    float *d = spoiled(n);
+    act *s = spoiled_act(n), *ds = up_act(z.h, n), *dg = up_act(z.h, n);
     double squares = 0, distance = 0;
     for (size_t i = 0; i < n; i++) {
         double apart = x.wide[i] - z.wide[i];
@@ -519,147 +593,26 @@ static void check_elementwise(void) {
     note("sum of squares", fabs(sum_squares(x.f, NULL, n) / squares - 1));
     note("squared distance", fabs(sum_squares(x.f, z.f, n) / distance - 1));
     note("mse", fabs(mse(d, x.f, z.f, n) * (double)n / distance - 1)), near("d mse", d, dmse, n);
-    worst_row(1e-6, "lincomb, sums, mse,");
+    gelu_backward(dg, dg, x.a, n), silu_forward(s, x.a, n), silu_backward(ds, ds, x.a, n);
+    near_act("gelu backward", dg, mapped(gelu, x.h, z.h, n), n);
+    near_act("silu", s, mapped(silu, x.h, NULL, n), n);
+    near_act("silu backward", ds, mapped(silu, x.h, z.h, n), n);
+    worst_row(1e-6, "lincomb, sums, mse, GELU, SiLU,");
 }
 
 // ---- the sizes that a GPU has kernels of its own for; the same checks hold on a CPU ----------------------
-// ---- HiF8 as E4M3 codes, on a card that multiplies them: against double precision on the codes' values ---
-static double code_value(uint8_t c) {                        // E4M3: sign, 4 bits of exponent, 3 of mantissa
-    int e = c >> 3 & 15, m = c & 7;
-    double size = (c & 127) == 127 ? NAN : e ? ldexp(8 + m, e - 10) : ldexp(m, -9);
-    return c & 128 ? -size : size;
-}
-
-static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
-
-// A factor's numbers on the host, codes or not.
-static float *down_factor(Factor f, size_t n) {
-    if (!f.code) return down_act(f.x, n);
-    uint8_t *code = (uint8_t *)xalloc(n, 1);
-    float *x = floats(n), unit = *down(f.unit, 1);
-    download(code, f.code, n);
-    for (size_t i = 0; i < n; i++) x[i] = (float)code_value(code[i]) * unit;
-    return x;
-}
-
-// Q(x; s) as codes; *value: what they say.
-static Factor coded_factor(float **value, const act *x, int rows, int columns, float s) {
-    size_t n = (size_t)rows * columns;
-    Factor f = {NULL, (uint8_t *)spoiled_bytes(n), (uint8_t *)spoiled_bytes(columns * to_16(rows)),
-                spoiled(1)};
-    float *m = spoiled(1);
-    absmax(m, x, n);
-    hif8_tensor(f, x, rows, columns, s, m);
-    *value = down_factor(f, n);
-    return f;
-}
-
-// Some numbers `spike` times as large.
-static act *spiky(uint64_t stream, size_t n, double mean, float spike) {
-    float *x = noise(stream, n, 1);
-    for (size_t i = 0; i < n; i++) x[i] = (x[i] + (float)mean) * (i % 10007 == 5 ? spike : 1);
-    return up_act(x, n);
-}
-
-// Every code is hif8_round of the scaled number, but below E4M3's exact values its nearest; turned ones are
-// the same, with zeros behind the last row.
-static void check_codes(int rows, int columns, float s) {
-    size_t n = (size_t)rows * columns, padded = to_16(rows);
-    float *x = noise(1, n, 1), *value, amax = 0;
-    for (size_t i = 0; i < n; i++) x[i] *= expf(3 * rng_normal(78, 1, i));
-    act *device = up_act(x, n);
-    Factor f = coded_factor(&value, device, rows, columns, s);
-    uint8_t *code = (uint8_t *)xalloc(n, 1), *turned = (uint8_t *)xalloc(columns * padded, 1);
-    download(code, f.code, n), download(turned, f.turned, columns * padded);
-    x = down_act(device, n);
-    for (size_t i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
-    double scale = s > 15 ? 2 : 16, wrong = 0, k = s / amax;
-    for (size_t i = 0; i < n; i++) {
-        double want = hif8_round(x[i] * (float)k) * scale, off = fabs(code_value(code[i]) - want);
-        wrong += fabs(want) < 0x1p-6 ? off > 0x1p-10 : off != 0;
-    }
-    for (size_t i = 0; i < columns * padded; i++) {
-        size_t r = i % padded, c = i / padded;
-        wrong += turned[i] != (r < (size_t)rows ? code[r * columns + c] : 0);
-    }
-    row(wrong, 0, fmt("codes of Q(x; %g), [%d, %d], and turned, one by one", s, rows, columns));
-    row(fabs(*down(f.unit, 1) * k * scale - 1), 1e-6, "what a code is worth");
-}
-
-static void check_code_linear(int R, int O, int I, double mean, float spike) {
-    size_t nx = (size_t)R * I, nw = (size_t)O * I, ny = (size_t)R * O;
-    float *xv, *wv, *dv, one = 1;
-    Factor x = coded_factor(&xv, spiky(1, nx, mean, spike), R, I, 15);
-    Factor w = coded_factor(&wv, spiky(2, nw, mean, 1), O, I, 15);
-    Factor dy = coded_factor(&dv, spiky(4, ny, mean, spike), R, O, 224);
-    Given b = given(3, O, 1);
-    float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O);
-    act *y = spoiled_act(ny), *z = spoiled_act(ny), *dx = spoiled_act(nx), *more = up_act(plus, nx);
-    linear_forward(y, x, w, b.f, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
-    linear_backward(dx, dw, db, dy, x, w, R, O, I, false);
-    linear_backward(more, NULL, NULL, dy, x, w, R, O, I, true);
-    act *g = spoiled_act(ny), *pre = spoiled_act(ny), *bare = spoiled_act(ny);
-    linear_gelu_forward(g, pre, x, w, b.f, R, O, I), linear_gelu_forward(bare, NULL, x, w, b.f, R, O, I);
-    float *bias = as_act(b.h, O), *dw_want = product(plus, O, I, R, dv, 1, O, xv, 1, I);
-    float *u = product(repeated(bias, O, R), R, O, I, xv, I, 1, wv, I, 1);
-    near_act("y", y, u, ny);
-    near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), ny);
-    near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
-    strict_row(2e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
-    float *want = mapped(gelu, u, NULL, ny);
-    near_act("pre", pre, u, ny), near_act("gelu", g, want, ny), near_act("gelu, pre NULL", bare, want, ny);
-    near_act("dx added, rounded twice", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
-    strict_row(3e-3, fmt("codes, linear %dx%dx%d,", R, O, I));
-    near("dw", dw, dw_want, nw), near("db", db, product(plus, O, 1, R, dv, 1, O, &one, 0, 0), O);
-    strict_row(5e-4, fmt("codes, linear %dx%dx%d,", R, O, I));
-}
-
-static void check_code_attention(const char *kind, int count, const int *q, const int *k, float apart,
-                                 float last, float spike) {
-    enum { HEADS = 2, HD = 128, D = HEADS * HD };
-    size_t nq = (size_t)q[count] * D, nk = (size_t)k[count] * D;
-    float *x[] = {noise(1, nq, 1), noise(2, nk, 1)}, *qv, *kv, lift = apart / sqrtf(sqrtf((float)HD));
-    for (size_t i = 0; i < nq; i++) x[0][i] = x[0][i] * (i % 10007 ? 1 : spike) + lift;
-    for (size_t i = 0; i < nk; i++) x[1][i] *= 1 + (last - 1) * (float)(i / D) / k[count];
-    for (size_t i = 0; i < nk; i++) x[1][i] -= lift;
-    Factor fq = coded_factor(&qv, up_act(x[0], nq), q[count], D, 15);
-    Factor fk = coded_factor(&kv, up_act(x[1], nk), k[count], D, 15);
-    float *v = as_act(noise(3, nk, 1), nk), *lse = spoiled(q[count] * HEADS), *amax = spoiled(1);
-    for (size_t i = 0; i < nk; i++) v[i] += 1;
-    v = as_act(v, nk);
-    Attended t = {doubles(nq), doubles(nq), doubles(nk), doubles(nk), doubles(q[count] * HEADS),
-                  qv, kv, v, qv, HEADS, HD};
-    for (int i = 0; i < count; i++)
-        for (int a = q[i]; a < q[i + 1]; a++)
-            for (int h = 0; h < HEADS; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
-    Sequences s = {count, (int *)q, (int *)k, to_device(q, count + 1), to_device(k, count + 1)};
-    act *o = spoiled_act(nq);
-    attention_forward(o, lse, amax, fq, fk, up_act(v, nk), &s, HEADS, HD);
-    near_act("o", o, rounded(t.o, nq), nq);
-    near_maximum(amax, o, nq);
-    float *sums = down(lse, q[count] * HEADS), *want = rounded(t.lse, q[count] * HEADS);
-    for (int i = 0; i < q[count] * HEADS; i++) if (isnan(want[i])) sums[i] = want[i] = 0;
-    note("lse", relative(sums, want, q[count] * HEADS));
-    strict_row(3e-3, fmt("codes, attention, %s,", kind));
-}
 
 static void check_all_codes(void) {
     static const int self[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733}, q[] = {0, 300, 300, 430, 431};
     static const int k[] = {0, 12, 524, 524, 1036}, one[] = {0, 193}, many[] = {0, 3000};
-    if (!codes_multiply(16, 16)) {
-        skip("no products of 8-bit codes here");
-        return;
-    }
+    if (!codes_multiply(16, 16)) { skip("no products of 8-bit codes here"); return; }
     check_codes(1, 16, 15), check_codes(300, 208, 15), check_codes(515, 144, 224), check_codes(128, 64, 224);
-    check_code_linear(64, 128, 256, 0, 1), check_code_linear(515, 48, 80, 0, 1);
-    check_code_linear(2051, 128, 64, 1, 1), check_code_linear(1000, 256, 1024, 0, 300);
+    check_linear(64, 128, 256, true, 0, 1), check_linear(515, 48, 80, true, 0, 1);
+    check_linear(2051, 128, 64, true, 1, 1), check_linear(1000, 256, 1024, true, 0, 300);
     if (!codes_attend(128)) return;
-    check_code_attention("0, 1, 63 .. 81, 300 tokens", 9, self, self, 0, 1, 1);
-    check_code_attention("12, 512, 0, 512 keys", 4, q, k, 0, 1, 1);
-    check_code_attention("3000 keys", 1, one, many, 0, 1, 1);
-    check_code_attention("scores far below 0", 1, one, many, 8, 1, 1);
-    check_code_attention("growing", 1, one, many, 0, 4, 1);
-    check_code_attention("spikes", 1, one, many, 0, 1, 30);
+    check_attention("0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, 128, CODES);
+    check_attention("12, 512, 0, 512 keys", 4, q, k, 2, 128, CODES);
+    for (int i = CODES; i <= CODES_SPIKES; i++) check_attention("3000 keys", 1, one, many, 2, 128, i);
 }
 
 static void check_kernels(void) {
@@ -672,7 +625,7 @@ static void check_kernels(void) {
     for (int i = 0; i < 4; i++) {
         check_norm(150, ROWS[i][0], true, true, false), check_norm(150, ROWS[i][0], false, true, false);
         check_rmsnorm_rope(150, ROWS[i][0], ROWS[i][1], true), check_gathers(ROWS[i][0]);
-        check_linear(PRODUCT[i][0], PRODUCT[i][1], PRODUCT[i][2]);
+        check_linear(PRODUCT[i][0], PRODUCT[i][1], PRODUCT[i][2], false, 0, 1);
     }
     for (int i = 0; i < 3; i++) {
         check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, HEAD_DIM[i], USUAL);
@@ -693,7 +646,7 @@ static void check_ops(void) {
     check_hif8(wide, 5003, 15), check_hif8(wide, 5003, 224), check_hif8(tiny, 3, 15);
     absmax(m, up_act(bad, 5), 5);
     row(*down(m, 1) != 7, 0, "absmax leaves NaN out");
-    for (int i = 0; i < 5; i++) check_linear(LINEAR[i][0], LINEAR[i][1], LINEAR[i][2]);
+    for (int i = 0; i < 5; i++) check_linear(LINEAR[i][0], LINEAR[i][1], LINEAR[i][2], false, 0, 1);
     check_norm(19, 13, true, true, false), check_norm(19, 13, true, false, true);
     check_norm(19, 13, false, true, false), check_norm(19, 13, false, false, true);
     check_gathers(6);
@@ -865,47 +818,6 @@ static void check_quantized_weights(const Model *m) {
     worst_row(0, "matrices as products read them, bit for bit (codes: to 1e-5),");
 }
 
-// Q(x; s) of a golden tensor, which must be another one, bit for bit.
-static act *golden_quantized(const char *unit, const char *from, const char *to, double s) {
-    const char *given = fmt("unit.%s.%s", unit, from), *name = fmt("unit.%s.%s", unit, to);
-    size_t n = entry(given)->count;
-    act *q = up_act(golden(given), n);
-    float *m = spoiled(1);
-    absmax(m, q, n);
-    hif8_tensor(plain(q), q, n, 1, (float)s, m);
-    note(name, !same_bits(down_act(q, n), golden(name), n));
-    return q;
-}
-
-// One quantized linear layer, one quantized attention.
-static void check_units(void) {
-    size_t nx = entry("unit.linear.x")->count, nw = entry("unit.linear.w")->count;
-    size_t ny = entry("unit.linear.y")->count, O = entry("unit.linear.b")->count;
-    const Entry *eq = entry("unit.attn.q"), *ek = entry("unit.attn.k");
-    int heads = (int)eq->shape[1], hd = (int)eq->shape[2], qs[] = {0, (int)eq->shape[0]},
-        ks[] = {0, (int)ek->shape[0]};
-    Sequences s = {1, qs, ks, to_device(qs, 2), to_device(ks, 2)};
-    act *x = golden_quantized("linear", "x", "xq", 15), *w = golden_quantized("linear", "w", "wq", 15);
-    act *dy = golden_quantized("linear", "dy", "dyq", 224), *y = spoiled_act(ny), *dx = spoiled_act(nx);
-    act *q = golden_quantized("attn", "q", "qq", 15), *k = golden_quantized("attn", "k", "kq", 15);
-    act *v = golden_quantized("attn", "v", "vq", 15), *dout = up_act(golden("unit.attn.do"), eq->count);
-    act *o = spoiled_act(eq->count), *dq = spoiled_act(eq->count), *dk = spoiled_act(ek->count),
-        *dv = spoiled_act(ek->count);
-    float *dw = device_floats(nw), *db = device_floats(O);
-    float *lse = spoiled(eq->count);
-    golden_quantized("attn", "dq_raw", "dq", 224), golden_quantized("attn", "dk_raw", "dk", 224);
-    golden_quantized("attn", "dv_raw", "dv", 224);
-    worst_row(0, "what Q makes of operands and gradients, bit for bit,");
-    linear_forward(y, plain(x), plain(w), up_golden("unit.linear.b"), ny / O, (int)O, (int)(nw / O));
-    linear_backward(dx, dw, db, plain(dy), plain(x), plain(w), ny / O, (int)O, (int)(nw / O), false);
-    attention_forward(o, lse, NULL, plain(q), plain(k), v, &s, heads, hd);
-    attention_backward(dq, dk, dv, dout, q, k, v, o, lse, &s, heads, hd);
-    note_act("unit.linear.y", y), note_act("unit.linear.dx", dx), note_float("unit.linear.dw", dw);
-    note_float("unit.linear.db", db), note_act("unit.attn.o", o), note_act("unit.attn.dq_raw", dq);
-    note_act("unit.attn.dk_raw", dk), note_act("unit.attn.dv_raw", dv);
-    worst_row(1e-6, "one linear layer, one attention,");
-}
-
 static void check_dit(void) {
     Config c = config_read(&gold);
     bool loose = c.quant && (tally.half || !file_meta(&gold, "margin"));
@@ -926,9 +838,6 @@ static void check_dit(void) {
     if (loose) check_block_by_block(r);
     if (c.quant) note_golden("output.unquantized", golden_ask(golden_run(1, false, 0)).out);
     worst_row(1e-5, "HiF8 off,");
-    if (!file_find(&gold, "unit.linear.x")) return;
-    if (tally.half) skip("one layer's operands have float32's boundaries");
-    else check_units();
 }
 
 static void check_hif8_file(void) {
@@ -967,24 +876,25 @@ static Pattern *patterns_of(int T, int H, int W, int P, int R) {
 
 static void check_skiparse_case(int T, int H, int W, int P) {
     static const char *const KIND[] = {"", "token", "group"};
-    char *prefix = fmt("T%dH%dW%dP%d", T, H, W, P);
+    const char *grid = fmt("T%dH%dW%dP%d", T, H, W, P);
     size_t N = T * H * W;
     Pattern *p = patterns_of(T, H, W, P, 1);
     Exchange move[PATTERNS][PATTERNS];
     memset(move, 0, sizeof move);
     for (int i = 0; i < 9; i++) exchange_init(&move[i / 3][i % 3], p, i / 3, i % 3, 1, 0, 1);
     for (int i = TOKEN_WISE; i <= GROUP_WISE; i++) {
-        float *order = golden(fmt("%s.%s_order", prefix, KIND[i])), *inverse = floats(N);
-        float *length = golden(fmt("%s.%s_lens", prefix, KIND[i]));
-        float *other = golden(fmt("%s.%s_to_%s", prefix, KIND[i], KIND[3 - i]));
+        float *order = golden(fmt("%s.%s_order", grid, KIND[i])), *inverse = floats(N);
+        float *length = golden(fmt("%s.%s_lens", grid, KIND[i]));
         for (size_t j = 0; j < N; j++)
             note("order", p[i].order[j] != (int)order[j]), inverse[(int)order[j]] = (float)j;
         for (int s = 0; s < P * P; s++) note("lengths", p[i].start[s + 1] - p[i].start[s] != (int)length[s]);
         note("entry", differing(move[FULL][i].pack, order, N));
         note("exit", differing(move[i][FULL].pack, inverse, N));
-        note("count", p[i].count != P * P), note("exchange", differing(move[i][3 - i].pack, other, N));
+        float *other = golden(fmt("%s.%s_to_%s", grid, KIND[i], KIND[3 - i]));
+        note("exchange", differing(move[i][3 - i].pack, other, N));
+        note("count", p[i].count != P * P);
     }
-    worst_row(0, fmt("%s,", prefix));
+    worst_row(0, fmt("%s,", grid));
 }
 
 static void check_skiparse_file(void) {
@@ -1063,32 +973,39 @@ static double note_adapters(const Lora *l, const char *prefix) {
     return relative(down(l->dw, l->n), want, l->n);
 }
 
+static PolicyOptions policy_options(const char *prefix) {
+    PolicyOptions o;
+    memset(&o, 0, sizeof o);
+    o.guidance = number("guidance");
+    o.clip = number(fmt("%sclip", prefix)), o.beta = number(fmt("%sbeta", prefix));
+    return o;
+}
+
+// Notes what became of each video: the golden figures stand at first, first + stride, ..
+static void note_figures(const Surrogate *out, int B, const char *prefix, int first, int stride) {
+    const char *kl = fmt("%skl_loss", file_find(&gold, "kl_loss") ? "" : prefix);
+    for (int at = first; at < first + B * stride; at += stride, out++) {
+        note("ratio", fabs(out->ratio - golden(fmt("%sratio", prefix))[at]));
+        note("policy_loss", fabs(out->policy_loss - golden(fmt("%spolicy_loss", prefix))[at]));
+        note("clipped", out->clipped != (golden(fmt("%sclipped", prefix))[at] != 0));
+        note("kl_loss", 0.5 * fabs(out->kl / golden(kl)[at] - 1));           // 1e-5, relative
+    }
+}
+
 // One case of clip and β: the figures of each video and the gradient of every adapter.
 // p: the step, its advantages and old log-probabilities still to come.
 static void check_policy_case(Run *r, const char *which, PolicyBatch p) {
     size_t n = r->B * latent_size(r);
     Lora *l = r->m->lora;
-    PolicyOptions o;
-    Surrogate *out = (Surrogate *)xalloc(r->B, sizeof(Surrogate));
-    memset(&o, 0, sizeof o);
-    o.guidance = number("guidance"), o.clip = number(fmt("%sclip", which)),
-    o.beta = number(fmt("%sbeta", which));
-    float *ratio = golden(fmt("%sratio", which)), *policy = golden(fmt("%spolicy_loss", which));
-    float *clipped = golden(fmt("%sclipped", which)), *kl = golden("kl_loss");
+    PolicyOptions o = policy_options(which);
+    Surrogate out[8];
     p.mean_ref = up_golden("mean_ref");
     p.advantage = wide_golden("advantages"), p.logp_old = wide_golden(fmt("%slogp_old", which));
     zero(l->dw, l->n * sizeof(float));
     double loss = policy_step(r, out, spoiled(n), spoiled(n), &p, &o, 1);
-    lora_backward(r->m);
-    note("loss", fabs(loss - *golden(fmt("%sloss", which))));
-    for (int i = 0; i < r->B; i++) {
-        note("ratio", fabs(out[i].ratio - ratio[i]));
-        note("policy_loss", fabs(out[i].policy_loss - policy[i]));
-        note("clipped", out[i].clipped != (clipped[i] != 0));
-        note("kl_loss", 0.5 * fabs(out[i].kl / kl[i] - 1));                  // 1e-5, relative
-    }
+    note("loss", fabs(loss - *golden(fmt("%sloss", which)))), note_figures(out, r->B, which, 0, 1);
     worst_row(5e-6, fmt("%sloss, ratio, policy_loss, clipped, kl,", which));
-    note_adapters(l, fmt("%sgrad.lora.", which));
+    lora_backward(r->m), note_adapters(l, fmt("%sgrad.lora.", which));
     worst_row(1e-4, fmt("%sgrad.lora.*", which));
 }
 
@@ -1123,86 +1040,72 @@ static void check_grpo(void) {
     worst_row(1e-6, "advantages,");
 }
 
-// Rows video[b], step i of W, of a golden [videos, W, ...], on the device.
-static float *golden_videos(const char *name, const int *video, int B, int i, int W, size_t one) {
+// Rows row[b], step i of W, of a golden [rows, W, one].
+static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
     float *all = golden(name), *x = floats(B * one);
-    for (int b = 0; b < B; b++)
-        memcpy(x + b * one, all + ((size_t)video[b] * W + i) * one, one * sizeof(float));
-    return up(x, B * one);
+    for (size_t j = 0; j < B * one; j++) x[j] = all[(row[j / one] * W + i) * one + j % one];
+    return x;
 }
 
-// Notes step i of W of a micro-batch: loss, ratio, KL, whether clipped. Returns the loss.
-static double micro_step(Run *r, PolicyBatch p, const PolicyOptions *o, const char *name, int i, int W) {
+// Notes step i of W of a micro-batch; here the reference is computed, too. Returns the loss.
+static double micro_step(Run *r, PolicyBatch p, const PolicyOptions *o, const char *prefix, int i, int W) {
     size_t n = r->B * latent_size(r);
-    float *mean = spoiled(n), *ref = spoiled(n), *want = down(p.mean_ref, n), scale = r->m->lora->scale;
+    float *ref = spoiled(n), *want = down(p.mean_ref, n), scale = r->m->lora->scale;
     Surrogate out[8];
     r->m->lora->scale = 0, weights_prepare(r->m);
     policy_mean(r, ref, &p, o->guidance), near("mean_ref", ref, want, n);
     r->m->lora->scale = scale, weights_prepare(r->m);
     p.mean_ref = ref;
-    double loss = policy_step(r, out, mean, spoiled(n), &p, o, 1.0 / W) / W;
-    for (int b = 0; b < r->B; b++) {
-        const Surrogate *s = &out[b];
-        int at = b * W + i;
-        note("ratio", 2 * fabs(s->ratio - golden(fmt("%s.ratio", name))[at]));
-        note("policy_loss", 2 * fabs(s->policy_loss - golden(fmt("%s.policy_loss", name))[at]));
-        note("clipped", s->clipped != (golden(fmt("%s.clipped", name))[at] != 0));
-        note("kl_loss", fabs(s->kl / golden(fmt("%s.kl_loss", name))[at] - 1));
-    }
+    double loss = policy_step(r, out, spoiled(n), spoiled(n), &p, o, 1.0 / W) / W;
+    note_figures(out, r->B, prefix, i, W);
     return loss;
 }
 
 // Two micro-batches, an AdamW step each, of videos of two captions.
 static void check_grpo_micro(void) {
-    if (tally.half) {
-        skip("the old log-probabilities are float64's: bfloat16 leaves the clip's range");
-        return;
-    }
     int B = (int)number("micro"), W = (int)number("window"), S = (int)number("S"), G = (int)number("group");
+    int video[8], caption[8];
+    double sigma[64];
+    Optimizer opt;
+    TrainOptions t;
+    if (tally.half) { skip("old log-probabilities of float64: bfloat16 leaves the clip's range"); return; }
     Run *r = golden_run(B, true, -1);
     Lora *l = r->m->lora;
     size_t one = latent_size(r), text = (size_t)r->m->c.text_len * r->m->c.text_dim;
-    float *order = golden("order"), *texts = golden("text_cond"), *rows = floats(B * text);
     float *start = golden_adapters(l, "lora.");
-    double sigma[64], advantage[8], logp_old[8];
-    Optimizer opt;
-    PolicyOptions o;
-    TrainOptions t;
-    memset(&o, 0, sizeof o), memset(&t, 0, sizeof t);
-    o.guidance = number("guidance"), o.clip = number("clip"), o.beta = number("beta");
+    PolicyOptions o = policy_options("");
+    memset(&t, 0, sizeof t);
     t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps");
     t.clip = number("max_norm"), t.weight_decay = number("weight_decay");
     schedule(sigma, S, 1);
     upload(l->w, start, l->n * sizeof(float));
     optimizer_init(&opt, l->w, l->dw, l->n);
     for (int N = 0; N < 2; N++) {
-        const char *name = fmt("micro%d", N);
-        int video[8];
+        const char *name = fmt("micro%d.", N);
         double loss = 0;
-        for (int b = 0; b < B; b++) {
-            video[b] = (int)order[N * B + b], advantage[b] = golden("advantages")[video[b]];
-            memcpy(rows + b * text, texts + video[b] / G * text, text * sizeof(float));
-        }
+        for (int b = 0; b < B; b++) video[b] = (int)golden("order")[N * B + b], caption[b] = video[b] / G;
+        Text cond = {NULL, picked("text_cond", caption, B, 0, 1, text)};
+        Text uncond = {NULL, repeated(golden("text_uncond"), text, B)};
+        double *advantage = widened(picked("advantages", video, B, 0, 1, 1), B);
         for (int i = 0; i < W; i++) {
-            for (int b = 0; b < B; b++) logp_old[b] = golden("logp_old")[video[b] * W + i];
-            PolicyBatch p = {sigma[i], sigma[i + 1], {NULL, rows},
-                             {NULL, repeated(golden("text_uncond"), text, B)},
-                             golden_videos("x", video, B, i, W, one),
-                             golden_videos("x_next", video, B, i, W, one),
-                             golden_videos("mean_ref", video, B, i, W, one), advantage, logp_old};
+            float *x = picked("x", video, B, i, W, one), *x_next = picked("x_next", video, B, i, W, one);
+            float *ref = picked("mean_ref", video, B, i, W, one);
+            double *logp = widened(picked("logp_old", video, B, i, W, 1), B);
+            PolicyBatch p = {sigma[i], sigma[i + 1], cond, uncond, up(x, B * one), up(x_next, B * one),
+                             up(ref, B * one), advantage, logp};
             loss += micro_step(r, p, &o, name, i, W);
         }
-        note("loss", 2 * fabs(loss - *golden(fmt("%s.loss", name))));
-        worst_row(1e-5, fmt("%s: mean_ref, ratio, policy_loss, clipped, kl_loss, loss,", name));
+        note("loss", fabs(loss - *golden(fmt("%sloss", name))));
+        worst_row(5e-6, fmt("%s mean_ref, ratio, policy_loss, clipped, kl_loss, loss,", name));
         lora_backward(r->m);
-        double error = note_adapters(l, fmt("%s.grad.lora.", name));
-        worst_row(5e-4, fmt("%s: each gradient,", name));
-        row(error, 1e-4, fmt("%s: all gradients as one vector", name));
+        double error = note_adapters(l, fmt("%sgrad.lora.", name));
+        worst_row(5e-4, fmt("%s each gradient,", name));
+        row(error, 1e-4, fmt("%s all gradients as one vector", name));
         double norm = optimizer_step(&opt, &alone, &t, number("lr"));
-        row(fabs(norm / *golden(fmt("%s.norm", name)) - 1), 1e-5, fmt("%s: norm before clipping", name));
-        float *fresh = down(l->w, l->n), *want = golden_adapters(l, fmt("%s.lora.", name));
+        row(fabs(norm / *golden(fmt("%snorm", name)) - 1), 1e-5, fmt("%s norm before clipping", name));
+        float *fresh = down(l->w, l->n), *want = golden_adapters(l, fmt("%slora.", name));
         for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= start[i];
-        row(relative(fresh, want, l->n), 3e-4, fmt("%s: the adapter's whole change", name));
+        row(relative(fresh, want, l->n), 3e-4, fmt("%s the adapter's whole change", name));
     }
 }
 
@@ -2751,7 +2654,7 @@ static void show_flow(void) {
 // ---- gradients: what HiF8 and E4M3 make of a trained model's, at one step -------------------------------
 enum { BINADES = 48, KINDS = 5 };
 static const double OUTLIER[] = {1, 1000};                   // a largest value so many times as large
-typedef struct { double share[BINADES], zeros[2][2], off[2][2], squares; size_t n; } Kind;  // [outlier][format]
+typedef struct { double share[BINADES], zeros[2][2], off[2][2], squares, n; } Kind;      // [outlier][format]
 
 static float e4m3_round(float x) {                           // nearest, |x| <= 448
     double step = ldexp(1, (fabsf(x) < 0x1p-6f ? -6 : ilogbf(x)) - 3);
@@ -2822,13 +2725,13 @@ static void show_gradients(const char *path) {
     printf("%-7s %9s | zeros: HiF8, E4M3 | relative error: HiF8, E4M3\n", "dy of", "outlier");
     for (int i = 0; i < 2 * KINDS; i++) {
         const Kind *k = &kind[i % KINDS];
-        const double *zeros = k->zeros[i / KINDS], *off = k->off[i / KINDS], n = (double)k->n / 100;
+        const double *zeros = k->zeros[i / KINDS], *off = k->off[i / KINDS], n = k->n / 100;
         printf("%-7s %9s | %8.4f %% %8.4f %% | %8.4f %8.4f\n", NAME[i % KINDS], i < KINDS ? "none" : "1000x",
                zeros[0] / n, zeros[1] / n, sqrt(off[0] / k->squares), sqrt(off[1] / k->squares));
     }
     for (int j = 0; j < KINDS; j++) {
         double x[34], y[34];
-        for (int i = 0; i < 34; i++) x[i] = -i - 0.5, y[i] = kind[j].share[i + 1] / (double)kind[j].n;
+        for (int i = 0; i < 34; i++) x[i] = -i - 0.5, y[i] = kind[j].share[i + 1] / kind[j].n;
         curve(&a, x, y, NULL, 34, OTHER_COLOR[2 + j], 2.5, 1);
         label(120, 150 + 22 * j, 14, 's', OTHER_COLOR[2 + j], "dy of %s", NAME[j]);
     }
@@ -2958,17 +2861,57 @@ static Raw get_file(const char *path) {
     return r;
 }
 
+// `old` bytes at `at` replaced by `fresh` others; the rest follows.
+static Raw spliced(Raw r, size_t at, size_t old, const char *piece, size_t fresh) {
+    Raw out = {(char *)xalloc(r.size - old + fresh + 1, 1), r.size - old + fresh};
+    memcpy(out.data, r.data, at), memcpy(out.data + at, piece, fresh);
+    memcpy(out.data + at + fresh, r.data + at + old, r.size - at - old);
+    return out;
+}
+
 // A copy in which the first `from` became `to`; data NULL where there is none, or (once) more than one.
 static Raw edited(Raw r, const char *from, const char *to, bool once) {
-    size_t old = strlen(from), fresh = strlen(to);
-    char *at = (char *)memmem(r.data, r.size, from, old);
-    size_t before = at ? at - r.data : 0, rest = r.size - before - old;
-    Raw out = {NULL, r.size - old + fresh};
-    if (!at || (once && memmem(at + 1, rest, from, old))) return out;
-    out.data = (char *)xalloc(out.size + 1, 1);
-    memcpy(out.data, r.data, before), memcpy(out.data + before, to, fresh);
-    memcpy(out.data + before + fresh, at + old, rest);
-    return out;
+    const char *at = (const char *)memmem(r.data, r.size, from, strlen(from));
+    Raw none = {NULL, 0};
+    if (!at || (once && memmem(at + 1, r.data + r.size - at - 1, from, strlen(from)))) return none;
+    return spliced(r, at - r.data, strlen(from), to, strlen(to));
+}
+
+// ---- a random breaker of safetensors files ---------------------------------------------------------------
+static struct { uint64_t run, index; } dice;             // where the random numbers come from
+static size_t below(size_t n) { return n ? (size_t)(rng_bits(1, dice.run, dice.index++) % n) : 0; }
+
+// How far a number, a word or a string with its quotes reaches.
+static size_t token(const char *t) {
+    if (*t == '"') return strcspn(t + 1, "\"") + 2;
+    size_t n = strspn(t, "0123456789abcdefghijklmnopqrstuvwxyzF.-");
+    return n ? n : 1;
+}
+
+// One to four times: a bit or byte changed, the header's length, or a piece of the header left out or put
+// elsewhere, mostly in another's place; or the file cut.
+static Raw mutated(Raw r, uint64_t run) {
+    dice.run = run, dice.index = 0;
+    for (size_t times = 1 + below(4); times; times--) {
+        uint64_t header;
+        memcpy(&header, r.data, 8);
+        char *text = r.data + 8;
+        size_t length = header < r.size - 8 ? header : r.size - 8, old = 0, n = 0;
+        size_t from = below(length), to = below(length), kind = below(8);
+        if (kind == 0) text[from] ^= (char)(1 << below(8));
+        if (kind == 1) text[from] = (char)below(256);
+        if (kind == 2) r.data[below(r.size)] = (char)below(256);
+        if (kind == 3) header = below(2) ? length + 8 - below(16) : (uint64_t)below(SIZE_MAX) >> below(64);
+        if (kind == 4) old = below(20);
+        if (kind >= 5) n = token(text + from);
+        if (kind >= 6) old = token(text + to);
+        if (to + old > length || from + n > length) continue;
+        Raw next = spliced(r, 8 + to, old, text + from, n);
+        header += n - old;
+        memcpy(next.data, &header, 8), free(r.data), r = next;
+    }
+    if (below(16) == 0) r.size = below(r.size);
+    return r;
 }
 
 // Compiles and tests one copy in a folder of its own. line: the last that was said.
@@ -2981,10 +2924,8 @@ static int run_copy(Raw source, const char *folder, const char *golden_path, cha
     put_file(fmt("%s/osp.c", folder), source.data, source.size);
     *line = shell(&code, fmt("cp test_osp.c %s; cd %s; %s %s", folder, folder, cc ? cc : "cc", compile));
     if (code) return NOT_COMPILED;
-    *line = shell(
-        &code, fmt("cd %s; ulimit -t 300; TMPDIR=. OMP_NUM_THREADS=1 ./t --golden '%s' >log 2>&1; c=$?; tail -1 log; "
-                   "exit $c",
-                   folder, golden_path));
+    *line = shell(&code, fmt("cd %s; ulimit -t 300; TMPDIR=. OMP_NUM_THREADS=1 ./t --golden '%s' >log 2>&1; "
+                             "c=$?; tail -1 log; exit $c", folder, golden_path));
     return code ? CAUGHT : MISSED;
 }
 
@@ -3262,54 +3203,22 @@ static int lose_rank(Ranks *k) {
 }
 
 // ---- fuzz: the reader of safetensors against mutated files ----------------------------------------------
-// A small valid file is mutated; what is nasty stands in its metadata, for pieces of the header are
-// copied about. What is accepted must keep every promise of the reader; what is refused ends in die.
-typedef struct { char text[4096]; size_t length, bytes; uint8_t data[64]; uint64_t header; } FuzzCase;
-static FuzzCase fuzz_base(void) {
+// A small valid file. What is nasty stands in its metadata, for pieces of the header are copied about.
+static Raw fuzz_base(void) {
     static const char *const HEADER =
         "{\"__metadata__\":{\"dim\":\"64\",\"note\":\"a\\n\\u00e9\\ud800 -1 1.5 007 null [[[[ {{ }} ]] :, "
-        "4294967296 "
-        "9223372036854775807 18446744073709551615 18446744073709551616 I32 F99 w.scale \\u0000 \\\\\"},"
+        "4294967296 9223372036854775807 18446744073709551616 I32 F99 w.scale \\u0000 \\\\\"},"
         "\"w\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"BF16\",\"shape\":[4],\"data_offsets\":[24,32]},"
         "\"e\":{\"dtype\":\"I32\",\"shape\":[0,9,1,1,1,1,1,1],\"data_offsets\":[32,32]},"
         "\"q\":{\"dtype\":\"U8\",\"shape\":[5],\"data_offsets\":[32,37]},"
         "\"q.scale\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[37,41]}} ";
-    FuzzCase c;
-    memset(&c, 0, sizeof c);
-    c.header = c.length = strlen(HEADER), c.bytes = 41;
-    memcpy(c.text, HEADER, c.length);
-    for (size_t i = 0; i < 37; i++) c.data[i] = (uint8_t)(i * 5 % 64);
-    c.data[40] = 0x3F;                                   // scale 0.5
-    return c;
-}
-
-static struct { uint64_t run, index; } fuzz;             // where the random numbers come from
-static size_t below(size_t n) { return n ? (size_t)(rng_bits(1, fuzz.run, fuzz.index++) % n) : 0; }
-
-// How far a number, a word or a string with its quotes reaches.
-static size_t token(const char *t) {
-    if (*t == '"') return strcspn(t + 1, "\"") + 2;
-    size_t n = strspn(t, "0123456789abcdefghijklmnopqrstuvwxyzF.-");
-    return n ? n : 1;
-}
-
-static void fuzz_mutate(FuzzCase *c) {
-    size_t from = below(c->length), to = below(c->length), old = 0, n = 0;
-    int kind = (int)below(8);
-    if (kind == 0) c->text[from] ^= (char)(1 << below(8));
-    if (kind == 1) c->text[from] = (char)below(256);
-    if (kind == 2) c->bytes = 32 + below(20), c->data[below(41)] = (uint8_t)below(256);
-    if (kind == 3) c->header = below(2) ? c->length + 8 - below(16) : (uint64_t)below(SIZE_MAX) >> below(64);
-    if (kind == 4) old = below(20);                      // a stretch left out
-    if (kind >= 5) n = token(c->text + from); // a piece repeated elsewhere, mostly in another's place
-    if (kind >= 6) old = token(c->text + to);
-    if (kind < 4 || to + old > c->length || from + n > c->length || c->length + n > sizeof c->text) return;
-    char *piece = fmt("%.*s", (int)n, c->text + from);
-    memmove(c->text + to + strlen(piece), c->text + to + old, c->length - to - old);
-    memcpy(c->text + to, piece, strlen(piece));
-    c->length += strlen(piece) - old, c->header = c->length;
-    free(piece);
+    uint64_t n = strlen(HEADER);
+    Raw r = {(char *)xalloc(8 + n + 41 + 1, 1), 8 + n + 41};
+    memcpy(r.data, &n, 8), memcpy(r.data + 8, HEADER, n);
+    for (size_t i = 0; i < 37; i++) r.data[8 + n + i] = (char)(i * 5 % 64);
+    r.data[8 + n + 40] = 0x3F;                           // scale 0.5
+    return r;
 }
 
 // file_open (t NULL) or file_read, whose deaths are not the end.
@@ -3343,30 +3252,23 @@ static const char *broken_promise(File *f) {
     return NULL;
 }
 
-// 0: every one of `runs` files was read or refused as promised.
+// 0: every one of `runs` files was read or refused as promised. The first is valid.
 static int fuzz_reader(long runs) {
     int fd = memfd_create("osp_fuzz", 0), wrong = 0, accepted = 0;
     double start = seconds();
     FILE *loud = stderr;
     const char *path = fmt("/proc/self/fd/%d", fd);
     stderr = fopen("/dev/null", "w");                    // what die says; a sanitizer does not write there
-    for (fuzz.run = 0; fuzz.run < (uint64_t)runs && !wrong; fuzz.run++) {
-        FuzzCase c = fuzz_base();
+    for (long run = 0; run < runs && !wrong; run++) {
+        Raw r = run ? mutated(fuzz_base(), run) : fuzz_base();
         File f;
-        uint8_t whole[8 + sizeof c.text + sizeof c.data];
-        fuzz.index = 0;
-        for (size_t n = fuzz.run ? 1 + below(4) : 0; n; n--)
-            fuzz_mutate(&c); // the first file is the valid one
-        size_t all = 8 + c.length + c.bytes,
-               size = fuzz.run && below(32) == 0 ? below(all) : all; // or cut anywhere
-        memcpy(whole, &c.header, 8), memcpy(whole + 8, c.text, c.length);
-        memcpy(whole + 8 + c.length, c.data, c.bytes);
-        if (ftruncate(fd, 0) || pwrite(fd, whole, size, 0) != (ssize_t)size) die("fuzz: %s", strerror(errno));
+        bool put = !ftruncate(fd, 0) && pwrite(fd, r.data, r.size, 0) == (ssize_t)r.size;
+        if (!put) die("fuzz: %s", strerror(errno));
         bool ok = survives(&f, path, NULL, NULL);
-        const char *broken = ok ? broken_promise(&f) : fuzz.run ? NULL : "the valid file is read";
-        if (broken) printf("fuzz: run %d: broken promise: %s\n", (int)fuzz.run, broken);
+        const char *broken = ok ? broken_promise(&f) : run ? NULL : "the valid file is read";
+        if (broken) printf("fuzz: run %ld: broken promise: %s\n", run, broken);
         accepted += ok, wrong += broken != NULL;
-        file_close(&f);
+        file_close(&f), free(r.data);
     }
     stderr = loud;
     printf("fuzz: %ld files, %d accepted, %.1f s\n", runs, accepted, seconds() - start);
@@ -3384,12 +3286,13 @@ static const char *option(int argc, char **argv, const char *name, const char *s
 // ==========================================================================================================
 // torture: kills, full disks, hostile files, ranks that die or differ, on the whole program
 // ==========================================================================================================
-static const char *const LEARN[] = { // short, and its state is saved after every step
-    "train --preset tiny --steps 40 --batch 4 --save 0",
-    "train --preset tiny --steps 30 --batch 4 --hif8 --save 0",
-    "grpo --init base.st --prompts 1 --group 4 --steps 8 -n 4 --save 0"};
+#define SAMPLE " sample -w base.st -n 1 -o it.png" RED " "
+static const char *const LEARN[] = {                     // short, and the state is saved after every step
+    "train --preset tiny --steps 40 --batch 4 --save 0 -o",
+    "train --preset tiny --steps 30 --batch 4 --hif8 --save 0 -o",
+    "grpo --init base.st --prompts 1 --group 4 --steps 8 -n 4 --save 0 -o"};
 
-// A shell script, $1.. in it filled by the caller; 0: as wanted.
+// 0: the script did as wanted.
 static int failed_script(const char *script) {
     int code;
     char *said = shell(&code, fmt("cd torture && { %s; } 2>&1", script));
@@ -3397,27 +3300,22 @@ static int failed_script(const char *script) {
     return code != 0;
 }
 
-// Runs that are killed up to 3 times and then left alone must end as an unbroken one does, and leave nothing
-// else.
+// Runs that are killed up to 3 times and then left alone must end as an unbroken one, and leave nothing else.
 static void torture_kills(const char *osp, const char *signal, int kills, uint64_t seed) {
     int failed = 0;
     for (int i = 0; i < kills; i += 3) {
-        const char *run = LEARN[i / 3 % 3], *want = fmt("want%d.st", i / 3 % 3);
+        const char *run = fmt("%s %s it.st >it.log 2>it.err", osp, LEARN[i / 3 % 3]);
         double t[3];
         for (int k = 0; k < 3; k++) t[k] = 0.05 + 0.9 * rng_uniform(seed, 1, i + k);
         failed += failed_script(fmt(
-            "rm -f it*; p=; for t in %.3f %.3f %.3f; do timeout -s %s $t %s %s -o it.st >it.log 2>it.err; "
-            "c=$?; sleep 0.1; "
+            "rm -f it*; p=; for t in %.3f %.3f %.3f; do timeout -s %s $t %s; c=$?; sleep 0.1; "
             "case $c in 0|124|130|137|143) ;; *) exit 1;; esac; "
             "if [ -n \"$p\" ] && grep -q resumed it.err; then grep -q \"at step $p$\" it.err || exit 2; fi; "
-            "n=`sed -n 's/^stopped at step \\([0-9]*\\);.*/\\1/p' it.log`; [ -n \"$n\" ] && p=$n; [ $c = 0 ] "
-            "&& p=; done; "
-            "%s %s -o it.st >it.log 2>it.err && cmp it.st %s && rm it.log it.err it.st && test -z \"`ls it* "
-            "2>/dev/null`\"",
-            t[0], t[1], t[2], signal, osp, run, osp, run, want));
+            "n=`sed -n 's/^stopped at step \\([0-9]*\\);.*/\\1/p' it.log`; [ -n \"$n\" ] && p=$n; "
+            "[ $c = 0 ] && p=; done; %s && cmp it.st want%d.st && rm it.log it.err it.st && "
+            "test -z \"`ls it* 2>/dev/null`\"", t[0], t[1], t[2], signal, run, run, i / 3 % 3));
     }
-    row(failed, 0,
-        fmt("SIG%s at %d random moments: the same bytes at the end, nothing left behind", signal, kills));
+    row(failed, 0, fmt("SIG%s at %d random moments: the same bytes at the end, nothing left", signal, kills));
 }
 
 // A limit (in 512 bytes) between the sizes of output and state: saving warns, the run ends. One below the
@@ -3427,72 +3325,50 @@ static void torture_disk(const char *osp) {
     for (int i = 0; i < 20; i++) {
         bool fits = i % 2;
         int limit = (int)(fits ? 4800 + 9000 * rng_uniform(5, 2, i) : 1 + 4400 * rng_uniform(5, 2, i));
-        failed += failed_script(fmt("rm -f it*; cp base.st it.st; (ulimit -f %d; %s %s -o it.st >it.log "
-                                    "2>&1); test $? = %d && cmp it.st %s",
-                                    limit, osp, LEARN[0], fits ? 0 : 2, fits ? "want0.st" : "base.st"));
+        failed += failed_script(fmt("rm -f it*; cp base.st it.st; (ulimit -f %d; %s %s it.st >it.log 2>&1); "
+                                    "test $? = %d && cmp it.st %s", limit, osp, LEARN[0], fits ? 0 : 2,
+                                    fits ? "want0.st" : "base.st"));
     }
     row(failed, 0, "20 full disks: no run ends that need not, old files stay whole");
 }
 
-// Random bytes, digits and lengths in real files, through every command that reads one.
+// Broken copies of real files, through every command that reads one.
 static void torture_files(const char *osp, int count) {
-    static const char *const FILE_OF[] = {"base.st", "lora.st", "clip.safetensors", "it.st.resume"};
-    static const char *const USE[] = {
-        "info bad",
-        "sample -w bad -n 1 -p 'a small red circle standing still on a navy background' -o it.png",
-        "sample -w base.st --lora bad -n 1 -p 'a small red circle standing still on a navy background' -o "
-        "it.png",
-        "sample -w base.st --noise bad -n 1 -p 'a small red circle standing still on a navy background' -o "
-        "it.png",
-        "train --preset tiny --steps 1 --batch 1 -o bad.st"};
+    static const char *const USE[][2] = {                // the file that is broken, and who reads it
+        {"base.st", "info bad"}, {"base.st", "sample -w bad -n 1 -o it.png" RED},
+        {"lora.st", SAMPLE "--lora bad"}, {"clip.safetensors", SAMPLE "--noise bad"},
+        {"base.st", "train --preset tiny --steps 1 --batch 1 -o bad.st"}};
     int failed = 0;
     for (int i = 0; i < count; i++) {
-        Raw r = get_file(fmt("torture/%s", FILE_OF[i % 4 == 3 ? 0 : i % 4]));
-        uint64_t header = 0;
-        memcpy(&header, r.data, 8);
-        for (int k = 0, n = 1 + (int)(rng_bits(7, 1, i) % 4); k < n; k++) {
-            size_t at = rng_bits(7, 2, 9 * i + k) % (8 + header + 16), kind = rng_bits(7, 3, 9 * i + k) % 4;
-            r.data[at] = kind == 0   ? (char)rng_bits(7, 4, 9 * i + k)
-                         : kind == 1 ? '9'
-                         : kind == 2 ? '"'
-                                     : r.data[at / 2];
-        }
-        if (rng_bits(7, 5, i) % 8 == 0) r.size = rng_bits(7, 6, i) % r.size;
-        put_file("torture/bad", r.data, r.size), free(r.data);
-        int use = i % 4 == 3 ? 4 : i % 4 == 0 ? (int)(i / 4 % 2) : i % 4 + 1;
-        failed += failed_script(fmt(
-            "rm -f it.png* bad.st*; %s (ulimit -v 400000; timeout 5 %s %s >it.log); test $? = 0 -o $? = 2",
-            use == 4 ? "cp bad bad.st.resume;" : "", osp, USE[use]));
+        Raw r = mutated(get_file(fmt("torture/%s", USE[i % 5][0])), i);
+        put_file(i % 5 == 4 ? "torture/bad.st.resume" : "torture/bad", r.data, r.size), free(r.data);
+        failed += failed_script(fmt("rm -f it.png* bad.st; (ulimit -v 400000; timeout 5 %s %s >it.log); "
+                                    "test $? = 0 -o $? = 2", osp, USE[i % 5][1]));
     }
     row(failed, 0, fmt("%d hostile files: exit 0 or 2 within 5 s and 400 MB of addresses", count));
 }
 
 // Two ranks told different things must stop with a message, and a killed rank must end the other.
 static void torture_ranks(const char *osp) {
-    static const char *const DIFFER[] = {
-        "--seed 2", "-n 3", "-p 'a large blue square standing still on a gray background'", "--lora lora.st",
-        "--noise clip.safetensors", "--shift 4"};
-    const char *mpi = fmt("%s_mpi", osp), *mpirun = "OMP_NUM_THREADS=1 timeout 30 mpirun --oversubscribe -q";
+    static const char *const DIFFER[] = {"--seed 2", "-n 3", "-p 'a large blue square'", "--lora lora.st",
+                                         "--noise clip.safetensors", "--shift 4"};
+    const char *mpirun = "OMP_NUM_THREADS=1 timeout 30 mpirun --oversubscribe -q -np";
+    const char *learn = fmt("2 %s_mpi %s it.st >it.log 2>&1", osp, LEARN[0]);
+    const char *sample = fmt("%s_mpi" SAMPLE, osp);
     int failed = 0;
-    if (access(fmt("torture/%s", mpi), X_OK)) { skip("ranks: make osp_mpi first"); return; }
-    for (int i = 0; i < 6; i++) {
-        const char *run = fmt(
-            "%s sample -w base.st -n 2 -p 'a small red circle standing still on a navy background' -o it.png",
-            mpi);
-        failed += failed_script(fmt("%s -np 1 %s : -np 1 %s %s >it.log 2>&1; c=$?; test $c != 0 -a $c != 124 "
-                                    "&& grep -q 'osp: rank' it.log",
-                                    mpirun, run, run, DIFFER[i]));
-    }
+    if (access(fmt("torture/%s_mpi", osp), X_OK)) { skip("ranks: make osp_mpi first"); return; }
+    failed += failed_script(fmt("%s %s && mv it.st want_ranks.st", mpirun, learn));
+    for (int i = 0; i < 6; i++)
+        failed += failed_script(fmt("%s 1 %s : -np 1 %s %s >it.log 2>&1; c=$?; test $c != 0 -a $c != 124 && "
+                                    "grep -q 'osp: rank' it.log", mpirun, sample, sample, DIFFER[i]));
     row(failed, 0, "6 inputs that differ on one of two ranks are named");
     failed = 0;
     for (int i = 0; i < 20; i++)
         failed += failed_script(
-            fmt("rm -f it*; %s -np 2 %s %s -o it.st >it.log 2>&1 & p=$!; sleep %.2f; "
-                "pkill -KILL -n -P `pgrep -P $p` || exit 3; "
+            fmt("rm -f it*; %s %s & p=$!; sleep %.2f; pkill -KILL -n -P `pgrep -P $p` || exit 3; "
                 "for k in 1 2 3 4 5 6 7 8 9 10 11; do kill -0 $p 2>/dev/null || break; sleep 1; done; "
-                "kill -0 $p 2>/dev/null && exit 1; %s -np 2 %s %s -o it.st >it.log 2>&1 && cmp it.st "
-                "want_ranks.st",
-                mpirun, mpi, LEARN[0], 0.4 + rng_uniform(8, 1, i), mpirun, mpi, LEARN[0]));
+                "kill -0 $p 2>/dev/null && exit 1; %s %s && cmp it.st want_ranks.st",
+                mpirun, learn, 0.4 + rng_uniform(8, 1, i), mpirun, learn));
     row(failed, 0, "20 ranks killed: the others gone within 10 s, the next run ends the same");
 }
 
@@ -3501,15 +3377,9 @@ static int torture(const char *program) {
     int code;
     shell(&code, "rm -rf torture; mkdir torture");
     int failed = failed_script(fmt("%s train --preset tiny --steps 0 -o base.st && %s grpo --init base.st "
-                                   "--prompts 1 --group 2 --micro 2 "
-                                   "--steps 1 -n 3 --window 1 -o lora.st && %s sample -w base.st -n 1 -p 'a "
-                                   "small red circle standing still "
-                                   "on a navy background' -o clip.safetensors",
-                                   osp, osp, osp));
-    for (int i = 0; i < 3; i++) failed += failed_script(fmt("%s %s -o want%d.st", osp, LEARN[i], i));
-    if (!access(fmt("torture/%s_mpi", osp), X_OK))
-        failed += failed_script(fmt(
-            "OMP_NUM_THREADS=1 mpirun --oversubscribe -q -np 2 %s_mpi %s -o want_ranks.st", osp, LEARN[0]));
+                                   "--prompts 1 --group 2 --micro 2 --steps 1 -n 3 --window 1 -o lora.st && "
+                                   "%s sample -w base.st -n 1 -o clip.safetensors" RED, osp, osp, osp));
+    for (int i = 0; i < 3; i++) failed += failed_script(fmt("%s %s want%d.st", osp, LEARN[i], i));
     row(failed, 0, "the files to begin with");
     torture_kills(osp, "KILL", 99, 1), torture_kills(osp, "TERM", 15, 2), torture_kills(osp, "INT", 15, 3);
     torture_disk(osp);
