@@ -325,7 +325,8 @@ static float *mapped(double (*f)(double), const float *u, const float *dy, size_
     return y;
 }
 
-static void check_linear(int R, int O, int I, bool codes, double mean, float spike) {
+static void check_linear(const int *size, bool codes, double mean, float spike) {
+    int R = size[0], O = size[1], I = size[2];
     size_t nx = (size_t)R * I, nw = (size_t)O * I, n = (size_t)R * O;
     float *xv, *wv, *dv, *b = as_act(noise(3, O, 1), O), *bias = up(b, O), one = 1;
     Factor x = factor(&xv, spiky(1, nx, mean, spike), R, I, codes ? 15 : 0);
@@ -498,29 +499,28 @@ static const Scores SCORES[] = {
     {"far below 0", 1, 8, 1, 1, 1, 1, 1}, {"growing", 1, 0, 1, 4, 1, 1, 1},
     {"spikes", 1, 0, 1, 1, 30, 1, 10007}};
 
-static void check_attention(const char *name, int count, const int *q, const int *k, int heads, int hd,
-                            int kind) {
-    int D = heads * hd, nq = q[count] * D, nk = k[count] * D, nl = q[count] * heads;
+static void check_attention(const char *who, int n, const int *q, const int *k, int heads, int hd, int kind) {
+    int D = heads * hd, nq = q[n] * D, nk = k[n] * D, nl = q[n] * heads;
     const Scores *is = &SCORES[kind];
     bool codes = kind >= CODES, odd = kind > LARGE && !codes;
     float lift = is->apart / sqrtf(sqrtf((float)hd)), *qv, *kv;
     float *x = noise(1, nq, is->scale), *y = noise(2, nk, is->scale), *v = noise(3, nk, 1);
     for (int i = 0; i < nq; i++) x[i] = x[i] * (i % is->every ? 1 : is->spike) + lift;
     for (int i = 0; i < nk; i++) {
-        float grown = is->first + (is->last - is->first) * (float)(i / D) / k[count];
+        float grown = is->first + (is->last - is->first) * (float)(i / D) / k[n];
         y[i] = y[i] * grown * (i % is->every ? 1 : is->key_spike) - lift, v[i] += codes;
     }
-    Factor qs = factor(&qv, up_act(x, nq), q[count], D, codes ? 15 : 0);
-    Factor ks = factor(&kv, up_act(y, nk), k[count], D, codes ? 15 : 0);
+    Factor qs = factor(&qv, up_act(x, nq), q[n], D, codes ? 15 : 0);
+    Factor ks = factor(&kv, up_act(y, nk), k[n], D, codes ? 15 : 0);
     Given d = given(4, nq, 1);
     Attended t = {doubles(nq), doubles(nq), doubles(nk), doubles(nk), doubles(nl),
                   qv, kv, as_act(v, nk), as_act(d.h, nq), heads, hd};
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < n; i++)
         for (int a = q[i]; a < q[i + 1]; a++)
             for (int h = 0; h < heads; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
     for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
     if (odd) qs = plain(up_act(x, nq));
-    Sequences s = {count, (int *)q, (int *)k, to_device(q, count + 1), to_device(k, count + 1)};
+    Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
     act *vs = up_act(v, nk), *o = spoiled_act(nq);
     float *lse = spoiled(nl), *amax = spoiled(1);
     attention_forward(o, lse, amax, qs, ks, vs, &s, heads, hd);
@@ -538,7 +538,7 @@ static void check_attention(const char *name, int count, const int *q, const int
         near_act("dq", dq, rounded(t.dq, nq), nq), near_act("dk", dk, rounded(t.dk, nk), nk);
         near_act("dv", dv, rounded(t.dv, nk), nk);
     }
-    op_row(codes ? 3e-3 : 0, odd ? 1e-5 : 5e-6, fmt("attention, %s, scores %s, %d heads of %d,", name,
+    op_row(codes ? 3e-3 : 0, odd ? 1e-5 : 5e-6, fmt("attention, %s, scores %s, %d heads of %d,", who,
                                                      is->name, heads, hd));
 }
 
@@ -607,17 +607,19 @@ static void check_elementwise(void) {
 }
 
 // ---- the sizes that a GPU has kernels of its own for; the same checks hold on a CPU ----------------------
+static const int SELF[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733};
+static const int QUERIES[] = {0, 300, 300, 430, 431}, SEEN[] = {0, 12, 524, 524, 1036};
 
 static void check_all_codes(void) {
-    static const int self[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733}, q[] = {0, 300, 300, 430, 431};
-    static const int k[] = {0, 12, 524, 524, 1036}, one[] = {0, 193}, many[] = {0, 3000};
+    static const int PRODUCT[][5] = {{64, 128, 256, 0, 1}, {515, 48, 80, 0, 1}, {2051, 128, 64, 1, 1},
+                                     {1000, 256, 1024, 0, 300}};
+    static const int one[] = {0, 193}, many[] = {0, 3000};
     if (!codes_multiply(16, 16)) { skip("no products of 8-bit codes here"); return; }
     check_codes(1, 16, 15), check_codes(300, 208, 15), check_codes(515, 144, 224), check_codes(128, 64, 224);
-    check_linear(64, 128, 256, true, 0, 1), check_linear(515, 48, 80, true, 0, 1);
-    check_linear(2051, 128, 64, true, 1, 1), check_linear(1000, 256, 1024, true, 0, 300);
+    for (int i = 0; i < 4; i++) check_linear(PRODUCT[i], true, PRODUCT[i][3], PRODUCT[i][4]);
     if (!codes_attend(128)) return;
-    check_attention("0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, 128, CODES);
-    check_attention("12, 512, 0, 512 keys", 4, q, k, 2, 128, CODES);
+    check_attention("0, 1, 63 .. 81, 300 tokens", 9, SELF, SELF, 2, 128, CODES);
+    check_attention("12, 512, 0, 512 keys", 4, QUERIES, SEEN, 2, 128, CODES);
     for (int i = CODES; i <= CODES_SPIKES; i++) check_attention("3000 keys", 1, one, many, 2, 128, i);
 }
 
@@ -625,17 +627,15 @@ static void check_kernels(void) {
     static const int ROWS[][2] = {{128, 4}, {512, 4}, {1536, 12}, {5120, 40}}, HEAD_DIM[] = {32, 64, 128};
     static const int PRODUCT[][3] = {{64, 127, 255}, {515, 8, 1}, {2050, 136, 24}, {4500, 512, 8}};
     static const int OTHER[] = {16, 24, 48, 72, 136, 256};
-    static const int self[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733};
-    static const int q[] = {0, 300, 300, 430, 431}, k[] = {0, 12, 524, 524, 1036}, few[] = {0, 37, 117};
-    static const int some[] = {0, 70, 0, 700};
+    static const int few[] = {0, 37, 117}, some[] = {0, 70, 0, 700};
     for (int i = 0; i < 4; i++) {
         check_norm(150, ROWS[i][0], true, true, false), check_norm(150, ROWS[i][0], false, true, false);
         check_rmsnorm_rope(150, ROWS[i][0], ROWS[i][1], true), check_gathers(ROWS[i][0]);
-        check_linear(PRODUCT[i][0], PRODUCT[i][1], PRODUCT[i][2], false, 0, 1);
+        check_linear(PRODUCT[i], false, 0, 1);
     }
     for (int i = 0; i < 3; i++) {
-        check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, self, self, 2, HEAD_DIM[i], USUAL);
-        check_attention("cross, 12, 512, 0, 512 keys", 4, q, k, 2, HEAD_DIM[i], USUAL);
+        check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, SELF, SELF, 2, HEAD_DIM[i], USUAL);
+        check_attention("cross, 12, 512, 0, 512 keys", 4, QUERIES, SEEN, 2, HEAD_DIM[i], USUAL);
         for (int kind = FAR_BELOW; kind <= SHRINKING; kind++)
             check_attention("700 keys", 1, some, some + 2, 1, HEAD_DIM[i], kind);
     }
@@ -646,13 +646,13 @@ static void check_ops(void) {
     static const int LINEAR[][3] = {{1, 1, 1}, {7, 5, 3}, {37, 70, 29}, {131, 33, 517}, {300, 64, 64}};
     static const int self[] = {0, 5, 5, 38, 39, 203}, q[] = {0, 70, 70, 71, 81}, k[] = {0, 9, 13, 13, 210};
     static const int one[] = {0, 300};
-    float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1),
-          *wide = noise(1, 5003, 1);
+    float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1);
+    float *wide = noise(1, 5003, 1);
     for (int i = 0; i < 5003; i++) wide[i] *= expf(4 * rng_normal(78, 1, i));
     check_hif8(wide, 5003, 15), check_hif8(wide, 5003, 224), check_hif8(tiny, 3, 15);
     absmax(m, up_act(bad, 5), 5);
     row(*down(m, 1) != 7, 0, "absmax leaves NaN out");
-    for (int i = 0; i < 5; i++) check_linear(LINEAR[i][0], LINEAR[i][1], LINEAR[i][2], false, 0, 1);
+    for (int i = 0; i < 5; i++) check_linear(LINEAR[i], false, 0, 1);
     check_norm(19, 13, true, true, false), check_norm(19, 13, true, false, true);
     check_norm(19, 13, false, true, false), check_norm(19, 13, false, false, true);
     check_gathers(6);
@@ -1332,12 +1332,9 @@ static void check_one_kind(void) {
     row(wrong, 0, "--sparse both, token, group: the patterns of 12 blocks");
 }
 
-static TrainOptions small_training(void) {
-    TrainOptions o = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
-    return o;
-}
+static const TrainOptions SMALL_TRAINING = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
 static void train_some(Optimizer *opt, Model *m, int from, int to) {
-    TrainOptions o = small_training();
+    TrainOptions o = SMALL_TRAINING;
     Run *r = run_of(m, o.batch, true);
     size_t n = r->B * latent_size(r);
     float *x = spoiled(n), *target = spoiled(n), *dout = spoiled(n);
@@ -1369,7 +1366,7 @@ static void check_resume(const char *path, int quant) {
 
 static void check_optimizer(void) {
     size_t n = 1000;
-    TrainOptions o = small_training();
+    TrainOptions o = SMALL_TRAINING;
     float *g = noise(1, n, 1), *w = noise(2, n, 1), *m = floats(n), *v = floats(n), *ema = floats(n);
     double norm = sqrt(sum_squares(up(g, n), NULL, n));
     for (int clipped = 0; clipped < 2; clipped++) {
@@ -1442,7 +1439,7 @@ static void check_policy_update(void) {
     Config c = small_config(VOCAB, 0);
     Model *m = model_layout(&c);
     PolicyOptions o = {1, 2, 2, V, 4, W, 3, 1, 5e-3, 0.004, "all"};
-    TrainOptions t = small_training();
+    TrainOptions t = SMALL_TRAINING;
     Optimizer opt;
     int video[V];
     lora_new(m, 4, 8, 1), model_allocate(m, true);
@@ -1491,8 +1488,8 @@ static int held_units(int *unit, const Pattern *p, int layout, int r, int R, int
 static int wrong_places(const Pattern *p, int have, int want, int R, int B) {
     int N = p->start[p->count], most = B * N * R, *unit = (int *)xalloc(5 * most, sizeof(int)), wrong = 0;
     int *pack = unit + most, *sent = pack + most, *got = sent + most, *expected = got + most;
-    Exchange *e = (Exchange *)xalloc(R, sizeof(Exchange));
-    for (int r = 0; r < R; r++) exchange_init(&e[r], p, have, want, B, r, R);
+    Exchange e[16];
+    for (int r = 0; r < R; r++) e[r] = exchange_of(p, have, want, B, r, R);
     for (int r = 0; r < R; r++) {
         int arrived = 0, per = R / e[r].shares, n = held_units(expected, p, want, r, R, B) / per;
         for (int s = 0; s < R; s++) { // rank s's packed units; those for r follow those before
@@ -1507,7 +1504,7 @@ static int wrong_places(const Pattern *p, int have, int want, int R, int B) {
         download(got, e[r].unpack, n * sizeof(int));
         for (int i = 0; i < n; i++) wrong += sent[got[i]] != expected[i * per];
     }
-    free(unit), free(e);
+    free(unit);
     return wrong;
 }
 
@@ -1550,8 +1547,7 @@ static void check_captions(void) {
     for (int caption = 0; caption < CAPTIONS; caption++) {
         char text[128];
         Scene s = scene_of(caption), back;
-        held += held_out(caption);
-        caption_text(text, sizeof text, s);
+        caption_text(text, sizeof text, s), held += held_out(caption);
         note("read as written", !parse_caption(&back, text) || memcmp(&s, &back, sizeof s));
     }
     note("96 held out", held != 96);
@@ -1588,8 +1584,7 @@ static int run_tests(const char *folder, bool ops_only) {
 static const struct { const char *name; Config c; } WAN[] = {
     {"1.3b-480p", {1536, 8960, 12, 30, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 60, 104, 0, 1e-6}},
     {"14b-720p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 90, 160, 0, 1e-6}},
-    {"14b-768p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 96, 160, 0, 1e-6}},
-};
+    {"14b-768p", {5120, 13824, 40, 40, 8, 2, 16, 16, 4096, 512, 256, 0, 0, 0, 21, 96, 160, 0, 1e-6}}};
 
 static Config shape_config(const char *name) {
     if (!strcmp(name, "tiny") || !strcmp(name, "toy")) return PRESETS[!strcmp(name, "toy")];
@@ -1862,9 +1857,8 @@ static const struct { const char *name; int calls; char unit; } PART[PARTS] = { 
 // What the ops that wrote it have measured: h1, h2, h3, q, k, o and cross-attention's q and o; then v and f.
 static void block_rounding(Run *r, Saved *s, size_t n) {
     int D = r->m->c.dim;
-    const Factor measured[] = {s->h1, s->h2, s->h3, s->self.q, s->self.k, s->cross.q, s->self.oq,
-                               s->cross.oq};
-    for (int i = 0; i < 8; i++) quantize_measured(r, measured[i], measured[i].x, n, D, 15);
+    const Factor known[] = {s->h1, s->h2, s->h3, s->self.q, s->self.k, s->cross.q, s->self.oq, s->cross.oq};
+    for (int i = 0; i < 8; i++) quantize_measured(r, known[i], known[i].x, n, D, 15);
     quantize(r, plain(s->self.v), s->self.v, n, D, 15);
     quantize(r, s->f, s->f.x, n, r->m->c.ffn_dim, 15);
 }
@@ -2032,8 +2026,7 @@ static void bench_model(const BenchOptions *o) {
 }
 
 // ---- against OpenBLAS, where it is installed: in turn, the same threads ----------------------------------
-typedef void (*Sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float,
-                      float *, int);
+typedef void (*Sgemm)(int, int, int, int, int, int, float, float *, int, float *, int, float, float *, int);
 
 static void bench_linear(const char *path) {
     static const int SIZE[][3] = {{2048, 512, 128}, {2048, 128, 512}, {8192, 1536, 1536}};
@@ -2109,20 +2102,16 @@ static void bench_comm(const char *shape, Ranks *k) {
 static int bench(int argc, char **argv, Ranks *ranks) {
     #define AT(field) offsetof(BenchOptions, field)
     static const Option OPTION[] = {
-        {"", "WHAT", 's', AT(what), "model", 0, 0,
-         "model; linear: against OpenBLAS; hif8; comm: under mpirun"},
+        {"", "WHAT", 's', AT(what), "model", 0, 0, "model; linear (and OpenBLAS's); hif8; comm (mpirun)"},
         {"", "--shape", 's', AT(shape), "toy", 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
-        {"", "--layers", 'i', AT(layers), "-1", -1, 64,
-         "run so many token-wise, as many group-wise, twice as many full blocks; 0: all; -1: 1 (toys: all)"},
+        {"", "--layers", 'i', AT(layers), "-1", -1, 64, "of each pattern, twice of full; 0: all; -1: choose"},
         {"", "--frames", 'i', AT(frames), "0", 0, 1024, "of latents; 0: the shape's"},
         {"", "--train", 'b', AT(train), "0", 0, 1, "backward and the training step, too"},
         {"", "--device-dtype", 's', AT(device), "bf16", 0, 0, "arithmetic on a GPU: f32 or bf16"},
         {"", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits"},
         {"", "--force", 'b', AT(force), "0", 0, 1, "run Wan's shapes on a CPU, for as long as it takes"},
-        {"", "--blas", 's', AT(blas), "libopenblas.so.0", 0, 0,
-         "the library that bench linear compares with"},
-        {"", "--json", 'b', AT(json), "0", 0, 1, "seconds as one JSON object on the last line"},
-    };
+        {"", "--blas", 's', AT(blas), "libopenblas.so.0", 0, 0, "what bench linear compares with"},
+        {"", "--json", 'b', AT(json), "0", 0, 1, "seconds as one JSON object on the last line"}};
     #undef AT
     BenchOptions o;
     const char *text[10];
@@ -2358,8 +2347,7 @@ static void show_model(const Config *c, const char *name) {
          "q, k, v, o; RMSNorm on q and k, rotary positions"},
         {"x += CrossAttention(LN(x), text)", "q of x; k, v of the text; no positions, no mask"},
         {"x += gate2 · FFN(LN(x)·(1 + scale2) + shift2)", "up, GELU, down"},
-        {"shift, scale, gate = modulation + e0",
-         "six vectors: the block's own table plus what the timestep says"}};
+        {"shift, scale, gate = modulation + e0", "six vectors: its own table plus what the timestep says"}};
     int L = c->num_layers, H = c->H_l / 2, W = c->W_l / 2, count[PATTERNS] = {0, 0, 0}, N = c->T * H * W;
     double step = 960.0 / (L > 12 ? L : 12), wide = step * 0.8;
     const char *stage[] = {fmt("latent [%d, %d, %d, %d]", c->in_dim, c->T, 2 * H, 2 * W),
@@ -2440,8 +2428,7 @@ static void rank_panels(const Config *c, const Pattern *p, int R) {
     for (int r = 0; r < R; r++) {
         int first = p[FULL].first[r], end = p[FULL].first[r + 1];
         box(40, 145 + unit * first, 280, unit * (end - first) - 2, OTHER_COLOR[r], 0.85);
-        label(180, 150 + unit * (first + end) / 2, 14, 'm', PAPER, "rank %d: tokens %d to %d", r, first,
-              end - 1);
+        label(180, 150 + unit * (first + end) / 2, 14, 'm', PAPER, "rank %d: %d to %d", r, first, end - 1);
     }
 }
 
@@ -2474,7 +2461,7 @@ static void show_ranks(const Config *c, const char *name, int R) {
     label(380, 470, 12, 's', SOFT, "where q, k, v, o have 16 bits and x 32, SSP sends half of the bytes");
     label(40, 580, 15, 's', INK, "The whole forward, block by block");
     label(380, 580, 12, 's', SOFT,
-          "stacks: q, k, v, o inside a block under Ulysses; gray: x between two layouts");
+          "stacks: q, k, v, o inside a block (Ulysses); gray: x between two layouts");
     for (int u = 0; u < 2; u++) {
         Sent s = block_sent(c, p, F / 2, 0, R, u);
         const char *color = u ? PATTERN_COLOR[block_pattern(F / 2, c->num_layers, F)] : RIM;
@@ -2686,25 +2673,6 @@ static void show_gradients(const char *path) {
 
 typedef struct { const char *out, *preset; Captions words; int R; } ShowOptions;
 
-static void draw_picture(const ShowOptions *o) {
-    const char *kind = o->words.count ? o->words.text[0] : "nothing";
-    const char *name = o->preset ? o->preset : "toy";
-    int count = o->words.count - 1;
-    Config c = shape_config(name);
-    one_of("show", kind, "skiparse|model|hif8|flow|ranks|grpo|gradients|cost|loss|reward:");
-    if (!strcmp(kind, "skiparse")) show_skiparse();
-    else if (!strcmp(kind, "model")) show_model(&c, name);
-    else if (!strcmp(kind, "hif8")) show_hif8();
-    else if (!strcmp(kind, "flow")) show_flow();
-    else if (!strcmp(kind, "grpo")) show_grpo();
-    else if (!strcmp(kind, "ranks")) show_ranks(&c, name, o->R);
-    else if (!strcmp(kind, "gradients") && count == 1) show_gradients(o->words.text[1]);
-    else if (!strcmp(kind, "cost") && count == 2) show_cost(o->words.text + 1);
-    else if (count < 1 || count > MOST_LOGS)
-        die("%d logs, expected 1 to %d: show %s LOG..", count, MOST_LOGS, kind);
-    else show_logs(o->words.text + 1, count, !strcmp(kind, "reward"));
-}
-
 static int show(int argc, char **argv) {
     #define AT(field) offsetof(ShowOptions, field)
     static const Option OPTION[] = {
@@ -2712,9 +2680,7 @@ static int show(int argc, char **argv) {
          "skiparse, model, hif8, flow, ranks, grpo; gradients FILE; cost, loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
         {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
-        {"", "--preset", 's', AT(preset), NULL, 0, 0,
-         "tiny, toy, 1.3b-480p, 14b-720p, 14b-768p (model, ranks)"},
-    };
+        {"", "--preset", 's', AT(preset), "toy", 0, 0, "of model and ranks: tiny, toy, .., 14b-768p"}};
     #undef AT
     const char *said[4], *why;
     char *text;
@@ -2722,10 +2688,22 @@ static int show(int argc, char **argv) {
     ShowOptions o;
     memset(&o, 0, sizeof o);
     parse_options(argc, argv, "test_osp show ranks -R 4 -o ranks.svg", OPTION, 4, 0, &o, said);
+    const char *kind = o.words.count ? o.words.text[0] : "nothing", *const *logs = o.words.text + 1;
+    int count = o.words.count - 1;
+    Config c = shape_config(o.preset);
+    one_of("show", kind, "skiparse|model|hif8|flow|ranks|grpo|gradients|cost|loss|reward:");
     if (!(svg = open_memstream(&text, &size))) die("no memory for a picture: %s", strerror(errno));
-    draw_picture(&o);
-    fputs("</svg>\n", svg);
-    fclose(svg);
+    if (!strcmp(kind, "skiparse")) show_skiparse();
+    else if (!strcmp(kind, "model")) show_model(&c, o.preset);
+    else if (!strcmp(kind, "hif8")) show_hif8();
+    else if (!strcmp(kind, "flow")) show_flow();
+    else if (!strcmp(kind, "grpo")) show_grpo();
+    else if (!strcmp(kind, "ranks")) show_ranks(&c, o.preset, o.R);
+    else if (!strcmp(kind, "gradients") && count == 1) show_gradients(logs[0]);
+    else if (!strcmp(kind, "cost") && count == 2) show_cost(logs);
+    else if (count < 1 || count > MOST_LOGS) die("show %s: 1 to %d logs, here %d", kind, MOST_LOGS, count);
+    else show_logs(logs, count, !strcmp(kind, "reward"));
+    fputs("</svg>\n", svg), fclose(svg);
     Output *out = output_open(o.out);
     output_bytes(out, text, size);
     if ((why = output_close(out))) die("%s", why);
@@ -2775,8 +2753,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"GRPO: the reference has the adapter", "r->m->lora->scale = 0, weights_prepare", "weights_prepare"},
     {"LoRA: merged without alpha/rank", "lincomb(scaled, l->scale", "lincomb(scaled, 1"},
     {"files: the step lost on resuming", "o->step = (int)", "o->step = 0 * (int)"},
-    {"files: a HiF8 weight is off by its scale", "(uint8_t)code) / k", "(uint8_t)code) * k"},
-};
+    {"files: a HiF8 weight is off by its scale", "(uint8_t)code) / k", "(uint8_t)code) * k"}};
 enum { MUTANT_COUNT = sizeof MUTANTS / sizeof MUTANTS[0] };
 
 static void put_file(const char *path, const void *data, size_t size) {
@@ -2904,16 +2881,14 @@ static bool one_line(const char *said) {
 }
 
 // `before`: shell code that comes first. What a killed run left is compared too.
-static void try_case(const char *name, const char *arguments, const char *before) {
+static void try_case(const char *name, const char *args, const char *before) {
     static const char *const LOOK = "ls -lAin --full-time";
     int code, ignored;
-    char *run =
-        fmt("%s timeout -s KILL " PATIENCE " %s %s 2>&1 >/dev/null </dev/null", before, bad.osp, arguments);
+    char *run = fmt("%s timeout -s 9 " PATIENCE " %s %s 2>&1 >/dev/null </dev/null", before, bad.osp, args);
     char *files = shell(&code, LOOK), *said = shell(&code, run);
     if (code == 137) said = shell(&code, run);               // once more: the machine may be busy
     bool same = !strcmp(shell(&ignored, LOOK), files), ok = code == 2 && one_line(said) && same;
-    printf("%-44.44s exit %3d%s %s %s", name, code, same ? "" : ", FILES CHANGED", ok ? "ok " : "FAILED\n",
-           said);
+    printf("%-44.44s exit %3d%s %s %s", name, code, same ? "" : ", CHANGED", ok ? "ok" : "FAILED\n", said);
     fflush(stdout);
     bad.cases++, bad.failed += !ok;
 }
@@ -2972,8 +2947,7 @@ static void try_hostile_files(void) {
         {"base.st", "%s", "[0,3072]", "[0,3071]", "[3072,0]", "[0,3072,3072]", "[0]", "[0,3072,]",
          "[0,3072.0]", "[1,3073]", "[99999999999,100000002671]", "[18446744073709551615,3071]"},
         {"base.st", "%s", "\"shape\"", "\"dtype\"", ""},
-        {"base.st", "%s", "},", "}},", "},,"},
-        {"hif8.st", "self_attn.q.weight.%s", "scale", "stale"}};
+        {"base.st", "%s", "},", "}},", "},,"}, {"hif8.st", "self_attn.q.weight.%s", "scale", "stale"}};
     static const char *const K = "blocks.0.self_attn.q.weight.scale", *const CODES = "blocks.1.ffn.2.weight";
     Raw base = get_file("base.st");
     size_t cut[] = {0, 7, 8, 1000, base.size - 1, base.size + 1};
