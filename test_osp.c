@@ -690,6 +690,7 @@ static Answer ask(Run *r, const Question *q) {
 }
 
 static Ranks alone = {0, 1, 0, 1, false, {0}, {0}, {0}};     // one rank, one half
+static const TrainOptions SMALL_TRAINING = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
 static Run *run_on(Ranks *k, Model *m, int B, bool training) {
     return run_new(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
 }
@@ -885,32 +886,28 @@ static Exchange exchange_of(const Pattern *p, int have, int want, int B, int ran
     return e;
 }
 
-static void check_skiparse_case(int T, int H, int W, int P) {
-    static const char *const KIND[] = {"", "token", "group"};
-    const char *grid = fmt("T%dH%dW%dP%d", T, H, W, P);
-    size_t N = T * H * W;
-    Pattern *p = patterns_of(T, H, W, P, 1);
-    Exchange move[PATTERNS][PATTERNS];
-    for (int i = 0; i < 9; i++) move[i / 3][i % 3] = exchange_of(p, i / 3, i % 3, 1, 0, 1);
-    for (int i = TOKEN_WISE; i <= GROUP_WISE; i++) {
-        float *order = golden(fmt("%s.%s_order", grid, KIND[i])), *inverse = floats(N);
-        float *length = golden(fmt("%s.%s_lens", grid, KIND[i]));
-        for (size_t j = 0; j < N; j++)
-            note("order", p[i].order[j] != (int)order[j]), inverse[(int)order[j]] = (float)j;
-        for (int s = 0; s < P * P; s++) note("lengths", p[i].start[s + 1] - p[i].start[s] != (int)length[s]);
-        note("entry", differing(move[FULL][i].pack, order, N));
-        note("exit", differing(move[i][FULL].pack, inverse, N));
-        float *other = golden(fmt("%s.%s_to_%s", grid, KIND[i], KIND[3 - i]));
-        note("exchange", differing(move[i][3 - i].pack, other, N));
-        note("count", p[i].count != P * P);
-    }
-    worst_row(0, fmt("%s,", grid));
-}
-
 static void check_skiparse_file(void) {
+    static const char *const KIND[] = {"", "token", "group"};
     const char *at = file_meta(&gold, "cases");
-    for (int T, H, W, P, used; sscanf(at, "%d,%d,%d,%d %n", &T, &H, &W, &P, &used) == 4; at += used)
-        check_skiparse_case(T, H, W, P);
+    for (int T, H, W, P, used; sscanf(at, "%d,%d,%d,%d %n", &T, &H, &W, &P, &used) == 4; at += used) {
+        const char *grid = fmt("T%dH%dW%dP%d", T, H, W, P);
+        size_t N = T * H * W;
+        Pattern *p = patterns_of(T, H, W, P, 1);
+        for (int i = TOKEN_WISE; i <= GROUP_WISE; i++) {
+            float *order = golden(fmt("%s.%s_order", grid, KIND[i])), *inverse = floats(N);
+            float *other = golden(fmt("%s.%s_to_%s", grid, KIND[i], KIND[3 - i]));
+            float *length = golden(fmt("%s.%s_lens", grid, KIND[i]));
+            for (size_t j = 0; j < N; j++)
+                note("order", p[i].order[j] != (int)order[j]), inverse[(int)order[j]] = (float)j;
+            for (int s = 0; s < P * P; s++)
+                note("lengths", p[i].start[s + 1] - p[i].start[s] != (int)length[s]);
+            note("count", p[i].count != P * P);
+            note("entry", differing(exchange_of(p, FULL, i, 1, 0, 1).pack, order, N));
+            note("exit", differing(exchange_of(p, i, FULL, 1, 0, 1).pack, inverse, N));
+            note("exchange", differing(exchange_of(p, i, 3 - i, 1, 0, 1).pack, other, N));
+        }
+        worst_row(0, fmt("%s,", grid));
+    }
 }
 
 static void check_sampler(void) {
@@ -1077,14 +1074,13 @@ static void check_grpo_micro(void) {
     int video[8], caption[8];
     double sigma[64];
     Optimizer opt;
-    TrainOptions t;
+    TrainOptions t = SMALL_TRAINING;
     if (tally.half) { skip("old log-probabilities of float64: bfloat16 leaves the clip's range"); return; }
     Run *r = golden_run(B, true, false);
     Lora *l = r->m->lora;
     size_t one = latent_size(r), text = (size_t)r->m->c.text_len * r->m->c.text_dim;
     float *start = golden_adapters(l, "lora.");
     PolicyOptions o = policy_options("");
-    memset(&t, 0, sizeof t);
     t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps");
     t.clip = number("max_norm"), t.weight_decay = number("weight_decay");
     schedule(sigma, S, 1);
@@ -1259,12 +1255,11 @@ static void check_attention_alone(void) {
 static void check_batch_fill(void) {
     enum { B = 3 };
     Run *r = run_of(small_model(VOCAB, 0, 1), B, true);
-    TrainOptions o;
+    TrainOptions o = SMALL_TRAINING;
     Batch a;
     size_t n = latent_size(r);
     int dropped = 0, wrong = 0, ids[12];
     float *x0 = floats(n), *x = floats(n), *target = floats(n);
-    memset(&o, 0, sizeof o);
     o.drop = 0.5, o.seed = 9;
     batch_new(&a, r);
     for (int k = 15; k < 75; k++) {
@@ -1332,7 +1327,6 @@ static void check_one_kind(void) {
     row(wrong, 0, "--sparse both, token, group: the patterns of 12 blocks");
 }
 
-static const TrainOptions SMALL_TRAINING = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
 static void train_some(Optimizer *opt, Model *m, int from, int to) {
     TrainOptions o = SMALL_TRAINING;
     Run *r = run_of(m, o.batch, true);
@@ -2615,12 +2609,11 @@ static void count_kind(Kind *kind, const act *device, size_t n) {
 // The gradients that enter the products of each block, of 4 clips: of the outputs of ffn.2, ffn.0, q, k, v.
 static void gather_kinds(Kind *kind, const char *path) {
     File f;
-    TrainOptions o;
+    TrainOptions o = SMALL_TRAINING;
     Batch a;
-    memset(&o, 0, sizeof o);
     file_open(&f, path);
     Config c = config_read(&f);
-    c.quant = c.quant_attn = 0, o.seed = 3;
+    c.quant = c.quant_attn = 0, o.drop = 0, o.seed = 3;
     Model *m = model_layout(&c);
     model_allocate(m, true), weights_read(m, m->param, m->params, &f);
     Run *r = run_of(m, 4, true);
