@@ -3232,8 +3232,8 @@ static void torture_ranks(const char *osp) {
     const char *sample = fmt("%s_mpi" SAMPLE, osp);
     int failed = 0;
     if (access(fmt("torture/%s_mpi", osp), X_OK)) { skip("ranks: make osp_mpi first"); return; }
-    failed += failed_script(fmt("OMP_NUM_THREADS=1 mpirun --oversubscribe -q -np %s && mv it.st want_ranks.st",
-                                learn));
+    failed += failed_script(fmt("OMP_NUM_THREADS=1 mpirun --oversubscribe -q -np %s && mv it.st "
+                                "want_ranks.st", learn));
     for (int i = 0; i < 6; i++)
         failed += failed_script(fmt("%s 1 %s : -np 1 %s %s >it.log 2>&1; c=$?; test $c != 0 -a $c != 124 && "
                                     "grep -q 'osp: rank' it.log", mpirun, sample, sample, DIFFER[i]));
