@@ -95,11 +95,10 @@ static void worst_row(double limit, const char *what) {
     worst.count = 0;
 }
 
-// Codes have a limit of their own, and what is noted is in parts of it, for bfloat16 has no wider one.
+// Codes have a limit of their own; their row is in parts of it, for bfloat16 has no wider one.
 static void op_row(double code_limit, double limit, const char *what) {
-    double share = worst.error / code_limit;
-    if (code_limit > 0) row(share, 1, fmt("codes, %s worst of %d (%s)", what, worst.count, worst.name));
-    else worst_row(limit, what);
+    if (!(code_limit > 0)) { worst_row(limit, what); return; }
+    row(worst.error / code_limit, 1, fmt("codes, %s worst of %d (%s)", what, worst.count, worst.name));
     worst.count = 0;
 }
 
