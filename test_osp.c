@@ -61,8 +61,7 @@ static char *shell(int *code, const char *command) {
 // half: act is bfloat16. subject: what the rows are about, such as a file's name.
 static struct { int passed, failed, skipped; bool silent, half; const char *subject; } tally;
 
-// A check: what was measured may not exceed the limit. bfloat16: what is exact stays so, the rest
-// gets room.
+// A check: what was measured may not exceed the limit. bfloat16: what is exact stays so, the rest gets room.
 static void row(double measured, double limit, const char *what) {
     if (tally.half && limit > 0 && limit <= 1e-2) limit = limit <= 1e-5 ? 2e-2 : 1e-1;
     bool ok = measured <= limit;                         // NaN is not
@@ -262,8 +261,7 @@ static Factor factor(float **value, act *x, int rows, int columns, float s) {
     return f;
 }
 
-// Every code is hif8_round of the scaled number, but below E4M3's exact values its nearest; turned ones are
-// the same, with zeros behind the last row.
+// Codes are hif8_round of scaled numbers, or E4M3's nearest; turned: the same, zeros after the last row.
 static void check_codes(int rows, int columns, float s) {
     size_t n = (size_t)rows * columns, padded = to_16(rows);
     float *x = noise(1, n, 1), *value, amax = 0;
@@ -1232,8 +1230,7 @@ static void check_repetition(int quant) {
     worst_row(0, fmt("output and gradients, run to run, bit for bit%s,", quant ? ", HiF8" : ""));
 }
 
-// HiF8 in attention alone: nothing rounds dv again, so what was left unrounded shows. Rounding once
-// more must change nothing (but the last bit of the scale).
+// HiF8 in attention alone: nothing rounds dv again. Rounding once more must change only the scale's last bit.
 static void check_attention_alone(void) {
     static const char *const NAME[] = {"q", "k", "v", "dv"};
     Run *r = run_of(small_model(0, 2, 250), 1, true);
@@ -2276,8 +2273,7 @@ static void show_logs(const char *const *paths, int count, bool reward) {
 }
 
 // ---- skiparse: who attends with whom ---------------------------------------------------------------------
-// The tokens of a frame, with the number of their subsequence; strong: that of the traced (h0, w0). Below,
-// the sequence as it lies in memory.
+// The tokens of a frame and their subsequences; strong: that of the traced (h0, w0); below, as in memory.
 static void skiparse_panel(double x, double y, double cell, int kind, int H, int W, int P, int h0, int w0) {
     int mine = subsequence(kind, h0, w0, P);
     const Pattern *p = &patterns_of(1, H, W, P, 1)[kind];
@@ -3192,8 +3188,7 @@ static void torture_kills(const char *osp, const char *signal, int kills, uint64
     row(failed, 0, fmt("SIG%s at %d random moments: the same bytes at the end, nothing left", signal, kills));
 }
 
-// A limit (in 512 bytes) between the sizes of output and state: saving warns, the run ends. One below the
-// output: the old file stays.
+// A limit between the sizes of output and state: saving warns, the run ends. One below: the old file stays.
 static void torture_disk(const char *osp) {
     int failed = 0;
     for (int i = 0; i < 20; i++) {
