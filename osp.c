@@ -978,8 +978,8 @@ static void text_forward(Run *r) {
     size_t rows = (size_t)r->B * m->c.text_len;
     if (m->c.vocab)
         embed_forward(r->text, m->words->w, r->word_pos, r->ids, rows, m->c.text_len, m->c.text_dim);
-    linear_gelu_forward(r->text_h, r->text_pre, plain(r->text), m->text0.w->compute, m->text0.b->compute.x, rows,
-                        m->c.dim, m->c.text_dim);
+    linear_gelu_forward(r->text_h, r->text_pre, plain(r->text), m->text0.w->compute, m->text0.b->compute.x,
+                        rows, m->c.dim, m->c.text_dim);
     linear(r->context, plain(r->text_h), &m->text2, rows);
     if (m->c.quant) quantize(r, r->context_q, r->context, rows, m->c.dim, 15);
 }
@@ -2157,7 +2157,7 @@ static size_t room_for_codes(const Model *m, bool training) {
     return coded(m) && !training ? (size_t)m->c.dim * larger(m->c.dim, m->c.ffn_dim) : 0;
 }
 
-// Of a parameter: does it have a copy as act; and in sampling, which needs no masters of matrices, one as float?
+// Has a parameter a copy as act? In sampling, which needs no masters of matrices: has it one in float?
 static bool copied(const Model *m, const Param *p) { return needs_work(m) && !p->exact; }
 static bool mastered(const Model *m, const Param *p) { return !copied(m, p) || !p->product; }
 
