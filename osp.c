@@ -1151,7 +1151,6 @@ typedef struct {
     float *w, *dw, *m, *v, *ema;
     size_t n;
     int step, update;                        // AdamW steps; GRPO takes several an update
-    double best;                             // GRPO: the best held-out score so far
 } Optimizer;
 
 // Cosine from lr to a twentieth of it, after a linear warm-up. step counts from 0.
@@ -2465,7 +2464,7 @@ static void text_set(Run *r, Text text) {
 }
 
 static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
-    Optimizer fresh = {w, dw, device_floats(n), device_floats(n), device_floats(n), n, 0, 0, 0};
+    Optimizer fresh = {w, dw, device_floats(n), device_floats(n), device_floats(n), n, 0, 0};
     *o = fresh;
     copy(o->ema, w, n * sizeof(float));
 }
