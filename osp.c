@@ -4147,10 +4147,11 @@ static int osp_main(int argc, char **argv) {
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (strcmp(name, "-h") && strcmp(name, "--help")) die("\"%.40s\" is no command; osp -h shows all", name);
+    if (*name && strcmp(name, "-h") && strcmp(name, "--help"))
+        die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
-    finish(0);
+    finish(*name ? 0 : 2);
 }
 
 #ifndef OSP_NO_MAIN
