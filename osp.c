@@ -468,7 +468,7 @@ typedef struct {
 
 // One tensor of weights. w is the master copy; `compute` is what products read: w as act, with a LoRA merged,
 // rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. For codes
-// compute.x is only room to make them.
+// compute.x is only what they were made from.
 typedef struct {
     char name[64];
     int rank;
@@ -494,7 +494,7 @@ typedef struct {
     Param *param;  // all tensors in file order ...
     int params;
     float *w, *dw;  // ... and, in training, their two arenas of `count` floats
-    act *copy;      // w as act, where products read a copy
+    act *copy;      // in training: w as act, where products read a copy
     size_t count;
     bool training;
     float *amax;                             // room for one maximum
@@ -572,7 +572,7 @@ static bool coded(const Model *m) { return m->c.quant && codes_multiply(m->c.dim
 
 static void lora_merge(Model *m, Param *p);  // in Mix-GRPO
 
-// p->compute.x holds the master weight as act: what is left to do. LoRA merged, rounded to HiF8.
+// What is left to do when p->compute.x holds the master weight as act: LoRA merged, rounded to HiF8.
 static void param_finish(Model *m, Param *p) {
     if (m->lora) lora_merge(m, p);
     if (!m->c.quant || !p->block_matrix || (p->codes && !m->lora && !p->compute.code)) return;
@@ -1658,8 +1658,9 @@ static void matmul(float *c, const float *bias, bool add, View a, View b, size_t
 // By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
     size_t D = r.dim, pieces = blocks_of(r.n, SUM_ROWS);
+    if (!sum.p) return;
     #pragma omp parallel for if (numbers(r) > PARALLEL)
-    for (size_t j = 0; j < (sum.p ? D : 0); j += TILE_N)
+    for (size_t j = 0; j < D; j += TILE_N)
         for (size_t piece = 0; piece < r.B * pieces; piece++) {
             float part[TILE_N] = {0};
             size_t columns = least(TILE_N, D - j), b = piece / pieces, first = piece % pieces * SUM_ROWS;
@@ -1958,7 +1959,8 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
     if (amax) absmax(amax, o, queries * heads * head_dim);
 }
 
-// A block of n queries: transposed, xt[dim, TILE_N], and in panels, xr[TILE_N, TILE_N dims].
+// A block of n queries: transposed, xt[dim, TILE_N], and in ⌈dim/TILE_N⌉ panels xr[TILE_N, TILE_N dims],
+// whose rows from n on the caller has zeroed.
 static void pack_queries(float *xt, float *xr, View x, size_t n, size_t dim) {
     pack(xt, turned(x), dim, n);
     for (size_t d = 0; d < dim; d += TILE_N) pack(xr + d * TILE_N, at(x, 0, d), n, least(TILE_N, dim - d));
@@ -1982,20 +1984,21 @@ static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const ac
     size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, all = queries * wide, keys = KEYS * wide;
     float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
     float p[KEYS * TILE_N], ds[KEYS * TILE_N];
-    float *qt = (float *)scratch(4 * (5 * all + 2 * queries + 4 * keys)), *dot = qt + all, *dqt = dot + all;
-    float *qr = dqt + all, *dor = qr + all, *lse2 = dor + all, *delta = lse2 + queries;
-    float *kb = delta + queries, *vb = kb + keys, *dkb = vb + keys, *dvb = dkb + keys;
+    float *qt = (float *)scratch(4 * (5 * all + 2 * queries + 4 * keys)), *dout_t = qt + all;
+    float *dqt = dout_t + all, *qr = dqt + all, *dout_r = qr + all, *lse2 = dout_r + all;
+    float *delta = lse2 + queries, *kb = delta + queries, *vb = kb + keys, *dkb = vb + keys;
+    float *dvb = dkb + keys;
     memset(dqt, 0, 4 * (3 * all + 2 * queries));
     for (size_t i = 0; i < count; i += TILE_N) {
         size_t n = least(TILE_N, count - i);
         pack_queries(qt + i * wide, qr + i * wide, head_rows(q, t.q0 + i, t), n, t.dim);
-        pack_queries(dot + i * wide, dor + i * wide, head_rows(dout, t.q0 + i, t), n, t.dim);
+        pack_queries(dout_t + i * wide, dout_r + i * wide, head_rows(dout, t.q0 + i, t), n, t.dim);
     }
     for (size_t i = 0; i < count; i++) {
-        const float *dor_i = head_rows(dout, t.q0 + i, t).p, *or_i = head_rows(o, t.q0 + i, t).p;
+        const float *dout_i = head_rows(dout, t.q0 + i, t).p, *o_i = head_rows(o, t.q0 + i, t).p;
         float sum = 0.0f;
         #pragma omp simd reduction(+ : sum)
-        for (size_t d = 0; d < t.dim; d++) sum += dor_i[d] * or_i[d];
+        for (size_t d = 0; d < t.dim; d++) sum += dout_i[d] * o_i[d];
         delta[i] = sum;
         lse2[i] = (float)(LOG2E * lse[(t.q0 + i) * t.heads + t.h]);
     }
@@ -2006,11 +2009,11 @@ static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const ac
         memset(dkb, 0, 4 * 2 * keys);
         for (size_t i = 0; i < count; i += TILE_N) {
             tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + i * wide, t.dim);
-            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dot + i * wide, t.dim);
+            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dout_t + i * wide, t.dim);
             softmax_back(p, ds, lse2 + i, delta + i, c, n);
             tiles(dqt + i * wide, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
             tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + i * wide, TILE_N);
-            tiles(dvb, wide, true, matrix(p, TILE_N), n, dor + i * wide, TILE_N);
+            tiles(dvb, wide, true, matrix(p, TILE_N), n, dout_r + i * wide, TILE_N);
         }
         put_rows(dk, matrix(dkb, wide), scale, key, n, t);
         put_rows(dv, matrix(dvb, wide), 1.0f, key, n, t);
@@ -2150,13 +2153,14 @@ static void config_check(const Config *c, const char *where) {
         die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
 }
 
-// Is this matrix kept as codes? Does training make them from m->copy, sampling in one room, for all the same?
+// Is this matrix kept as codes? Training makes them from m->copy; sampling makes those of each matrix in one
+// room, of so many numbers.
 static bool is_codes(const Model *m, const Param *p) { return p->block_matrix && coded(m); }
 static size_t room_for_codes(const Model *m, bool training) {
     return coded(m) && !training ? (size_t)m->c.dim * larger(m->c.dim, m->c.ffn_dim) : 0;
 }
 
-// Has a parameter a copy as act? In sampling, which needs no masters of matrices: has it one in float?
+// Is there a copy of p as act? In sampling: is there a master in float? (Not of matrices with a copy.)
 static bool copied(const Model *m, const Param *p) { return needs_work(m) && !p->exact; }
 static bool mastered(const Model *m, const Param *p) { return !copied(m, p) || !p->product; }
 
@@ -2197,8 +2201,8 @@ static void param_set(Model *m, Param *p, const float *host) {
     if (!p->w) device_free(w);
 }
 
-// First weights: matrices normal with deviation 1/√in, modulation with 1/√dim, biases 0, norms 1. The head is
-// zero: an untrained model answers v = 0, the best constant.
+// First weights: matrices normal with deviation 1/√in, modulation with 1/√dim, words with 1; biases 0, norms
+// 1. The head is zero: an untrained model answers v = 0, the best constant.
 static double first_deviation(const Model *m, const Param *p) {
     if (strstr(p->name, "modulation")) return 1 / sqrt((double)m->c.dim);
     if (strstr(p->name, "text_encoder")) return 1;
@@ -3267,14 +3271,18 @@ static enum Dtype stored_as(const Param *p, const char *dtype) {
 // The data of p from the device; bytes take the place of values. What file_read would refuse is refused here.
 static void write_values(Output *o, const Param *p, const float *values, enum Dtype dtype) {
     size_t width = DTYPE_BYTES[dtype];
+    char why[150];
     float *x = floats(p->count), amax = 0;
     download(x, values, p->count * sizeof(float));
     for (size_t i = 0; i < p->count; i++) amax = fmaxf(amax, fabsf(x[i]));
     float k = hif8_scale(15.0f, amax);
     for (size_t i = 0; i < p->count; i++) {
         uint32_t u = float_bits(x[i]), half = (u + 0x7FFF + (u >> 16 & 1)) >> 16;        // ties to even
-        if (!isfinite(x[i]) || (dtype == BF16 && !isfinite(bits_float(half << 16))))
-            die("%s: tensor %s: value %zu is %g; lower --lr or write f32", o->path, p->name, i, (double)x[i]);
+        if (!isfinite(x[i]) || (dtype == BF16 && !isfinite(bits_float(half << 16)))) {
+            snprintf(why, sizeof why, "%s[%zu] is %g: lower --lr or write f32", p->name, i, (double)x[i]);
+            output_fail(o, why);
+            break;
+        }
         u = dtype == U8 ? hif8_encode(x[i] * k) : dtype == BF16 ? half : u;
         memcpy((uint8_t *)x + width * i, &u, 4);
     }
@@ -3745,13 +3753,16 @@ static void config_override(Config *c, const Options *o) {
     config_check(c, "--full-blocks");
 }
 
-// What a run of B samples will take, said and refused before any of it is asked for.
-static void plan_memory(Model *m, Ranks *k, int B, bool training) {
+// What a run of B samples will take, and beside it one that samples `beside` (0: none): said and refused
+// before any of it is asked for.
+static void plan_memory(Model *m, Ranks *k, int B, int beside, bool training) {
     Run *plan = run_plan(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
     double machine = device_memory() / ranks_here, GiB = 0x1p30;
     double weights = (double)model_bytes(m, training), run = (double)run_place(plan, NULL);
+    if (beside)
+        run += (double)run_place(run_plan(m, k, beside, plan->T, plan->H, plan->W, false), NULL);
     struct rlimit limit;
-    if (training) weights += 12.0 * (double)(m->lora ? m->lora->n : m->count);           // moments, average
+    if (training) weights += m->lora ? 20.0 * m->lora->n : 12.0 * m->count;      // moments, average; adapter
     if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens\n",
@@ -3761,8 +3772,8 @@ static void plan_memory(Model *m, Ranks *k, int B, bool training) {
             (weights + run) / GiB, machine / GiB);
 }
 
-// A command's run of B samples, with its model from a checkpoint or with a preset's random weights.
-static Run *run_open(const Options *o, Ranks *k, int B) {
+// A command's run of B samples (one of `beside` is to follow), its model from a checkpoint or a preset.
+static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
     Config c = PRESETS[o->command == 'T'];
     File f;
     if (!o->weights && !o->preset) die("no checkpoint given: -w FILE, grpo --init FILE; osp train makes one");
@@ -3776,7 +3787,7 @@ static Run *run_open(const Options *o, Ranks *k, int B) {
     if (o->weights) weights_check(m->param, m->params, &f);              // before anything is allocated
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
-    plan_memory(m, k, B, o->training);
+    plan_memory(m, k, B, beside, o->training);
     model_allocate(m, o->training);
     if (o->weights) weights_read(m, m->param, m->params, &f), file_close(&f);
     else model_random(m, o->seed);
@@ -3879,7 +3890,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
     snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
     if (!latent && k->rank == 0) check_writable(sheet);
-    Run *r = run_open(o, k, 1);
+    Run *r = run_open(o, k, 1, 0);
     int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
@@ -3890,8 +3901,8 @@ static void cmd_sample(const Options *o, Ranks *k) {
     sample_clips(x, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    why = latent ? save_latents(o, x, count, r) : save_png(sheet, &clips, true, o->settings);
-    if (!latent && !why) why = save_png(o->out, &clips, false, o->settings);
+    why = latent ? save_latents(o, x, count, r) : save_png(o->out, &clips, false, o->settings);
+    if (!latent && !why) why = save_png(sheet, &clips, true, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) {
         float score[N_SCORES];
@@ -3982,7 +3993,7 @@ static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64
 }
 
 static void cmd_eval(const Options *o, Ranks *k) {
-    Run *r = run_open(o, k, o->train.batch < o->clips ? o->train.batch : o->clips);
+    Run *r = run_open(o, k, o->train.batch < o->clips ? o->train.batch : o->clips, 0);
     double mean[N_SCORES + 1], error[N_SCORES + 1], loss[BINS + 1], off[BINS + 1];
     evaluate(mean, error, r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
     velocity_loss(loss, off, r, o->clips, o->seed);
@@ -4003,7 +4014,7 @@ static void cmd_eval(const Options *o, Ranks *k) {
 
 // ---- osp train -------------------------------------------------------------------------------------------
 static void cmd_train(const Options *o, Ranks *k) {
-    Run *r = run_open(o, k, o->train.batch);
+    Run *r = run_open(o, k, o->train.batch, 0);
     Model *m = r->m;
     size_t n = r->B * latent_size(r);
     float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
@@ -4051,9 +4062,8 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     if (p->window >= p->steps) die("--window %d: want fewer than the %d steps of -n", p->window, p->steps);
     if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
     while (together > 32 || V % together) together--;             // videos made at a time
-    Run *learn = run_open(o, k, p->micro);
+    Run *learn = run_open(o, k, p->micro, together);
     Model *m = learn->m;
-    plan_memory(m, k, together, false);
     Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
     learning_start(&opt, o, k, m->lora->w, m->lora->dw, m->lora->n);
     Policy *policy = policy_new(make, learn, p, &o->train);

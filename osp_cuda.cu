@@ -1780,7 +1780,8 @@ template <int HD, bool KEYS> struct BackwardShape {
 };
 
 template <int HD, bool KEYS>
-static __global__ void __launch_bounds__(128, HD == 32 ? 3 : 2) attention_backward_mma(const Backward<bf16> b) {
+static __global__ void __launch_bounds__(128, HD == 32 ? 3 : 2)
+attention_backward_mma(const Backward<bf16> b) {
     extern __shared__ __align__(128) char raw[];
     typedef BackwardShape<HD, KEYS> Shape;
     enum { M = Shape::M, BN = Shape::BN, A_BYTES = Shape::A_BYTES, B_BYTES = Shape::B_BYTES };
