@@ -52,9 +52,9 @@ static char *shell(int *code, const char *command) {
     FILE *p = popen(command, "r");
     if (!p) die("no shell: %s", strerror(errno));
     char *said = (char *)xalloc(ROOM, 1);
-    size_t n = fread(said, 1, ROOM - 1, p);
+    said[fread(said, 1, ROOM - 1, p)] = 0;
     int status = pclose(p);
-    said[n] = 0, *code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    *code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
     return said;
 }
 
@@ -94,13 +94,6 @@ static void worst_row(double limit, const char *what) {
     worst.count = 0;
 }
 
-// Codes have a limit of their own; their row is in parts of it, for bfloat16 has no wider one.
-static void op_row(double code_limit, double limit, const char *what) {
-    if (!(code_limit > 0)) { worst_row(limit, what); return; }
-    row(worst.error / code_limit, 1, fmt("codes, %s worst of %d (%s)", what, worst.count, worst.name));
-    worst.count = 0;
-}
-
 static double relative(const float *a, const float *b, size_t n) {
     double difference = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
@@ -125,6 +118,7 @@ static void threads_set(int n) { (void)n; }
 #endif
 
 // ---- between host and device -----------------------------------------------------------------------------
+static bool in_float;                                    // the timestep's path: every act is a float
 static double *doubles(size_t n) { return (double *)xalloc(n, sizeof(double)); }
 static float *noise(uint64_t stream, size_t n, double scale) {
     float *x = floats(n);
@@ -150,18 +144,19 @@ static float *up(const float *host, size_t n) {
     upload(p, host, n * sizeof(float));
     return p;
 }
-static act *up_act(const float *host, size_t n) {
-    act *p = (act *)device_alloc(n * act_size());
-    to_act(p, up(host, n), n);
-    return p;
-}
 static float *down(const float *device, size_t n) {
     float *p = floats(n);
     download(p, device, n * sizeof(float));
     return p;
 }
+static act *up_act(const float *host, size_t n) {        // an act is at most a float
+    float *p = up(host, n);
+    if (!in_float) to_act((act *)p, up(host, n), n);
+    return (act *)p;
+}
 static float *down_act(const act *device, size_t n) {
     float *room = device_floats(n);
+    if (in_float) return down((const float *)device, n);
     to_float(room, device, n);
     return down(room, n);
 }
@@ -172,33 +167,43 @@ static void spoil(void *device, size_t bytes) {          // NaN in float and in 
     upload(device, host, bytes);
     free(host);
 }
-static void *spoiled_bytes(size_t n) {
-    void *p = device_alloc(n);
-    spoil(p, n);
+static float *spoiled(size_t n) {
+    float *p = device_floats(n);
+    spoil(p, n * sizeof(float));
     return p;
 }
-static float *spoiled(size_t n) { return (float *)spoiled_bytes(n * sizeof(float)); }
-static act *spoiled_act(size_t n) { return (act *)spoiled_bytes(n * act_size()); }
+static act *spoiled_act(size_t n) { return (act *)spoiled(n); }
 
 // Notes how far a tensor on the device is from numbers on the host.
 static void near(const char *name, const float *device, const float *want, size_t n) {
     note(name, relative(down(device, n), want, n));
 }
-static void near_act(const char *name, const act *device, const float *want, size_t n) {
-    note(name, relative(down_act(device, n), want, n));
-}
 
-static void near_maximum(const float *amax, const act *x, size_t n) {    // exactly
-    float *want = spoiled(1);
-    absmax(want, x, n), note("maximum", *down(amax, 1) != *down(want, 1));
-}
-
-// The same numbers on the host (h, wide) and on the device (f, a).
-typedef struct { float *h, *f; act *a; double *wide; } Given;
-static Given given(uint64_t stream, size_t n, double scale) {
-    Given g = {noise(stream, n, scale), NULL, NULL, NULL};
-    g.f = up(g.h, n), g.a = up_act(g.h, n), g.wide = widened(g.h, n);
+// A tensor that an operation reads, adds to or writes: the same numbers, which an act can hold, on the host
+// (h; wide, where formulas work) and on the device (f, a); or room for them on the device, full of NaN.
+typedef struct { size_t n; float *h, *f; act *a; double *wide; } Given;
+static Given given_of(const float *x, size_t n) {
+    float *h = as_act(x, n);
+    Given g = {n, h, up(h, n), up_act(h, n), widened(h, n)};
     return g;
+}
+static Given given(uint64_t stream, size_t n, double scale) { return given_of(noise(stream, n, scale), n); }
+static Given again(Given g) { return g.f = spoiled(g.n), g.a = spoiled_act(g.n), g; }  // the same is wanted
+static Given blank(size_t n) { Given g = {n, NULL, NULL, NULL, doubles(n)}; return again(g); }
+
+// Notes how far what was written, as float or as act, is from what the formula makes (wide): NaN where that
+// is NaN, anything where it is infinite.
+static void judge_host(const char *name, float *got, Given g) {
+    float *want = rounded(g.wide, g.n);
+    for (size_t i = 0; i < g.n; i++)
+        if (isinf(want[i]) || (isnan(want[i]) && isnan(got[i]))) got[i] = want[i] = 0;
+    note(name, relative(got, want, g.n));
+}
+static void judge(const char *name, Given g) { judge_host(name, down(g.f, g.n), g); }
+static void judge_act(const char *name, Given g) { judge_host(name, down_act(g.a, g.n), g); }
+static void judge_maximum(const float *amax, Given g) {  // exactly
+    float *want = spoiled(1);
+    absmax(want, g.a, g.n), note("maximum", *down(amax, 1) != *down(want, 1));
 }
 
 // ==== Operations against formulas in double precision =====================================================
@@ -214,11 +219,18 @@ static float *nearest_tensor(const float *x, size_t n, float s) {
     return y;
 }
 
-static void check_hif8(float *x, size_t n, float s) {
+static Given many_sizes(size_t n, float powers) {
+    float *x = noise(1, n, 1);
+    for (size_t i = 0; i < n; i++) x[i] *= expf(powers * rng_normal(78, 1, i));
+    return given_of(x, n);
+}
+
+static void check_hif8(Given x, float s) {
+    size_t n = x.n;
     float *m = spoiled(1);
-    act *device = up_act(x, n), *q = spoiled_act(n);
-    absmax(m, device, n), hif8_tensor(plain(q), device, n, 1, s, m);
-    row(!same_bits(down_act(q, n), as_act(nearest_tensor(down_act(device, n), n, s), n), n), 0,
+    act *q = spoiled_act(n);
+    absmax(m, x.a, n), hif8_tensor(plain(q), x.a, n, 1, s, m);
+    row(!same_bits(down_act(q, n), as_act(nearest_tensor(x.h, n, s), n), n), 0,
         fmt("Q(x; %g) of %zu numbers, bit for bit", s, n));
 }
 
@@ -236,45 +248,45 @@ static double code_value(uint8_t c) {                        // E4M3
 }
 
 static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
+static uint8_t *down_bytes(const uint8_t *device, size_t n) {
+    uint8_t *p = (uint8_t *)xalloc(n, 1);
+    download(p, device, n);
+    return p;
+}
 
 // A factor's numbers on the host, codes or not.
 static float *down_factor(Factor f, size_t n) {
-    if (!f.code) return down_act(f.x, n);
-    uint8_t *code = (uint8_t *)xalloc(n, 1);
+    if (!f.code) return f.exact ? down((float *)f.x, n) : down_act(f.x, n);
+    uint8_t *code = down_bytes(f.code, n);
     float *x = floats(n), unit = *down(f.unit, 1);
-    download(code, f.code, n);
     for (size_t i = 0; i < n; i++) x[i] = (float)code_value(code[i]) * unit;
     return x;
 }
 
-// x as a product reads it: codes of Q(x; s), or, where s is 0, x itself; *value: what that says, on the host.
-static Factor factor(float **value, act *x, int rows, int columns, float s) {
-    size_t n = (size_t)rows * columns;
-    Factor f = plain(x);
+// g as a product reads it: codes of Q(g; s), or, where s is 0, g itself; g->wide becomes what that says.
+static Factor factor(Given *g, int rows, int columns, float s) {
+    Factor f = in_float ? exact(g->f) : plain(g->a);
     if (s > 0) {
         float *m = spoiled(1);
-        f.x = NULL, f.code = (uint8_t *)spoiled_bytes(n), f.unit = spoiled(1);
-        f.turned = (uint8_t *)spoiled_bytes(columns * to_16(rows));
-        absmax(m, x, n), hif8_tensor(f, x, rows, columns, s, m);
+        f.x = NULL, f.code = (uint8_t *)spoiled(g->n), f.unit = spoiled(1);
+        f.turned = (uint8_t *)spoiled(columns * to_16(rows));
+        absmax(m, g->a, g->n), hif8_tensor(f, g->a, rows, columns, s, m);
     }
-    *value = down_factor(f, n);
+    g->wide = widened(down_factor(f, g->n), g->n);
     return f;
 }
 
 // Codes are hif8_round of scaled numbers, or E4M3's nearest; turned: the same, zeros after the last row.
 static void check_codes(int rows, int columns, float s) {
     size_t n = (size_t)rows * columns, padded = to_16(rows);
-    float *x = noise(1, n, 1), *value, amax = 0;
-    for (size_t i = 0; i < n; i++) x[i] *= expf(3 * rng_normal(78, 1, i));
-    act *device = up_act(x, n);
-    Factor f = factor(&value, device, rows, columns, s);
-    uint8_t *code = (uint8_t *)xalloc(n, 1), *turned = (uint8_t *)xalloc(columns * padded, 1);
-    download(code, f.code, n), download(turned, f.turned, columns * padded);
-    x = down_act(device, n);
-    for (size_t i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
+    Given x = many_sizes(n, 3);
+    Factor f = factor(&x, rows, columns, s);
+    uint8_t *code = down_bytes(f.code, n), *turned = down_bytes(f.turned, columns * padded);
+    float amax = 0;
+    for (size_t i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x.h[i]));
     double scale = s > 15 ? 2 : 16, wrong = 0, k = s / amax;
     for (size_t i = 0; i < n; i++) {
-        double want = hif8_round(x[i] * (float)k) * scale, off = fabs(code_value(code[i]) - want);
+        double want = hif8_round(x.h[i] * (float)k) * scale, off = fabs(code_value(code[i]) - want);
         wrong += fabs(want) < 0x1p-6 ? off > 0x1p-10 : off != 0;
     }
     for (size_t i = 0; i < columns * padded; i++) {
@@ -286,142 +298,114 @@ static void check_codes(int rows, int columns, float s) {
 }
 
 // Some numbers `spike` times as large.
-static act *spiky(uint64_t stream, size_t n, double mean, float spike) {
+static Given spiky(uint64_t stream, size_t n, double mean, float spike) {
     float *x = noise(stream, n, 1);
     for (size_t i = 0; i < n; i++) x[i] = (x[i] + (float)mean) * (i % 10007 == 5 ? spike : 1);
-    return up_act(x, n);
+    return given_of(x, n);
 }
 
-// c[rows, columns] = plus + Σ_k a[row·ar + k·ak]·b[column·br + k·bk].
-static float *product(const float *plus, int rows, int columns, int depth, const float *a, int ar, int ak,
-                      const float *b, int br, int bk) {
-    float *c = floats(rows * columns);
-    for (int i = 0; i < rows * columns; i++) {
-        double sum = plus ? plus[i] : 0;
+// c[rows, columns] += Σ_k a[row·ar + k·ak]·b[column·br + k·bk].
+static void product(Given c, int rows, int columns, int depth, Given a, int ar, int ak, Given b, int br,
+                    int bk) {
+    for (int i = 0; i < rows * columns; i++)
         for (int k = 0; k < depth; k++)
-            sum += (double)a[i / columns * ar + k * ak] * b[i % columns * br + k * bk];
-        c[i] = (float)sum;
-    }
-    return c;
-}
-
-static float *repeated(const float *x, size_t n, int times) {
-    float *all = floats(n * times);
-    for (size_t i = 0; i < n * times; i++) all[i] = x[i % n];
-    return all;
+            c.wide[i] += a.wide[i / columns * ar + k * ak] * b.wide[i % columns * br + k * bk];
 }
 
 static double gelu_of(double u) { return u / 2 * (1 + tanh(sqrt(2 / M_PI) * (u + 0.044715 * u * u * u))); }
 static double silu_of(double u) { return u / (1 + exp(-u)); }
 
-// A function of each number, and dy times its slope.
-static float *mapped(double (*f)(double), const float *u, const float *dy, size_t n) {
-    float *y = floats(n);
-    for (size_t i = 0; i < n; i++)
-        y[i] = (float)(dy ? dy[i] * (f(u[i] + 1e-5) - f(u[i] - 1e-5)) / 2e-5 : f(u[i]));
+// A function of each number of u; dy: its slope times dy.
+static Given mapped(double (*f)(double), Given u, const double *dy) {
+    Given y = blank(u.n);
+    for (size_t i = 0; i < u.n; i++)
+        y.wide[i] = dy ? dy[i] * (f(u.wide[i] + 1e-5) - f(u.wide[i] - 1e-5)) / 2e-5 : f(u.wide[i]);
     return y;
 }
 
-static void check_linear(const int *size, bool codes, double mean, float spike) {
+// strict: bfloat16 gets no wider limit.
+static void op_row(bool strict, double limit, const char *what) {
+    bool half = tally.half;
+    tally.half &= !strict, worst_row(limit, what), tally.half = half;
+}
+
+// kind: the timestep's products are float, whatever an act is.
+enum { ACTS, FLOATS, CODED };
+static void check_linear(const int *size, int kind, double mean, float spike) {
     int R = size[0], O = size[1], I = size[2];
-    size_t nx = (size_t)R * I, nw = (size_t)O * I, n = (size_t)R * O;
-    float *xv, *wv, *dv, *b = as_act(noise(3, O, 1), O), one = 1;
-    Factor x = factor(&xv, spiky(1, nx, mean, spike), R, I, codes ? 15 : 0);
-    Factor w = factor(&wv, spiky(2, nw, mean, 1), O, I, codes ? 15 : 0);
-    Factor dy = factor(&dv, spiky(4, n, mean, spike), R, O, codes ? 224 : 0);
-    float *plus = noise(5, nx + nw, 1), *dw = up(plus, nw), *db = up(plus, O);
-    act *y = spoiled_act(n), *z = spoiled_act(n), *dx = spoiled_act(nx), *more = up_act(plus, nx);
-    act *g = spoiled_act(n), *bare = spoiled_act(n), *pre = spoiled_act(n), *bias = up_act(b, O);
-    linear_forward(y, x, w, bias, R, O, I), linear_forward(z, x, w, NULL, R, O, I);
-    linear_backward(dx, dw, db, dy, x, w, R, O, I, false);
-    linear_backward(more, NULL, NULL, dy, x, w, R, O, I, true);
-    linear_gelu_forward(g, pre, x, w, bias, R, O, I), linear_gelu_forward(bare, NULL, x, w, bias, R, O, I);
-    float *u = product(repeated(b, O, R), R, O, I, xv, I, 1, wv, I, 1), *want = mapped(gelu_of, u, NULL, n);
-    near_act("y", y, u, n);
-    near_act("y without bias", z, product(NULL, R, O, I, xv, I, 1, wv, I, 1), n);
-    near_act("dx", dx, product(NULL, R, I, O, dv, O, 1, wv, 1, I), nx);
-    op_row(codes ? 2e-3 : 0, 2e-6, fmt("linear %dx%dx%d,", R, O, I));
-    near_act("pre", pre, u, n);
-    near_act("dx added, rounded twice", more, product(as_act(plus, nx), R, I, O, dv, O, 1, wv, 1, I), nx);
-    near_act("gelu", g, want, n), near_act("gelu, pre NULL", bare, want, n);
-    op_row(codes ? 3e-3 : 0, 2e-6, fmt("linear %dx%dx%d, GELU, dx added,", R, O, I));
-    near("dw", dw, product(plus, O, I, R, dv, 1, O, xv, 1, I), nw);
-    near("db", db, product(plus, O, 1, R, dv, 1, O, &one, 0, 0), O);
-    op_row(codes ? 5e-4 : 0, 2e-6, fmt("linear %dx%dx%d, dw and db,", R, O, I));
+    bool codes = kind == CODED, strict = kind != ACTS;
+    char *what = fmt("linear %dx%dx%d%s", R, O, I, kind == FLOATS ? " in float" : "");
+    in_float = kind == FLOATS;
+    Given x = spiky(1, R * I, mean, spike), w = spiky(2, O * I, mean, 1), dy = spiky(4, R * O, mean, spike);
+    Given b = given(3, O, 1), dw = given(5, O * I, 1), db = given(6, O, 1), one = given(7, 1, 0);
+    Given y = blank(R * O), z = blank(R * O), dx = blank(R * I), more = given(8, R * I, 1);
+    Factor xs = factor(&x, R, I, codes ? 15 : 0), ws = factor(&w, O, I, codes ? 15 : 0);
+    Factor dys = factor(&dy, R, O, codes ? 224 : 0);
+    linear_forward(y.a, xs, ws, b.a, R, O, I), linear_forward(z.a, xs, ws, NULL, R, O, I);
+    linear_backward(dx.a, dw.f, db.f, dys, xs, ws, R, O, I, false);
+    linear_backward(more.a, NULL, NULL, dys, xs, ws, R, O, I, true);
+    *one.wide = 1;
+    product(z, R, O, I, x, I, 1, w, I, 1), product(dx, R, I, O, dy, O, 1, w, 1, I);
+    product(dw, O, I, R, dy, 1, O, x, 1, I), product(db, O, 1, R, dy, 1, O, one, 0, 0);
+    for (int i = 0; i < R * O; i++) y.wide[i] = z.wide[i] + b.wide[i % O];
+    for (int i = 0; i < R * I; i++) more.wide[i] += dx.wide[i];
+    judge_act("y", y), judge_act("y without bias", z), judge_act("dx", dx);
+    op_row(strict, codes ? 2e-3 : 2e-6, fmt("%s,", what));
+    judge("dw", dw), judge("db", db);
+    op_row(strict, codes ? 5e-4 : 2e-6, fmt("%s, dw and db,", what));
+    if (kind != FLOATS) {
+        Given pre = again(y), g = mapped(gelu_of, y, NULL), bare = again(g);
+        linear_gelu_forward(g.a, pre.a, xs, ws, b.a, R, O, I), judge_act("gelu", g), judge_act("pre", pre);
+        linear_gelu_forward(bare.a, NULL, xs, ws, b.a, R, O, I), judge_act("gelu, pre NULL", bare);
+    }
+    judge_act("dx added, rounded twice", more);
+    op_row(strict, codes ? 3e-3 : 2e-6, fmt("%s, dx added, GELU,", what));
+    in_float = false;
 }
 
-// The timestep's products and activation: float, whatever an act is.
-static void check_exact(int R, int O, int I) {
-    int nx = R * I, nw = O * I, n = R * O;
-    float *x = noise(1, nx, 1), *w = noise(2, nw, 1), *b = noise(3, O, 1), *dy = noise(4, n, 1), one = 1;
-    float *y = spoiled(n), *dx = spoiled(nx), *plus = noise(5, nw, 1), *dw = up(plus, nw), *db = up(plus, O);
-    float *s = spoiled(n), *ds = up(dy, n);
-    Factor xs = exact(up(x, nx)), ws = exact(up(w, nw));
-    linear_forward((act *)y, xs, ws, (act *)up(b, O), R, O, I);
-    linear_backward((act *)dx, dw, db, exact(up(dy, n)), xs, ws, R, O, I, false);
-    silu_forward(s, y, n), silu_backward(ds, ds, y, n);
-    float *u = product(repeated(b, O, R), R, O, I, x, I, 1, w, I, 1);
-    near("y", y, u, n), near("dx", dx, product(NULL, R, I, O, dy, O, 1, w, 1, I), nx);
-    near("dw", dw, product(plus, O, I, R, dy, 1, O, x, 1, I), nw);
-    near("db", db, product(plus, O, 1, R, dy, 1, O, &one, 0, 0), O);
-    near("silu", s, mapped(silu_of, u, NULL, n), n), near("silu backward", ds, mapped(silu_of, u, dy, n), n);
-    row(worst.error / 2e-6, 1, fmt("linear %dx%dx%d in float, SiLU, over 2e-6 (%s)", R, O, I, worst.name));
-    worst.count = 0;
-}
-
-// A vector for each sample in the second of three slots, NaN in the others; stride 0 where all share one.
-static PerSample per_sample(const float *host, int B, int D, bool each) {
-    PerSample v = {spoiled(3 * B * D), each ? 3 * (size_t)D : 0};
-    v.p += D;
-    for (int b = 0; b < (each ? B : 1); b++) upload(v.p + b * v.stride, host + b * D, D * sizeof(float));
+// A vector for each sample, or one for all, in the second of three slots: numbers lie between them.
+static PerSample slot(Given g, int D, bool each) {
+    PerSample v = {g.f + D, each ? 3 * (size_t)D : 0};
     return v;
-}
-static void near_each(const char *name, PerSample v, const float *want, int B, int D) {
-    for (int b = 0; b < (v.stride ? B : 1); b++) near(name, v.p + b * v.stride, want + b * D, D);
 }
 
 // h = norm(x_out)·(1 or 0 + scale) + shift of x_out = x + gate·y; dx += what comes through the norm.
 static void check_norm(int n, int D, bool modulated, bool gated, bool in_place) {
     enum { B = 2 };
-    int all = B * n * D, few = B * D;
+    int all = B * n * D, slots = 3 * B * D;
     Rows rows = {B, (size_t)n, D};
-    Given x = given(1, all, 1), y = given(2, all, 1), gate = given(3, few, 1), shift = given(4, few, 1);
-    Given scale = given(5, few, 1), dh = given(6, all, 1), plus = given(7, all, 1);
-    PerSample none = {NULL, 0}, g = gated ? per_sample(gate.h, B, D, true) : none;
-    PerSample dgate = gated ? per_sample(plus.h, B, D, true) : none;
-    Affine a = {per_sample(shift.h, B, D, modulated), per_sample(scale.h, B, D, modulated), (float)modulated};
-    Affine d = {per_sample(plus.h, B, D, modulated), per_sample(plus.h, B, D, modulated), 0};
-    float *x_out = in_place ? x.f : spoiled(all), *stat = spoiled(2 * B * n);
-    float *dx = up(plus.h, all), *amax = spoiled(1);
-    act *h = spoiled_act(all), *bare = spoiled_act(all), *dy = spoiled_act(all);
-    residual_norm_forward(x_out, h, stat, amax, x.f, y.a, g, a, rows, 3e-4f);
-    residual_norm_forward(NULL, bare, stat, NULL, x_out, NULL, none, a, rows, 3e-4f);
-    norm_backward(dx, d, dh.a, x_out, stat, a, rows);
-    gate_backward(dy, dgate, dx, y.a, g, rows);
-    float *want_x = floats(all), *want_h = floats(all), *want_dx = floats(all), *want_dy = floats(all);
-    double *sum[] = {widened(plus.h, few), widened(plus.h, few), widened(plus.h, few)};
+    Given x = given(1, all, 1), y = given(2, all, 1), dh = given(3, all, 1), dx = given(4, all, 1);
+    Given gate = given(5, slots, 1), shift = given(6, slots, 1), scale = given(7, slots, 1);
+    Given dgate = given(8, slots, 1), dshift = given(9, slots, 1), dscale = given(10, slots, 1);
+    Given x_out = in_place ? x : blank(all), h = blank(all), bare = again(h), dy = blank(all);
+    PerSample none = {NULL, 0}, g = gated ? slot(gate, D, true) : none;
+    Affine a = {slot(shift, D, modulated), slot(scale, D, modulated), (float)modulated};
+    Affine d = {slot(dshift, D, modulated), slot(dscale, D, modulated), 0};
+    float *stat = spoiled(2 * B * n), *amax = spoiled(1);
+    residual_norm_forward(x_out.f, h.a, stat, amax, x.f, y.a, g, a, rows, 3e-4f);
+    residual_norm_forward(NULL, bare.a, stat, NULL, x_out.f, NULL, none, a, rows, 3e-4f);
+    norm_backward(dx.f, d, dh.a, x_out.f, stat, a, rows);
+    gate_backward(dy.a, gated ? slot(dgate, D, true) : none, dx.f, y.a, g, rows);
     for (int r = 0; r < B * n; r++) {
         double mean = 0, var = 3e-4, dot = 0, dot_u = 0;
         for (int i = 0; i < 4 * D; i++) {
-            int pass = i / D, k = i % D, j = r * D + k, b = r / n * D + k, s = modulated ? b : k;
+            int pass = i / D, k = i % D, j = r * D + k;
+            int b = (3 * (r / n) + 1) * D + k, s = modulated ? b : D + k;
             double times = gated ? gate.wide[b] : 1, v = x.wide[j] + times * y.wide[j];
             double u = (v - mean) / sqrt(var), wide = modulated + scale.wide[s], du = dh.wide[j] * wide;
             if (pass == 0) mean += v / D;
             if (pass == 1) var += (v - mean) * (v - mean) / D;
             if (pass == 2) dot += du / D, dot_u += du * u / D;
             if (pass < 3) continue;
-            want_x[j] = (float)v, want_h[j] = (float)(u * wide + shift.wide[s]);
-            want_dx[j] = (float)(plus.wide[j] + (du - dot - u * dot_u) / sqrt(var));
-            want_dy[j] = (float)(times * want_dx[j]), sum[0][b] += want_dx[j] * y.wide[j];
-            sum[1][s] += dh.wide[j], sum[2][s] += dh.wide[j] * u;
+            x_out.wide[j] = v, h.wide[j] = u * wide + shift.wide[s];
+            dx.wide[j] += (du - dot - u * dot_u) / sqrt(var);
+            dy.wide[j] = times * dx.wide[j], dgate.wide[b] += gated * dx.wide[j] * y.wide[j];
+            dshift.wide[s] += dh.wide[j], dscale.wide[s] += dh.wide[j] * u;
         }
     }
-    near_maximum(amax, h, all);
-    near("x_out", x_out, want_x, all), near_act("h", h, want_h, all), near_act("bare", bare, want_h, all);
-    near("dx", dx, want_dx, all), near_act("dy", dy, want_dy, all);
-    if (gated) near_each("dgate", dgate, rounded(sum[0], few), B, D);
-    near_each("dshift", d.shift, rounded(sum[1], few), B, D);
-    near_each("dscale", d.scale, rounded(sum[2], few), B, D);
+    judge("x_out", x_out), judge_act("h", h), judge_act("bare", bare), judge_maximum(amax, h);
+    judge("dx", dx), judge_act("dy", dy), judge("dgate", dgate);
+    judge("dshift", dshift), judge("dscale", dscale);
     worst_row(5e-6, fmt("rows of %d, %s norm%s%s", D, modulated ? "modulated" : "affine",
                         gated ? ", gate" : "", in_place ? ", in place" : ""));
 }
@@ -431,77 +415,75 @@ static void check_rmsnorm_rope(int n, int D, int heads, bool rope) {
     enum { B = 2 };
     int all = B * n * D, hd = D / heads;
     Rows rows = {B, (size_t)n, D};
-    Given x = given(1, all, 1), w = given(2, D, 1), dy = given(4, all, 1), plus = given(5, D, 1);
-    float *turn = noise(3, n * hd, 1), *want_y = floats(all), *want_dx = floats(all);
-    double *want_dw = widened(plus.h, D);
-    for (int i = 0; i < n * hd; i += 2) turn[i + 1] = sinf(turn[i]), turn[i] = cosf(turn[i]);
-    act *y = spoiled_act(all), *dx = spoiled_act(all), *same = up_act(dy.h, all);
-    float *rstd = spoiled(B * n), *table = rope ? up(turn, n * hd) : NULL, *dw = up(plus.h, D);
-    float *amax = spoiled(1);
-    rmsnorm_rope_forward(y, rstd, amax, x.a, w.f, table, rows, heads, 1e-3f);
-    rmsnorm_rope_backward(dx, dw, dy.a, x.a, rstd, w.f, table, rows, heads);
-    rmsnorm_rope_backward(same, plus.f, same, x.a, rstd, w.f, table, rows, heads);
+    Given x = given(1, all, 1), w = given(2, D, 1), dy = given(4, all, 1), dw = given(5, D, 1);
+    Given y = blank(all), dx = blank(all), in_place = dx;
+    float *turn = noise(3, n * hd, 1), *rstd = spoiled(B * n), *amax = spoiled(1);
+    for (int i = 0; i < n * hd; i += 2)
+        turn[i + 1] = rope ? sinf(turn[i]) : 0, turn[i] = rope ? cosf(turn[i]) : 1;
+    float *table = rope ? up(turn, n * hd) : NULL;
+    rmsnorm_rope_forward(y.a, rstd, amax, x.a, w.f, table, rows, heads, 1e-3f);
+    rmsnorm_rope_backward(dx.a, dw.f, dy.a, x.a, rstd, w.f, table, rows, heads);
+    in_place.a = dy.a;
+    rmsnorm_rope_backward(dy.a, spoiled(D), dy.a, x.a, rstd, w.f, table, rows, heads);
     for (int r = 0; r < B * n; r++) {
         double squares = 1e-3, dot = 0;
         for (int i = 0; i < 3 * D; i++) {
             int pass = i / D, d = i % D, j = r * D + d, side = d % 2 ? -1 : 1, o = d + side;
             const float *t = turn + r % n * hd + (d & ~1) % hd;
-            double rms = sqrt(squares), c = rope ? t[0] : 1, s = rope ? side * t[1] : 0;
-            double g = dy.wide[j] * c + dy.wide[j + side] * s;
+            double rms = sqrt(squares), c = t[0], s = side * t[1], g = dy.wide[j] * c + dy.wide[j + side] * s;
             if (pass == 0) squares += x.wide[j] * x.wide[j] / D;
-            if (pass == 1) dot += g * w.wide[d] * x.wide[j] / squares / D, want_dw[d] += g * x.wide[j] / rms;
+            if (pass == 1) dot += g * w.wide[d] * x.wide[j] / squares / D, dw.wide[d] += g * x.wide[j] / rms;
             if (pass < 2) continue;
-            want_y[j] = (float)((x.wide[j] * w.wide[d] * c - x.wide[j + side] * w.wide[o] * s) / rms);
-            want_dx[j] = (float)((g * w.wide[d] - x.wide[j] * dot) / rms);
+            y.wide[j] = (x.wide[j] * w.wide[d] * c - x.wide[j + side] * w.wide[o] * s) / rms;
+            dx.wide[j] = (g * w.wide[d] - x.wide[j] * dot) / rms;
         }
     }
-    near_maximum(amax, y, all);
-    near_act("y", y, want_y, all), near("dw", dw, rounded(want_dw, D), D);
-    near_act("dx", dx, want_dx, all), near_act("dx in place", same, want_dx, all);
+    judge_act("y", y), judge_maximum(amax, y), judge("dw", dw);
+    judge_act("dx", dx), judge_act("dx in place", in_place);
     worst_row(5e-6, fmt("rows of %d, rmsnorm%s", D, rope ? " + rope" : ""));
 }
+
 static void check_gathers(int D) {
-    int B = 2, n = 11, count = 17, map[17], all = B * n * D, out = count * D;
-    Rows rows = {B, (size_t)n, D};
+    enum { B = 2, N = 11, COUNT = 17 };
+    int map[COUNT];
+    Rows rows = {B, N, D};
     PerSample none = {NULL, 0};
-    Given x = given(1, all, 1), y = given(2, all, 1), gate = given(3, B * D, 1);
-    float *want = floats(out), *plain = floats(out), *got = spoiled(out), *bare = spoiled(out);
-    float *copied = spoiled(out);
-    for (int j = 0; j < count; j++) map[j] = j * 9 % (B * n);
-    for (int i = 0; i < out; i++) {
+    Given x = given(1, B * N * D, 1), y = given(2, B * N * D, 1), gate = given(3, 3 * B * D, 1);
+    Given all = blank(COUNT * D), bare = blank(COUNT * D), copied = again(bare);
+    for (int j = 0; j < COUNT; j++) map[j] = j * 9 % (B * N);
+    for (int i = 0; i < COUNT * D; i++) {
         int r = map[i / D], d = i % D;
-        plain[i] = x.h[r * D + d];
-        want[i] = x.h[r * D + d] + gate.h[r / n * D + d] * y.h[r * D + d];
+        bare.wide[i] = x.wide[r * D + d];
+        all.wide[i] = bare.wide[i] + gate.wide[(3 * (r / N) + 1) * D + d] * y.wide[r * D + d];
     }
-    int *at = to_device(map, count);
-    residual_gather_forward(got, x.f, y.a, per_sample(gate.h, B, D, true), at, count, rows);
-    residual_gather_forward(bare, x.f, NULL, none, at, count, rows);
-    gather_rows(copied, x.f, at, count, D * sizeof(float));
-    near("residual_gather", got, want, out), near("no branch", bare, plain, out);
-    near("gather_rows", copied, plain, out);
+    int *at = to_device(map, COUNT);
+    residual_gather_forward(all.f, x.f, y.a, slot(gate, D, true), at, COUNT, rows);
+    residual_gather_forward(bare.f, x.f, NULL, none, at, COUNT, rows);
+    gather_rows(copied.f, x.f, at, COUNT, D * sizeof(float));
+    judge("residual_gather", all), judge("no branch", bare), judge("gather_rows", copied);
     worst_row(1e-6, fmt("gathers by a map, rows of %d,", D));
 }
 
 // Softmax attention of query a and head h, which sees n keys from k0 on, and all its gradients.
-typedef struct { double *o, *dq, *dk, *dv, *lse; const float *q, *k, *v, *d; int heads, hd; } Attended;
+typedef struct { Given q, k, v, d, o, dq, dk, dv, lse; int heads, hd; } Attended;
 static void attention_formula(const Attended *t, int a, int h, int k0, int n) {
     int D = t->heads * t->hd, at = a * D + h * t->hd, key0 = k0 * D + h * t->hd;
     double *p = doubles(2 * n), *dp = p + n, top = -INFINITY, sum = 0, mean = 0, scale = 1 / sqrt(t->hd);
     for (int b = 0; b < n; b++) {
         for (int j = 0; j < t->hd; j++) {
-            p[b] += (double)t->q[at + j] * t->k[key0 + b * D + j] * scale;
-            dp[b] += (double)t->d[at + j] * t->v[key0 + b * D + j];
+            p[b] += t->q.wide[at + j] * t->k.wide[key0 + b * D + j] * scale;
+            dp[b] += t->d.wide[at + j] * t->v.wide[key0 + b * D + j];
         }
         top = fmax(top, p[b]);
     }
     for (int b = 0; b < n; b++) sum += p[b] = exp(p[b] - top);
     for (int b = 0; b < n; b++) p[b] /= sum, mean += p[b] * dp[b];
-    t->lse[a * t->heads + h] = n ? top + log(sum) : NAN;
+    t->lse.wide[a * t->heads + h] = top + log(sum);          // no keys: infinite
     for (int i = 0; i < n * t->hd; i++) {
         int b = i / t->hd, j = i % t->hd, key = key0 + b * D + j;
         double ds = p[b] * (dp[b] - mean) * scale;
-        t->o[at + j] += p[b] * t->v[key], t->dq[at + j] += ds * t->k[key];
-        t->dk[key] += ds * t->q[at + j], t->dv[key] += p[b] * t->d[at + j];
+        t->o.wide[at + j] += p[b] * t->v.wide[key], t->dq.wide[at + j] += ds * t->k.wide[key];
+        t->dk.wide[key] += ds * t->q.wide[at + j], t->dv.wide[key] += p[b] * t->d.wide[at + j];
     }
     free(p);
 }
@@ -517,67 +499,53 @@ static const Scores SCORES[] = {
     {"far below 0", 1, 8, 1, 1, 1, 1, 1}, {"growing", 1, 0, 1, 4, 1, 1, 1},
     {"spikes", 1, 0, 1, 1, 30, 1, 10007}};
 
+// n sequences: sequence i has queries q[i] .. q[i + 1] − 1 and such keys.
 static void check_attention(const char *who, int n, const int *q, const int *k, int heads, int hd, int kind) {
-    int D = heads * hd, nq = q[n] * D, nk = k[n] * D, nl = q[n] * heads;
+    int D = heads * hd, nq = q[n] * D, nk = k[n] * D;
     const Scores *is = &SCORES[kind];
     bool codes = kind >= CODES, odd = kind > LARGE && !codes;
-    float lift = is->apart / sqrtf(sqrtf((float)hd)), *qv, *kv;
+    float lift = is->apart / sqrtf(sqrtf((float)hd)), *amax = spoiled(1);
     float *x = noise(1, nq, is->scale), *y = noise(2, nk, is->scale), *v = noise(3, nk, 1);
     for (int i = 0; i < nq; i++) x[i] = x[i] * (i % is->every ? 1 : is->spike) + lift;
     for (int i = 0; i < nk; i++) {
         float grown = is->first + (is->last - is->first) * (float)(i / D) / k[n];
         y[i] = y[i] * grown * (i % is->every ? 1 : is->key_spike) - lift, v[i] += codes;
     }
-    Factor qs = factor(&qv, up_act(x, nq), q[n], D, codes ? 15 : 0);
-    Factor ks = factor(&kv, up_act(y, nk), k[n], D, codes ? 15 : 0);
-    Given d = given(4, nq, 1);
-    Attended t = {doubles(nq), doubles(nq), doubles(nk), doubles(nk), doubles(nl),
-                  qv, kv, as_act(v, nk), as_act(d.h, nq), heads, hd};
+    for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
+    Attended t = {given_of(x, nq), given_of(y, nk), given_of(v, nk), given(4, nq, 1), blank(nq),
+                  blank(nq), blank(nk), blank(nk), blank(q[n] * heads), heads, hd};
+    Factor qs = factor(&t.q, q[n], D, codes ? 15 : 0), ks = factor(&t.k, k[n], D, codes ? 15 : 0);
+    Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
+    attention_forward(t.o.a, t.lse.f, amax, qs, ks, t.v.a, &s, heads, hd);
     for (int i = 0; i < n; i++)
         for (int a = q[i]; a < q[i + 1]; a++)
             for (int h = 0; h < heads; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
-    for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
-    if (odd) qs = plain(up_act(x, nq));
-    Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
-    act *vs = up_act(v, nk), *o = spoiled_act(nq);
-    float *lse = spoiled(nl), *amax = spoiled(1);
-    attention_forward(o, lse, amax, qs, ks, vs, &s, heads, hd);
-    near_maximum(amax, o, nq);
-    float *got = down(lse, nl), *sums = rounded(t.lse, nl), *want = rounded(t.o, nq), *seen = down_act(o, nq);
-    for (int i = 5 * D; odd && i < 6 * D; i++) seen[i] = isnan(seen[i]) ? want[i] : INFINITY;
-    for (int i = 5 * heads; odd && i < 6 * heads; i++) got[i] = isnan(got[i]) ? sums[i] : INFINITY;
-    for (int i = 0; i < nl; i++) if (isnan(sums[i])) got[i] = sums[i] = 0;           // no keys: anything
-    note("o", relative(seen, want, nq)), note("lse", relative(got, sums, nl));
+    judge_act("o", t.o), judge("lse", t.lse), judge_maximum(amax, t.o);
     if (kind <= LARGE) {
-        act *bare = spoiled_act(nq), *dq = spoiled_act(nq), *dk = spoiled_act(nk), *dv = spoiled_act(nk);
-        attention_forward(bare, NULL, NULL, qs, ks, vs, &s, heads, hd);
-        note("o without lse", !same_bits(down_act(bare, nq), down_act(o, nq), nq));
-        attention_backward(dq, dk, dv, d.a, qs.x, ks.x, vs, o, lse, &s, heads, hd);
-        near_act("dq", dq, rounded(t.dq, nq), nq), near_act("dk", dk, rounded(t.dk, nk), nk);
-        near_act("dv", dv, rounded(t.dv, nk), nk);
+        Given bare = again(t.o);
+        attention_forward(bare.a, NULL, NULL, qs, ks, t.v.a, &s, heads, hd);
+        note("o without lse", !same_bits(down_act(bare.a, nq), down_act(t.o.a, nq), nq));
+        attention_backward(t.dq.a, t.dk.a, t.dv.a, t.d.a, qs.x, ks.x, t.v.a, t.o.a, t.lse.f, &s, heads, hd);
+        judge_act("dq", t.dq), judge_act("dk", t.dk), judge_act("dv", t.dv);
     }
-    op_row(codes ? 3e-3 : 0, odd ? 1e-5 : 5e-6, fmt("attention, %s, scores %s, %d heads of %d,", who,
-                                                     is->name, heads, hd));
+    op_row(codes, codes ? 3e-3 : odd ? 1e-5 : 5e-6,
+           fmt("attention, %s, scores %s, %d heads of %d,", who, is->name, heads, hd));
 }
 
 static void check_patches(bool channels_first) {
     enum { C = 3, T = 2, H = 3, W = 5, N = T * H * W, COUNT = 2 * 4 * C * N, PART = 9 * 4 * C };
     Grid g = {2, C, T, H, W};
-    Given x = given(1, COUNT, 1);
-    float *want = floats(COUNT), *back = spoiled(COUNT);
+    Given x = given(1, COUNT, 1), rows = blank(COUNT), some = blank(2 * PART), back = again(x);
     for (int i = 0; i < COUNT; i++) {                        // i: x[b, c, t, y, z]
         int z = i % (2 * W), y = i / (2 * W) % (2 * H), t = i / (4 * W * H) % T, c = i / (4 * N) % C;
         int at = y % 2 * 2 + z % 2, column = channels_first ? c * 4 + at : at * C + c;
-        want[(i / (4 * N * C) * N + (t * H + y / 2) * W + z / 2) * 4 * C + column] = x.h[i];
+        rows.wide[(i / (4 * N * C) * N + (t * H + y / 2) * W + z / 2) * 4 * C + column] = x.wide[i];
     }
-    act *rows = spoiled_act(COUNT), *some = spoiled_act(2 * PART);
-    latent_to_rows(rows, x.f, g, 0, N, channels_first);
-    latent_to_rows(some, x.f, g, 4, 9, channels_first);
-    rows_to_latent(back, rows, g, channels_first);
-    want = as_act(want, COUNT);
-    near_act("all rows", rows, want, COUNT), near("back", back, as_act(x.h, COUNT), COUNT);
-    for (int b = 0; b < 2; b++)
-        note("some rows", relative(down_act(some, 2 * PART) + b * PART, want + (b * N + 4) * 4 * C, PART));
+    for (int i = 0; i < 2 * PART; i++) some.wide[i] = rows.wide[(i / PART * N + 4) * 4 * C + i % PART];
+    latent_to_rows(rows.a, x.f, g, 0, N, channels_first);
+    latent_to_rows(some.a, x.f, g, 4, 9, channels_first);
+    rows_to_latent(back.f, rows.a, g, channels_first);
+    judge_act("all rows", rows), judge_act("some rows", some), judge("back", back);
     worst_row(0, fmt("latent <-> rows, %s first,", channels_first ? "channels" : "pixels"));
 }
 
@@ -585,41 +553,41 @@ static void check_words(void) {
     enum { L = 7, V = 5, D = 4, ROWS = 14 };
     int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = to_device(ids, ROWS);
     Given table = given(2, V * D, 1), pos = given(3, L * D, 1), dy = given(4, ROWS * D, 1);
-    float *grad = noise(5, V * D, 1), *want = floats(ROWS * D), *dtable = up(grad, V * D);
-    act *y = spoiled_act(ROWS * D);
+    Given y = blank(ROWS * D), dtable = given(5, V * D, 1);
     for (int i = 0; i < ROWS * D; i++) {
-        int id = ids[i / D], d = i % D;
-        if (id < 0) continue;
-        want[i] = table.h[id * D + d] + pos.h[i / D % L * D + d];
-        grad[id * D + d] += dy.h[i];
+        int word = ids[i / D] * D + i % D;
+        if (word < 0) continue;
+        y.wide[i] = table.wide[word] + pos.wide[i % (L * D)];
+        dtable.wide[word] += dy.wide[i];
     }
-    embed_forward(y, table.f, pos.f, at, ROWS, L, D);
-    embed_backward(dtable, dy.a, at, ROWS, V, D);
-    near_act("forward", y, want, ROWS * D), near("backward", dtable, grad, V * D);
+    embed_forward(y.a, table.f, pos.f, at, ROWS, L, D);
+    embed_backward(dtable.f, dy.a, at, ROWS, V, D);
+    judge_act("forward", y), judge("backward", dtable);
     worst_row(1e-6, "words,");
 }
 
 static void check_elementwise(void) {
     size_t n = 10007;
-    Given x = given(1, n, 1), z = given(2, n, 1);
-    float *want = floats(n), *only = floats(n), *dmse = floats(n), *y = spoiled(n), *y2 = spoiled(n);
-    float *d = spoiled(n);
-    act *dg = up_act(z.h, n);
+    Given x = given(1, n, 1), z = given(2, n, 1), y = blank(n), scaled = blank(n), d = blank(n);
+    Given silu = mapped(silu_of, x, NULL), dsilu = mapped(silu_of, x, z.wide);
+    Given dgelu = mapped(gelu_of, x, z.wide);
     double squares = 0, distance = 0;
     for (size_t i = 0; i < n; i++) {
         double apart = x.wide[i] - z.wide[i];
         squares += x.wide[i] * x.wide[i], distance += apart * apart;
-        want[i] = (float)(1.5 * x.wide[i] - 0.7 * z.wide[i]), only[i] = 1.5f * x.h[i];
-        dmse[i] = (float)(2 * apart / (double)n);
+        y.wide[i] = 1.5 * x.wide[i] - 0.7 * z.wide[i], scaled.wide[i] = 1.5 * x.wide[i];
+        d.wide[i] = 2 * apart / (double)n;
     }
-    lincomb(y, 1.5f, x.f, -0.7f, z.f, n), lincomb(y2, 1.5f, x.f, 0, NULL, n);
-    near("lincomb", y, want, n), near("scaled", y2, only, n);
+    lincomb(y.f, 1.5f, x.f, -0.7f, z.f, n), judge("lincomb", y);
+    lincomb(scaled.f, 1.5f, x.f, 0, NULL, n), judge("scaled", scaled);
     note("sum of squares", fabs(sum_squares(x.f, NULL, n) / squares - 1));
     note("squared distance", fabs(sum_squares(x.f, z.f, n) / distance - 1));
-    note("mse", fabs(mse(d, x.f, z.f, n) * (double)n / distance - 1)), near("d mse", d, dmse, n);
-    gelu_backward(dg, dg, x.a, n);
-    near_act("gelu backward", dg, mapped(gelu_of, x.h, z.h, n), n);
-    worst_row(1e-6, "lincomb, sums, mse, GELU,");
+    note("mse", fabs(mse(d.f, x.f, z.f, n) * (double)n / distance - 1)), judge("d mse", d);
+    silu_forward(silu.f, x.f, n), judge("silu", silu);
+    dsilu.f = z.f, silu_backward(z.f, z.f, x.f, n), judge("silu backward", dsilu);
+    op_row(true, 1e-6, "lincomb, sums, mse, SiLU,");
+    dgelu.a = z.a, gelu_backward(z.a, z.a, x.a, n), judge_act("gelu backward", dgelu);
+    worst_row(1e-6, "GELU backward,");
 }
 
 // ---- the sizes that a GPU has kernels of its own for; the same checks hold on a CPU ----------------------
@@ -632,7 +600,7 @@ static void check_all_codes(void) {
     static const int one[] = {0, 193}, many[] = {0, 3000};
     if (!codes_multiply(16, 16)) { skip("no products of 8-bit codes here"); return; }
     check_codes(1, 16, 15), check_codes(300, 208, 15), check_codes(515, 144, 224), check_codes(128, 64, 224);
-    for (int i = 0; i < 4; i++) check_linear(PRODUCT[i], true, PRODUCT[i][3], PRODUCT[i][4]);
+    for (int i = 0; i < 4; i++) check_linear(PRODUCT[i], CODED, PRODUCT[i][3], PRODUCT[i][4]);
     if (!codes_attend(128)) return;
     check_attention("0, 1, 63 .. 81, 300 tokens", 9, SELF, SELF, 2, 128, CODES);
     check_attention("12, 512, 0, 512 keys", 4, ASKING, SEEN, 2, 128, CODES);
@@ -647,7 +615,7 @@ static void check_kernels(void) {
     for (int i = 0; i < 4; i++) {
         check_norm(150, ROWS[i][0], true, true, false), check_norm(150, ROWS[i][0], false, true, false);
         check_rmsnorm_rope(150, ROWS[i][0], ROWS[i][1], true), check_gathers(ROWS[i][0]);
-        check_linear(PRODUCT[i], false, 0, 1);
+        check_linear(PRODUCT[i], ACTS, 0, 1);
     }
     for (int i = 0; i < 3; i++) {
         check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, SELF, SELF, 2, HEAD_DIM[i], USUAL);
@@ -663,13 +631,11 @@ static void check_ops(void) {
     static const int self[] = {0, 5, 5, 38, 39, 203}, q[] = {0, 70, 70, 71, 81}, k[] = {0, 9, 13, 13, 210};
     static const int one[] = {0, 300};
     float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1);
-    float *wide = noise(1, 5003, 1);
-    for (int i = 0; i < 5003; i++) wide[i] *= expf(4 * rng_normal(78, 1, i));
-    check_hif8(wide, 5003, 15), check_hif8(wide, 5003, 224), check_hif8(tiny, 3, 15);
+    Given large = many_sizes(5003, 4);
+    check_hif8(large, 15), check_hif8(large, 224), check_hif8(given_of(tiny, 3), 15);
     absmax(m, up_act(bad, 5), 5);
     row(*down(m, 1) != 7, 0, "absmax leaves NaN out");
-    for (int i = 0; i < 5; i++) check_linear(LINEAR[i], false, 0, 1);
-    for (int i = 0; i < 3; i++) check_exact(LINEAR[i][0], LINEAR[i][1], LINEAR[i][2]);
+    for (int i = 0; i < 8; i++) check_linear(LINEAR[i % 5], i < 5 ? ACTS : FLOATS, 0, 1);
     check_norm(19, 13, true, true, false), check_norm(19, 13, true, false, true);
     check_norm(19, 13, false, true, false), check_norm(19, 13, false, false, true);
     check_gathers(6);
@@ -730,12 +696,9 @@ static const Entry *entry(const char *name) {
 static float *golden(const char *name) {
     const Entry *t = entry(name);
     float *x = floats(t->count);
-    for (size_t i = 0; i < t->count; i++) {
-        int32_t whole;
-        if (t->dtype == F32) memcpy(&x[i], t->data + 4 * i, 4);
-        else if (t->dtype == I32) memcpy(&whole, t->data + 4 * i, 4), x[i] = (float)whole;
-        else x[i] = t->data[i];
-    }
+    const int32_t *whole = (const int32_t *)(const void *)t->data;
+    for (size_t i = 0; i < t->count; i++) x[i] = t->dtype == I32 ? (float)whole[i] : t->data[i];
+    if (t->dtype == F32) memcpy(x, t->data, t->count * sizeof(float));
     return x;
 }
 static float *up_golden(const char *name) { return up(golden(name), entry(name)->count); }
@@ -778,36 +741,17 @@ static Answer golden_ask(Run *r) {
     return ask(r, &q);
 }
 
-// The residual stream before block i, tokens in plain order, out of a run.
-static float *stream_get(Run *r, int i) {
-    size_t n = r->N * r->m->c.dim;
-    float *all = spoiled(n);
-    exchange(r, all, r->saved[i].x0, r->saved[i].layout, WHOLE, r->m->c.dim * sizeof(float));
-    return down(all, n);
-}
-
-static void check_activations_of(Run *r, double limit) {
-    note_float("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
-    note_float("act.e", r->e), note_float("act.e0", r->e0);
-    worst_row(1e-5, "act.sin, e, e0, context, patch,");
-    for (int i = 0; i < r->m->c.num_layers && limit <= 1e-5; i++)
-        note_golden(fmt("act.block.%d", i), stream_get(r, i + 1));
-    worst_row(limit, "act.block.*");
-}
-
 static void note_each(const Model *m, const float *got, const float *want) {
     for (const Param *p = m->param; p < m->param + m->params; p++)
         note(p->name, relative(got + p->offset, want + p->offset, p->count));
 }
 
-// loose: all parameters as one vector.
-static void check_gradients_of(const Model *m, const Answer *a, bool loose) {
-    float *want = floats(m->count);                      // what lies between tensors stays 0
-    for (const Param *p = m->param; p < m->param + m->params; p++)
-        memcpy(want + p->offset, golden(fmt("grad.%s", p->name)), p->count * sizeof(float));
-    if (loose) row(relative(a->grad, want, m->count), tally.half ? 1e-1 : 5e-2, "grad.* as one vector");
-    if (!loose) note_each(m, a->grad, want), note_golden("grad.input.text", a->dtext);
-    worst_row(1e-4, "grad.*");
+// The residual stream after block i, tokens in plain order.
+static void note_block(Run *r, int i) {
+    const Saved *s = &r->saved[i + 1];
+    float *all = spoiled(r->N * r->m->c.dim);
+    exchange(r, all, s->x0, s->layout, WHOLE, r->m->c.dim * sizeof(float));
+    note_float(fmt("act.block.%d", i), all);
 }
 
 // HiF8 without margins: each block from its golden input; past a value on a rounding boundary no two agree.
@@ -820,8 +764,7 @@ static void check_block_by_block(Run *r) {
         const char *before = i ? fmt("act.block.%d", i - 1) : "act.patch";
         exchange(r, r->saved[i].x0, up_golden(before), WHOLE, r->saved[i].layout, row_bytes);
         spoil(r->saved[i + 1].x0, r->N * row_bytes);
-        block_forward(r, i);
-        note_golden(fmt("act.block.%d", i), stream_get(r, i + 1));
+        block_forward(r, i), note_block(r, i);
     }
     worst_row(2e-3, "each block from its golden input,");
 }
@@ -830,14 +773,13 @@ static void check_block_by_block(Run *r) {
 static void check_quantized_weights(const Model *m) {
     for (const Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->product) continue;
+        size_t n = p->count;
         bool block = !strncmp(p->name, "blocks.", 7);
-        const float *w = as_act(down(p->w, p->count), p->count), *q = nearest_tensor(w, p->count, 15);
-        const float *want = block ? as_act(q, p->count) : w, *got = NULL;
-        if (p->exact) want = down(p->w, p->count), got = down((float *)p->compute.x, p->count);
-        else got = down_factor(p->compute, p->count);
-        if (p->compute.code) want = q;
-        note(p->name, p->compute.code ? relative(got, want, p->count) > 1e-5
-                                      : !same_bits(got, want, p->count));
+        float *want = down(p->w, n), *got = down_factor(p->compute, n);
+        if (!p->exact) want = as_act(want, n);
+        if (block) want = nearest_tensor(want, n, 15);
+        if (p->compute.code) note(p->name, relative(got, want, n) > 1e-5);
+        else note(p->name, !same_bits(got, block ? as_act(want, n) : want, n));
     }
     worst_row(0, "matrices as products read them, bit for bit (codes: to 1e-5),");
 }
@@ -852,15 +794,25 @@ static void check_dit(void) {
     }
     Run *r = golden_run(1, true, false);
     Answer a = golden_ask(r);
-    check_activations_of(r, limit);
+    float *want = floats(r->m->count);                   // what lies between tensors stays 0
+    note_float("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
+    note_float("act.e", r->e), note_float("act.e0", r->e0);
+    worst_row(1e-5, "act.sin, e, e0, context, patch,");
+    for (int i = 0; i < c.num_layers && !loose; i++) note_block(r, i);
+    worst_row(1e-5, "act.block.*");
     note_golden("output", a.out);
     note_golden("output", golden_ask(golden_run(1, false, false)).out); // sampling shares buffers
     worst_row(limit, "with and without what backward keeps,");
     row(fabs(a.loss / *golden("loss") - 1), loose ? 5e-3 : 1e-5, "loss");
-    check_gradients_of(r->m, &a, loose);
-    if (c.quant) check_quantized_weights(r->m);
+    for (const Param *p = r->m->param; p < r->m->param + r->m->params; p++)
+        memcpy(want + p->offset, golden(fmt("grad.%s", p->name)), p->count * sizeof(float));
+    if (loose) row(relative(a.grad, want, r->m->count), limit, "grad.* as one vector");
+    else note_each(r->m, a.grad, want), note_golden("grad.input.text", a.dtext);
+    worst_row(1e-4, "grad.*");
+    if (!c.quant) return;
+    check_quantized_weights(r->m);
     if (loose) check_block_by_block(r);
-    if (c.quant) note_golden("output.unquantized", golden_ask(golden_run(1, false, true)).out);
+    note_golden("output.unquantized", golden_ask(golden_run(1, false, true)).out);
     worst_row(1e-5, "HiF8 off,");
 }
 
@@ -877,15 +829,6 @@ static void check_hif8_file(void) {
     hif8_tensor(plain(q), q, n, 1, 15, up(&fifteen, 1));
     if (!tally.half) note("hif8_tensor", !same_bits(down_act(q, n), want, n));
     worst_row(0, "codes and values, bit for bit,");
-}
-
-// The numbers of a map on the device that are not the wanted ones.
-static int differing(const int *device, const float *want, size_t n) {
-    int *got = (int *)xalloc(n, sizeof(int)), wrong = 0;
-    download(got, device, n * sizeof(int));
-    for (size_t i = 0; i < n; i++) wrong += got[i] != (int)want[i];
-    free(got);
-    return wrong;
 }
 
 // The three patterns of a grid, shared by R ranks.
@@ -905,25 +848,33 @@ static Exchange exchange_of(const Pattern *p, int have, int want, int B, int ran
     return e;
 }
 
+// What one rank's move packs.
+static int *packed(const Pattern *p, int have, int want) {
+    Exchange e = exchange_of(p, have, want, 1, 0, 1);
+    int *map = (int *)xalloc(e.sent, sizeof(int));
+    download(map, e.pack, e.sent * sizeof(int));
+    return map;
+}
+
+static void note_ints(const char *what, const int *got, const char *name) {
+    note(what, memcmp(got, entry(name)->data, entry(name)->count * sizeof(int)) != 0);
+}
+
 static void check_skiparse_file(void) {
     static const char *const KIND[] = {"", "token", "group"};
     const char *at = file_meta(&gold, "cases");
     for (int T, H, W, P, used; sscanf(at, "%d,%d,%d,%d %n", &T, &H, &W, &P, &used) == 4; at += used) {
         const char *grid = fmt("T%dH%dW%dP%d", T, H, W, P);
-        size_t N = T * H * W;
         Pattern *p = patterns_of(T, H, W, P, 1);
         for (int i = TOKEN_WISE; i <= GROUP_WISE; i++) {
-            float *order = golden(fmt("%s.%s_order", grid, KIND[i])), *inverse = floats(N);
-            float *other = golden(fmt("%s.%s_to_%s", grid, KIND[i], KIND[3 - i]));
-            float *length = golden(fmt("%s.%s_lens", grid, KIND[i]));
-            for (size_t j = 0; j < N; j++)
-                note("order", p[i].order[j] != (int)order[j]), inverse[(int)order[j]] = (float)j;
-            for (int s = 0; s < P * P; s++)
-                note("lengths", p[i].start[s + 1] - p[i].start[s] != (int)length[s]);
+            const char *order = fmt("%s.%s_order", grid, KIND[i]);
+            int *exit_map = packed(p, i, FULL), length[64];
+            for (int s = 0; s < P * P; s++) length[s] = p[i].start[s + 1] - p[i].start[s];
+            for (int j = 0; j < T * H * W; j++) note("exit", exit_map[p[i].order[j]] != j);
+            note_ints("order", p[i].order, order), note_ints("entry", packed(p, FULL, i), order);
+            note_ints("lengths", length, fmt("%s.%s_lens", grid, KIND[i]));
             note("count", p[i].count != P * P);
-            note("entry", differing(exchange_of(p, FULL, i, 1, 0, 1).pack, order, N));
-            note("exit", differing(exchange_of(p, i, FULL, 1, 0, 1).pack, inverse, N));
-            note("exchange", differing(exchange_of(p, i, 3 - i, 1, 0, 1).pack, other, N));
+            note_ints("exchange", packed(p, i, 3 - i), fmt("%s.%s_to_%s", grid, KIND[i], KIND[3 - i]));
         }
         worst_row(0, fmt("%s,", grid));
     }
@@ -933,13 +884,14 @@ static void check_sampler(void) {
     int S = (int)number("S");
     double shift = number("shift"), g = number("guidance"), *sigma = doubles(S + 1), fifty[51];
     size_t n = entry("noise")->count;
+    float *normal = golden("train.normal"), *tokens = golden("train.tokens"), *timestep = golden("timesteps");
     schedule(sigma, S, shift), schedule(fifty, 50, 7);
     note_golden("sigmas", rounded(sigma, S + 1)), note_golden("sigmas50", rounded(fifty, 51));
-    for (int i = 0; i < S; i++) note("timesteps", fabs(1000 * sigma[i] / golden("timesteps")[i] - 1));
+    for (int i = 0; i < S; i++) note("timesteps", fabs(1000 * sigma[i] / timestep[i] - 1));
     for (size_t i = 0; i < entry("train.tokens")->count; i++) {
-        double s = train_shift((int)golden("train.tokens")[i]), normal = golden("train.normal")[i];
+        double s = train_shift((int)tokens[i]);
         note("train.shift", fabs(s / golden("train.shift")[i] - 1));
-        note("train.sigma", fabs(shift_sigma(1 / (1 + exp(-normal)), s) / golden("train.sigma")[i] - 1));
+        note("train.sigma", fabs(shift_sigma(1 / (1 + exp(-normal[i])), s) / golden("train.sigma")[i] - 1));
     }
     worst_row(1e-6, "sigmas, timesteps, training's shift and sigma,");
     Run *r = golden_run(1, false, false);
@@ -971,6 +923,7 @@ static void check_adamw_file(void) {
     worst_row(1e-6, "parameters, moments, average of 3 steps,");
 }
 
+// ---- Mix-GRPO --------------------------------------------------------------------------------------------
 static void note_advantages(const char *prefix) {
     char *rewards = fmt("%srewards", prefix);
     size_t n = entry(rewards)->count;
@@ -991,101 +944,92 @@ static float *golden_adapters(const Lora *l, const char *prefix) {
     return all;
 }
 
-// Notes the gradient of each adapter; returns that of all as one vector.
-static double note_adapters(const Lora *l, const char *prefix) {
-    float *want = golden_adapters(l, prefix);
+// The file's run on B videos, its adapters loaded.
+static Run *policy_run(int B) {
+    Run *r = golden_run(B, true, false);
+    Lora *l = r->m->lora;
+    upload(l->w, golden_adapters(l, "lora."), l->n * sizeof(float));
+    weights_prepare(r->m);
+    return r;
+}
+
+// Row row[b], step i of W, of a golden [rows, W, one], for each of B videos; row NULL: the first for all.
+static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
+    float *all = golden(name), *x = floats(B * one);
+    for (size_t j = 0; j < B * one; j++) x[j] = all[((row ? row[j / one] : 0) * W + i) * one + j % one];
+    return x;
+}
+
+// The mean without the adapter.
+static float *reference_mean(Run *r, const PolicyBatch *p, double guidance) {
+    float *mean = spoiled(r->B * latent_size(r)), scale = r->m->lora->scale;
+    r->m->lora->scale = 0, weights_prepare(r->m);
+    policy_mean(r, mean, p, guidance);
+    r->m->lora->scale = scale, weights_prepare(r->m);
+    return mean;
+}
+
+// Step i of W, whose figures of each video stand in golden [B, W]; returns the loss.
+static double check_policy_step(Run *r, const PolicyBatch *p, const char *set, const char *prefix, int i,
+                                int W) {
+    PolicyOptions o;
+    Surrogate out[8];
+    size_t n = r->B * latent_size(r);
+    memset(&o, 0, sizeof o);
+    o.guidance = number("guidance"), o.clip = number(fmt("%sclip", set)), o.beta = number(fmt("%sbeta", set));
+    double loss = policy_step(r, out, spoiled(n), spoiled(n), p, &o, 1.0 / W) / W;
+    float *ratio = golden(fmt("%sratio", prefix)), *policy_loss = golden(fmt("%spolicy_loss", prefix));
+    float *clipped = golden(fmt("%sclipped", prefix)), *kl = golden(fmt("%skl_loss", *set ? "" : prefix));
+    for (int b = 0, at = i; b < r->B; b++, at += W) {
+        note("ratio", fabs(out[b].ratio - ratio[at])), note("clipped", out[b].clipped != (clipped[at] != 0));
+        note("policy_loss", fabs(out[b].policy_loss - policy_loss[at]));
+        note("kl_loss", 0.5 * fabs(out[b].kl / kl[at] - 1));             // 1e-5, relative
+    }
+    return loss;
+}
+
+// The loss over the steps and the gradient of every adapter.
+static void check_policy_gradient(Run *r, double loss, const char *prefix) {
+    Lora *l = r->m->lora;
+    float *want = golden_adapters(l, fmt("%sgrad.lora.", prefix));
+    note("loss", fabs(loss - *golden(fmt("%sloss", prefix))));
+    worst_row(5e-6, fmt("%sloss, ratio, policy_loss, clipped, kl_loss, mean_ref,", prefix));
+    lora_backward(r->m);
     for (const Param *p = l->param; p < l->param + 2 * l->count; p++)
         near(p->name, p->dw, want + p->offset, p->count);
-    return relative(down(l->dw, l->n), want, l->n);
-}
-
-static PolicyOptions policy_options(const char *prefix) {
-    PolicyOptions o;
-    memset(&o, 0, sizeof o);
-    o.guidance = number("guidance");
-    o.clip = number(fmt("%sclip", prefix)), o.beta = number(fmt("%sbeta", prefix));
-    return o;
-}
-
-// Notes what became of each video: the golden figures stand at first, first + stride, ..
-static void note_figures(const Surrogate *out, int B, const char *prefix, int first, int stride) {
-    const char *kl = fmt("%skl_loss", file_find(&gold, "kl_loss") ? "" : prefix);
-    for (int at = first; at < first + B * stride; at += stride, out++) {
-        note("ratio", fabs(out->ratio - golden(fmt("%sratio", prefix))[at]));
-        note("policy_loss", fabs(out->policy_loss - golden(fmt("%spolicy_loss", prefix))[at]));
-        note("clipped", out->clipped != (golden(fmt("%sclipped", prefix))[at] != 0));
-        note("kl_loss", 0.5 * fabs(out->kl / golden(kl)[at] - 1));           // 1e-5, relative
-    }
-}
-
-// One case of clip and β: the figures of each video and the gradient of every adapter.
-// p: the step, its advantages and old log-probabilities still to come.
-static void check_policy_case(Run *r, const char *which, PolicyBatch p) {
-    size_t n = r->B * latent_size(r);
-    Lora *l = r->m->lora;
-    PolicyOptions o = policy_options(which);
-    Surrogate out[8];
-    p.mean_ref = up_golden("mean_ref");
-    p.advantage = wide_golden("advantages"), p.logp_old = wide_golden(fmt("%slogp_old", which));
-    zero(l->dw, l->n * sizeof(float));
-    double loss = policy_step(r, out, spoiled(n), spoiled(n), &p, &o, 1);
-    note("loss", fabs(loss - *golden(fmt("%sloss", which)))), note_figures(out, r->B, which, 0, 1);
-    worst_row(5e-6, fmt("%sloss, ratio, policy_loss, clipped, kl,", which));
-    lora_backward(r->m), note_adapters(l, fmt("%sgrad.lora.", which));
-    worst_row(1e-4, fmt("%sgrad.lora.*", which));
+    worst_row(1e-4, fmt("%sgrad.lora.*", prefix));
 }
 
 static void check_grpo(void) {
     int G = (int)number("group"), S = (int)number("S");
     double g = number("guidance"), *all = doubles(S + 1), *sigma = all + (int)number("index");
-    size_t n = entry("x")->count, text = entry("text_cond")->count;
-    Run *r = golden_run(G, true, false);
-    Lora *l = r->m->lora;
-    upload(l->w, golden_adapters(l, "lora."), l->n * sizeof(float));
-    Text cond = {NULL, repeated(golden("text_cond"), text, G)};
-    Text uncond = {NULL, repeated(golden("text_uncond"), text, G)};
-    float *x = up_golden("x"), *mean = spoiled(n), *next = spoiled(n), *logp = golden("logp");
-    float scale = l->scale;
+    size_t n = entry("x")->count, one = n / G, text = entry("text_cond")->count;
+    Run *r = policy_run(G);
+    Text cond = {NULL, picked("text_cond", NULL, G, 0, 1, text)};
+    Text uncond = {NULL, picked("text_uncond", NULL, G, 0, 1, text)};
+    float *mean = spoiled(n), *next = spoiled(n), *logp = golden("logp");
     schedule(all, S, 1);
     SdeStep step = sde_step(sigma[0], sigma[1]);
     note_golden("sigmas", rounded(all, S + 1)), note("std", fabs(step.std / *golden("std") - 1));
-    PolicyBatch p = {sigma[0], sigma[1], cond, uncond, x, NULL, NULL, NULL, NULL};
-    l->scale = 0, weights_prepare(r->m);
-    policy_mean(r, mean, &p, g), note_float("mean_ref", mean);
-    l->scale = scale, weights_prepare(r->m);
-    policy_mean(r, mean, &p, g), note_float("mean", mean);
+    PolicyBatch p = {sigma[0], sigma[1], cond, uncond, up_golden("x"), up_golden("x_next"), NULL,
+                     wide_golden("advantages"), NULL};
+    float *ref = reference_mean(r, &p, g);
+    policy_mean(r, mean, &p, g), note_float("mean", mean), note_float("mean_ref", ref);
     lincomb(next, 1, mean, (float)step.std, up_golden("z"), n), note_float("x_next", next);
     worst_row(1e-5, "sigmas, std, mean, mean_ref, x_next,");
-    p.x_next = next = up_golden("x_next");
-    for (size_t i = 0, one = n / G; i < (size_t)G; i++)
-        note("logp", fabs(log_probability(next + i * one, mean + i * one, step.std, one) - logp[i]));
+    p.mean_ref = ref;
+    for (size_t i = 0; i < n; i += one)
+        note("logp", fabs(log_probability(p.x_next + i, mean + i, step.std, one) - logp[i / one]));
     worst_row(5e-6, "log-probability,");
-    if (tally.half) skip("case0: bfloat16 cannot tell on which side of a range of 1e-4 a ratio lies");
-    else check_policy_case(r, "case0.", p);
-    check_policy_case(r, "case1.", p);
+    for (int i = 0; i < 2; i++) {
+        const char *prefix = fmt("case%d.", i);
+        p.logp_old = wide_golden(fmt("%slogp_old", prefix));
+        zero(r->m->lora->dw, r->m->lora->n * sizeof(float));
+        if (tally.half && !i) skip("case0: bfloat16 cannot tell which side of 1e-4 a ratio is on");
+        else check_policy_gradient(r, check_policy_step(r, &p, prefix, prefix, 0, 1), prefix);
+    }
     note_advantages(""), note_advantages("adv_big."), note_advantages("adv_flat.");
     worst_row(1e-6, "advantages,");
-}
-
-// Rows row[b], step i of W, of a golden [rows, W, one].
-static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
-    float *all = golden(name), *x = floats(B * one);
-    for (size_t j = 0; j < B * one; j++) x[j] = all[(row[j / one] * W + i) * one + j % one];
-    return x;
-}
-
-// Notes step i of W of a micro-batch; here the reference is computed, too. Returns the loss.
-static double micro_step(Run *r, PolicyBatch p, const PolicyOptions *o, const char *prefix, int i, int W) {
-    size_t n = r->B * latent_size(r);
-    float *ref = spoiled(n), *want = down(p.mean_ref, n), scale = r->m->lora->scale;
-    Surrogate out[8];
-    r->m->lora->scale = 0, weights_prepare(r->m);
-    policy_mean(r, ref, &p, o->guidance), near("mean_ref", ref, want, n);
-    r->m->lora->scale = scale, weights_prepare(r->m);
-    p.mean_ref = ref;
-    double loss = policy_step(r, out, spoiled(n), spoiled(n), &p, o, 1.0 / W) / W;
-    note_figures(out, r->B, prefix, i, W);
-    return loss;
 }
 
 // Two micro-batches, an AdamW step each, of videos of two captions.
@@ -1096,37 +1040,30 @@ static void check_grpo_micro(void) {
     Optimizer opt;
     TrainOptions t = SMALL_TRAINING;
     if (tally.half) { skip("old log-probabilities of float64: bfloat16 leaves the clip's range"); return; }
-    Run *r = golden_run(B, true, false);
+    Run *r = policy_run(B);
     Lora *l = r->m->lora;
-    size_t one = latent_size(r), text = (size_t)r->m->c.text_len * r->m->c.text_dim;
-    float *start = golden_adapters(l, "lora.");
-    PolicyOptions o = policy_options("");
+    size_t one = latent_size(r), n = B * one, text = entry("text_uncond")->count;
+    float *start = golden_adapters(l, "lora."), *order = golden("order");
     t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps");
     t.clip = number("max_norm"), t.weight_decay = number("weight_decay");
     schedule(sigma, S, 1);
-    upload(l->w, start, l->n * sizeof(float));
     optimizer_init(&opt, l->w, l->dw, l->n);
     for (int N = 0; N < 2; N++) {
         const char *name = fmt("micro%d.", N);
         double loss = 0;
-        for (int b = 0; b < B; b++) video[b] = (int)golden("order")[N * B + b], caption[b] = video[b] / G;
+        for (int b = 0; b < B; b++) video[b] = (int)order[N * B + b], caption[b] = video[b] / G;
         Text cond = {NULL, picked("text_cond", caption, B, 0, 1, text)};
-        Text uncond = {NULL, repeated(golden("text_uncond"), text, B)};
+        Text uncond = {NULL, picked("text_uncond", NULL, B, 0, 1, text)};
         double *advantage = widened(picked("advantages", video, B, 0, 1, 1), B);
         for (int i = 0; i < W; i++) {
-            float *x = picked("x", video, B, i, W, one), *x_next = picked("x_next", video, B, i, W, one);
-            float *ref = picked("mean_ref", video, B, i, W, one);
-            double *logp = widened(picked("logp_old", video, B, i, W, 1), B);
-            PolicyBatch p = {sigma[i], sigma[i + 1], cond, uncond, up(x, B * one), up(x_next, B * one),
-                             up(ref, B * one), advantage, logp};
-            loss += micro_step(r, p, &o, name, i, W);
+            PolicyBatch p = {sigma[i], sigma[i + 1], cond, uncond, up(picked("x", video, B, i, W, one), n),
+                             up(picked("x_next", video, B, i, W, one), n), NULL, advantage,
+                             widened(picked("logp_old", video, B, i, W, 1), B)};
+            p.mean_ref = reference_mean(r, &p, number("guidance"));
+            near("mean_ref", p.mean_ref, picked("mean_ref", video, B, i, W, one), n);
+            loss += check_policy_step(r, &p, "", name, i, W);
         }
-        note("loss", fabs(loss - *golden(fmt("%sloss", name))));
-        worst_row(5e-6, fmt("%s mean_ref, ratio, policy_loss, clipped, kl_loss, loss,", name));
-        lora_backward(r->m);
-        double error = note_adapters(l, fmt("%sgrad.lora.", name));
-        worst_row(5e-4, fmt("%s each gradient,", name));
-        row(error, 1e-4, fmt("%s all gradients as one vector", name));
+        check_policy_gradient(r, loss, name);
         double norm = optimizer_step(&opt, &alone, &t, number("lr"));
         row(fabs(norm / *golden(fmt("%snorm", name)) - 1), 1e-5, fmt("%s norm before clipping", name));
         float *fresh = down(l->w, l->n), *want = golden_adapters(l, fmt("%slora.", name));
@@ -1204,11 +1141,10 @@ static void check_batch(void) {
     spoil_run(two), spoil_run(one);
     Answer both = ask(two, &q), a = ask(one, &q), b = ask(one, &second);
     size_t n = latent_size(one);
-    float *mean = floats(m->count);
-    for (size_t i = 0; i < m->count; i++) mean[i] = (a.grad[i] + b.grad[i]) / 2;
+    for (size_t i = 0; i < m->count; i++) a.grad[i] = (a.grad[i] + b.grad[i]) / 2;
     note("first", relative(both.out, a.out, n)), note("second", relative(both.out + n, b.out, n));
     worst_row(3e-6, "a batch of 2 gives each sample's own output,");
-    note_each(m, both.grad, mean);
+    note_each(m, both.grad, a.grad);
     worst_row(1e-5, "a batch of 2 gives the mean of the gradients,");
 }
 
@@ -1217,16 +1153,14 @@ static void check_words_model(void) {
     Run *r = run_of(small_model(VOCAB, 0, 300), 1, true);
     Model *m = r->m;
     Question q = question(&m->c, 0);
-    float *w = up(down(m->w, m->count), m->count), *grad = ask(r, &q).grad;
+    float *w = up(down(m->w, m->count), m->count), *grad = up(ask(r, &q).grad, m->count);
     if (tally.half) { skip("a captioned model's slope needs float32's differences"); return; }
     for (int whole = 0; whole < 2; whole++) {
-        size_t from = whole ? 0 : m->words->offset, to = whole ? m->count : from + m->words->count;
-        float *d = floats(m->count);
-        double squares = 0, loss[2];
-        for (size_t i = from; i < to; i++) squares += (double)grad[i] * grad[i], d[i] = grad[i];
-        float h = (float)(3e-3 / sqrt(squares)), *direction = up(d, m->count);
+        size_t from = whole ? 0 : m->words->offset, n = whole ? m->count : m->words->count;
+        double squares = sum_squares(grad + from, NULL, n), loss[2];
+        float h = (float)(3e-3 / sqrt(squares));
         for (int i = 0; i < 2; i++) {
-            lincomb(m->w, 1, w, i ? h : -h, direction, m->count);
+            lincomb(m->w + from, 1, w + from, i ? h : -h, grad + from, n);
             loss[i] = ask(r, &q).loss;
         }
         note(whole ? "all weights" : "the word table", fabs((loss[1] - loss[0]) / (2.0 * h) / squares - 1));
@@ -1242,13 +1176,11 @@ static void check_repetition(int quant) {
     Run *r = run_of(m, 2, true), *fresh = run_of(m, 2, true);
     Question q = question(&m->c, 0);
     Answer first = ask(r, &q);
+    int threads = threads_here();
     spoil_run(fresh);
     note("again", !same_answer(r, first, ask(r, &q))), note("fresh", !same_answer(r, first, ask(fresh, &q)));
-    int threads = threads_here();
-    for (int t = 1; t <= 4; t *= 2) {
-        threads_set(t);
-        note(fmt("%d threads", t), !same_answer(r, first, ask(r, &q)));
-    }
+    for (int t = 1; t <= 4; t *= 2)
+        threads_set(t), note(fmt("%d threads", t), !same_answer(r, first, ask(r, &q)));
     threads_set(threads);
     worst_row(0, fmt("output and gradients, run to run, bit for bit%s,", quant ? ", HiF8" : ""));
 }
