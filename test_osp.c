@@ -48,11 +48,10 @@ static char *scratch_folder(const char *what) {
 
 // What a shell command prints, and its exit code.
 static char *shell(int *code, const char *command) {
-    enum { ROOM = 1 << 16 };
+    char *said = (char *)xalloc(1 << 16, 1);
     FILE *p = popen(command, "r");
     if (!p) die("no shell: %s", strerror(errno));
-    char *said = (char *)xalloc(ROOM, 1);
-    said[fread(said, 1, ROOM - 1, p)] = 0;
+    said[fread(said, 1, (1 << 16) - 1, p)] = 0;
     int status = pclose(p);
     *code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
     return said;
@@ -72,12 +71,10 @@ static void row(double measured, double limit, const char *what) {
     fflush(stdout);
     if (!ok && getenv("STOP_AT_FIRST")) exit(1);
 }
-
 static void skip(const char *why) {
     tally.skipped++;
     if (!tally.silent) printf("%sskipped: %s\n", tally.subject, why);
 }
-
 static int tally_print(void) {
     if (!tally.silent)
         printf("%d passed, %d failed, %d skipped\n", tally.passed, tally.failed, tally.skipped);
@@ -163,17 +160,12 @@ static float *down_act(const act *device, size_t n) {
     return down(room, n);
 }
 static float *as_act(const float *host, size_t n) { return down_act(up_act(host, n), n); }
-static void spoil(void *device, size_t bytes) {          // NaN in float and in bfloat16
-    void *host = xalloc(bytes, 1);
-    memset(host, 0xFF, bytes);
-    upload(device, host, bytes);
-    free(host);
+static float *spoiled(size_t n) {                        // NaN in float and in bfloat16
+    float *host = floats(n);
+    memset(host, 0xFF, n * sizeof(float));
+    return up(host, n);
 }
-static float *spoiled(size_t n) {
-    float *p = device_floats(n);
-    spoil(p, n * sizeof(float));
-    return p;
-}
+static void spoil(void *device, size_t bytes) { copy(device, spoiled(bytes / 4 + 1), bytes); }
 static act *spoiled_act(size_t n) { return (act *)spoiled(n); }
 
 // Notes how far a tensor on the device is from numbers on the host.
@@ -234,12 +226,10 @@ static double float8_value(int code, int m, int b) {
     if (!m) return hif8_decode((uint8_t)code);
     return E ? ldexp(1 + ldexp(M, -m), E - b) : ldexp(M, 1 - b - m);
 }
-
 static double code_value(uint8_t c) {                        // E4M3
     double size = (c & 127) == 127 ? NAN : float8_value(c & 127, 3, 7);
     return c & 128 ? -size : size;
 }
-
 static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
 
 // A factor's numbers on the host, codes or not.
@@ -289,14 +279,6 @@ static Given spiky(uint64_t stream, size_t n, double mean, float spike) {
     return given_of(x, n);
 }
 
-// c[rows, columns] += Σ_k a[row·ar + k·ak]·b[column·br + k·bk].
-static void product(Given c, int rows, int columns, int depth, Given a, int ar, int ak, Given b, int br,
-                    int bk) {
-    for (int i = 0; i < rows * columns; i++)
-        for (int k = 0; k < depth; k++)
-            c.wide[i] += a.wide[i / columns * ar + k * ak] * b.wide[i % columns * br + k * bk];
-}
-
 static double gelu_of(double u) { return u / 2 * (1 + tanh(sqrt(2 / M_PI) * (u + 0.044715 * u * u * u))); }
 static double silu_of(double u) { return u / (1 + exp(-u)); }
 
@@ -324,10 +306,15 @@ static void check_linear(const int *size, int kind, double mean, float spike) {
     linear_forward(y.a, xs, ws, b.a, R, O, I), linear_forward(z.a, xs, ws, NULL, R, O, I);
     linear_backward(dx.a, dw.f, db.f, dys, xs, ws, R, O, I, false);
     linear_backward(more.a, NULL, NULL, dys, xs, ws, R, O, I, true);
-    product(z, R, O, I, x, I, 1, w, I, 1), product(dx, R, I, O, dy, O, 1, w, 1, I);
-    product(dw, O, I, R, dy, 1, O, x, 1, I);
-    for (int i = 0; i < R * O; i++)
-        y.wide[i] = z.wide[i] + b.wide[i % O], db.wide[i % O] += dy.wide[i];
+    for (int r = 0, at = 0; r < R; r++)
+        for (int o = 0; o < O; o++, at++) {
+            double *xr = x.wide + r * I, *wo = w.wide + o * I, d = dy.wide[at];
+            for (int i = 0; i < I; i++) {
+                z.wide[at] += xr[i] * wo[i];
+                dx.wide[r * I + i] += d * wo[i], dw.wide[o * I + i] += d * xr[i];
+            }
+            y.wide[at] = z.wide[at] + b.wide[o], db.wide[o] += d;
+        }
     for (int i = 0; i < R * I; i++) more.wide[i] += dx.wide[i];
     judge_act("y", y), judge_act("y without bias", z), judge_act("dx", dx);
     worst_row(codes ? -2e-3 : limit, fmt("%s,", what));
@@ -673,14 +660,24 @@ static float *up_golden(const char *name) { return up(golden(name), entry(name)-
 static double *wide_golden(const char *name) { return widened(golden(name), entry(name)->count); }
 
 // Notes how far a tensor on the host, or the device, is from the golden one of this name.
-static void note_golden(const char *name, const float *got) {
-    note(name, relative(got, golden(name), entry(name)->count));
+static void note_golden(const char *name, const float *x) {
+    note(name, relative(x, golden(name), entry(name)->count));
 }
-static void note_float(const char *name, const float *got) {
-    note_golden(name, down(got, entry(name)->count));
+static void note_float(const char *name, const float *x) { note_golden(name, down(x, entry(name)->count)); }
+static void note_act(const char *name, const act *x) { note_golden(name, down_act(x, entry(name)->count)); }
+
+// The golden tensors of all these parameters as one arena. An adapter's LAYER.lora_A.weight is LAYER.A there.
+static float *golden_arena(const char *prefix, const Param *param, int count) {
+    float *all = floats(param[count - 1].offset + param[count - 1].count);
+    for (const Param *p = param; p < param + count; p++) {
+        const char *lora = strstr(p->name, ".lora_"), *name = fmt("%s%s", prefix, p->name);
+        if (lora) name = fmt("%s%.*s.%c", prefix, (int)(lora - p->name), p->name, lora[6]);
+        memcpy(all + p->offset, golden(name), p->count * sizeof(float));
+    }
+    return all;
 }
-static void note_act(const char *name, const act *got) {
-    note_golden(name, down_act(got, entry(name)->count));
+static float *golden_adapters(const char *prefix, const Lora *l) {
+    return golden_arena(prefix, l->param, 2 * l->count);
 }
 
 // The file's model, with its adapters. plain: without HiF8.
@@ -691,6 +688,8 @@ static Run *golden_run(int B, bool training, bool plain) {
     if (file_meta(&gold, "lora_rank")) lora_new(m, (int)number("lora_rank"), number("lora_alpha"), 0);
     model_allocate(m, training);
     for (int i = 0; i < m->params; i++) param_set(m, &m->param[i], golden(m->param[i].name));
+    if (m->lora) upload(m->lora->w, golden_adapters("lora.", m->lora), m->lora->n * sizeof(float));
+    if (m->lora) weights_prepare(m);
     Run *r = run_of(m, B, training);
     spoil_run(r);
     return r;
@@ -755,7 +754,6 @@ static void check_dit(void) {
     }
     Run *r = golden_run(1, true, false);
     Answer a = golden_ask(r);
-    float *want = floats(r->m->count);                   // what lies between tensors stays 0
     note_float("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
     note_float("act.e", r->e), note_float("act.e0", r->e0);
     worst_row(1e-5, "act.sin, e, e0, context, patch,");
@@ -765,8 +763,7 @@ static void check_dit(void) {
     note_golden("output", golden_ask(golden_run(1, false, false)).out); // sampling shares buffers
     worst_row(limit, "with and without what backward keeps,");
     row(fabs(a.loss / *golden("loss") - 1), loose ? 5e-3 : 1e-5, "loss");
-    for (const Param *p = r->m->param; p < r->m->param + r->m->params; p++)
-        memcpy(want + p->offset, golden(fmt("grad.%s", p->name)), p->count * sizeof(float));
+    float *want = golden_arena("grad.", r->m->param, r->m->params);
     if (loose) row(relative(a.grad, want, r->m->count), limit, "grad.* as one vector");
     else note_each(r->m, a.grad, want), note_golden("grad.input.text", a.dtext);
     worst_row(1e-4, "grad.*");
@@ -880,26 +877,6 @@ static void check_adamw_file(void) {
 }
 
 // ---- Mix-GRPO --------------------------------------------------------------------------------------------
-// The golden adapters as one arena; prefix: "lora." or "caseN.grad.lora.".
-static float *golden_adapters(const Lora *l, const char *prefix) {
-    float *all = floats(l->n);
-    for (const Param *p = l->param; p < l->param + 2 * l->count; p++) {
-        int length = (int)(strstr(p->name, ".lora_") - p->name);         // LAYER.lora_A.weight: LAYER.A
-        const float *x = golden(fmt("%s%.*s.%c", prefix, length, p->name, p->name[length + 6]));
-        memcpy(all + p->offset, x, p->count * sizeof(float));
-    }
-    return all;
-}
-
-// The file's run on B videos, its adapters loaded.
-static Run *policy_run(int B) {
-    Run *r = golden_run(B, true, false);
-    Lora *l = r->m->lora;
-    upload(l->w, golden_adapters(l, "lora."), l->n * sizeof(float));
-    weights_prepare(r->m);
-    return r;
-}
-
 // Row row[b], step i of W, of a golden [rows, W, one], for each of B videos.
 static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
     float *all = golden(name), *x = floats(B * one);
@@ -931,13 +908,11 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
     static const char *const NAME[] = {"ratio", "policy_loss", "clipped", "kl_loss"};
     Lora *l = r->m->lora;
     size_t n = r->B * latent_size(r);
-    float *ref = spoiled(n), *want = golden_adapters(l, fmt("%sgrad.lora.", prefix)), scale = l->scale;
+    float *ref = spoiled(n), *grad = golden_adapters(fmt("%sgrad.lora.", prefix), l), scale = l->scale;
     double loss = 0;
     Surrogate out[8];
-    const char *kl = *set ? "" : prefix;
-    PolicyOptions o;
-    memset(&o, 0, sizeof o);
-    o.guidance = number("guidance"), o.clip = number(fmt("%sclip", set)), o.beta = number(fmt("%sbeta", set));
+    PolicyOptions o = {0, 0, 0, 0, 0, 0, number("guidance"), 0, number(fmt("%sclip", set)),
+                       number(fmt("%sbeta", set)), NULL};
     zero(l->dw, l->n * sizeof(float));
     for (int i = 0; i < W; i++) {
         PolicyBatch p = golden_batch(r, set, order, i, W);
@@ -946,25 +921,24 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
         l->scale = scale, weights_prepare(r->m), p.mean_ref = ref;
         loss += policy_step(r, out, spoiled(n), spoiled(n), &p, &o, 1.0 / W) / W;
         for (int j = 0; j < 4 * r->B; j++) {
-            const Surrogate *s = &out[j / 4];
-            const double got[] = {s->ratio, s->policy_loss, (double)s->clipped, s->kl};
-            float figure = golden(fmt("%s%s", j % 4 == 3 ? kl : prefix, NAME[j % 4]))[j / 4 * W + i];
-            double error = fabs(got[j % 4] - figure);
-            note(NAME[j % 4], j % 4 == 3 ? error / figure / 2 : error);       // kl_loss: 1e-5, relative
+            int b = j / 4, k = j % 4;                    // kl_loss: relative, to 1e-5; the same in all cases
+            const double got[] = {out[b].ratio, out[b].policy_loss, (double)out[b].clipped, out[b].kl};
+            double want = golden(fmt("%s%s", k == 3 && *set ? "" : prefix, NAME[k]))[b * W + i];
+            note(NAME[k], fabs(got[k] - want) / (k == 3 ? 2 * want : 1));
         }
     }
     note("loss", fabs(loss - *golden(fmt("%sloss", prefix))));
     worst_row(5e-6, fmt("%smean_ref, ratio, policy_loss, clipped, kl_loss, loss,", prefix));
     lora_backward(r->m);
     for (const Param *p = l->param; p < l->param + 2 * l->count; p++)
-        near(p->name, p->dw, want + p->offset, p->count);
+        near(p->name, p->dw, grad + p->offset, p->count);
     worst_row(1e-4, fmt("%sgrad.lora.*", prefix));
 }
 
 static void check_grpo(void) {
     static const char *const PREFIX[] = {"", "adv_big.", "adv_flat."};
     int G = (int)number("group"), S = (int)number("S");
-    Run *r = policy_run(G);
+    Run *r = golden_run(G, true, false);
     PolicyBatch p = golden_batch(r, "case0.", NULL, 0, 1);
     SdeStep step = sde_step(p.sigma, p.sigma_next);
     size_t one = latent_size(r), n = G * one;
@@ -995,7 +969,7 @@ static void check_grpo_micro(void) {
     Optimizer opt;
     TrainOptions t = SMALL_TRAINING;
     if (tally.half) { skip("old log-probabilities of float64: bfloat16 leaves the clip's range"); return; }
-    Run *r = policy_run(B);
+    Run *r = golden_run(B, true, false);
     Lora *l = r->m->lora;
     float *start = down(l->w, l->n), *order = golden("order");
     t.beta1 = number("beta1"), t.beta2 = number("beta2"), t.eps = number("adam_eps");
@@ -1006,7 +980,7 @@ static void check_grpo_micro(void) {
         check_policy(r, "", name, order + N * B, W);
         double norm = optimizer_step(&opt, &alone, &t, number("lr"));
         row(fabs(norm / *golden(fmt("%snorm", name)) - 1), 1e-5, fmt("%s norm before clipping", name));
-        float *fresh = down(l->w, l->n), *want = golden_adapters(l, fmt("%slora.", name));
+        float *fresh = down(l->w, l->n), *want = golden_adapters(fmt("%slora.", name), l);
         for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= start[i];
         row(relative(fresh, want, l->n), 3e-4, fmt("%s the adapter's whole change", name));
     }
@@ -1042,9 +1016,8 @@ static Config small_config(int vocab, int quant) {
 // A model of random numbers, quickly: there may be billions of them.
 static Model *random_model(const Config *c, bool training, uint64_t seed) {
     enum { ROOM = 1 << 16 };
-    static const float *random;
     Model *m = model_layout(c);
-    if (!random) random = noise(1, ROOM, 1);
+    const float *random = noise(1, ROOM, 1);
     model_allocate(m, training);
     for (Param *p = m->param; p < m->param + m->params; p++) {
         float *w = floats(p->count), scale = p->rank > 1 ? sqrtf((float)p->shape[0] / p->count) : 0.2f;
