@@ -877,6 +877,7 @@ static void check_adamw_file(void) {
 }
 
 // ---- Mix-GRPO --------------------------------------------------------------------------------------------
+// ---- Mix-GRPO: the steps of a micro-batch ----------------------------------------------------------------
 // Row row[b], step i of W, of a golden [rows, W, one], for each of B videos.
 static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
     float *all = golden(name), *x = floats(B * one);
@@ -884,22 +885,20 @@ static float *picked(const char *name, const int *row, int B, int i, int W, size
     return x;
 }
 
-// Step i of W of the videos order[0 .. B − 1], or of the first ones. set: of whose old log-probabilities.
+// Step i of W of the videos order[0 .. B − 1]. set: of whose old log-probabilities.
 static PolicyBatch golden_batch(const Run *r, const char *set, const float *order, int i, int W) {
     int B = r->B, video[8], caption[8], zeros[8] = {0};
-    double sigma[64];
+    double sigma[64], *at = sigma + i;
     size_t one = latent_size(r), n = B * one, text = entry("text_uncond")->count;
-    const char *index = file_meta(&gold, "index"), *old = fmt("%slogp_old", set);
-    for (int b = 0; b < B; b++)
-        video[b] = order ? (int)order[b] : b, caption[b] = video[b] / (int)number("group");
+    for (int b = 0; b < B; b++) video[b] = (int)order[b], caption[b] = video[b] / (int)number("group");
     schedule(sigma, (int)number("S"), 1);
-    double *at = sigma + i + (index ? atoi(index) : 0);
+    if (file_meta(&gold, "index")) at += (int)number("index");
     PolicyBatch p = {at[0], at[1], {NULL, picked("text_cond", caption, B, 0, 1, text)},
                      {NULL, picked("text_uncond", zeros, B, 0, 1, text)},
                      up(picked("x", video, B, i, W, one), n), up(picked("x_next", video, B, i, W, one), n),
                      up(picked("mean_ref", video, B, i, W, one), n),
                      widened(picked("advantages", video, B, 0, 1, 1), B),
-                     widened(picked(old, video, B, i, W, 1), B)};
+                     widened(picked(fmt("%slogp_old", set), video, B, i, W, 1), B)};
     return p;
 }
 
@@ -907,8 +906,8 @@ static PolicyBatch golden_batch(const Run *r, const char *set, const float *orde
 static void check_policy(Run *r, const char *set, const char *prefix, const float *order, int W) {
     static const char *const NAME[] = {"ratio", "policy_loss", "clipped", "kl_loss"};
     Lora *l = r->m->lora;
-    size_t n = r->B * latent_size(r);
-    float *ref = spoiled(n), *grad = golden_adapters(fmt("%sgrad.lora.", prefix), l), scale = l->scale;
+    size_t one = latent_size(r), n = r->B * one;
+    float *mean = spoiled(n), *grad = golden_adapters(fmt("%sgrad.lora.", prefix), l), scale = l->scale;
     double loss = 0;
     Surrogate out[8];
     PolicyOptions o = {0, 0, 0, 0, 0, 0, number("guidance"), 0, number(fmt("%sclip", set)),
@@ -916,10 +915,11 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
     zero(l->dw, l->n * sizeof(float));
     for (int i = 0; i < W; i++) {
         PolicyBatch p = golden_batch(r, set, order, i, W);
+        float *ref = spoiled(n);
         l->scale = 0, weights_prepare(r->m);
         policy_mean(r, ref, &p, o.guidance), near("mean_ref", ref, down(p.mean_ref, n), n);
         l->scale = scale, weights_prepare(r->m), p.mean_ref = ref;
-        loss += policy_step(r, out, spoiled(n), spoiled(n), &p, &o, 1.0 / W) / W;
+        loss += policy_step(r, out, mean, spoiled(n), &p, &o, 1.0 / W) / W;
         for (int j = 0; j < 4 * r->B; j++) {
             int b = j / 4, k = j % 4;                    // kl_loss: relative, to 1e-5; the same in all cases
             const double got[] = {out[b].ratio, out[b].policy_loss, (double)out[b].clipped, out[b].kl};
@@ -928,6 +928,7 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
         }
     }
     note("loss", fabs(loss - *golden(fmt("%sloss", prefix))));
+    if (*set) note_float("mean", mean);
     worst_row(5e-6, fmt("%smean_ref, ratio, policy_loss, clipped, kl_loss, loss,", prefix));
     lora_backward(r->m);
     for (const Param *p = l->param; p < l->param + 2 * l->count; p++)
@@ -937,30 +938,26 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
 
 static void check_grpo(void) {
     static const char *const PREFIX[] = {"", "adv_big.", "adv_flat."};
-    int G = (int)number("group"), S = (int)number("S");
+    static const float ORDER[] = {0, 1, 2, 3};
+    int G = (int)number("group"), S = (int)number("S"), index = (int)number("index");
     Run *r = golden_run(G, true, false);
-    PolicyBatch p = golden_batch(r, "case0.", NULL, 0, 1);
-    SdeStep step = sde_step(p.sigma, p.sigma_next);
-    size_t one = latent_size(r), n = G * one;
-    float *mean = spoiled(n), *next = spoiled(n), *logp = golden("logp");
+    size_t n = latent_size(r);
     double sigma[64], advantage[64];
+    float *next = up_golden("x_next"), *mean = up_golden("mean");
     schedule(sigma, S, 1), note_golden("sigmas", rounded(sigma, S + 1));
-    note("std", fabs(step.std / *golden("std") - 1));
-    policy_mean(r, mean, &p, number("guidance")), note_float("mean", mean);
-    lincomb(next, 1, mean, (float)step.std, up_golden("z"), n), note_float("x_next", next);
-    worst_row(1e-5, "sigmas, std, mean, x_next,");
-    for (size_t i = 0; i < n; i += one)
-        note("logp", fabs(log_probability(p.x_next + i, mean + i, step.std, one) - logp[i / one]));
-    worst_row(5e-6, "log-probability,");
-    if (tally.half) skip("case0: bfloat16 cannot tell on which side of a range of 1e-4 a ratio lies");
-    else check_policy(r, "case0.", "case0.", NULL, 1);
-    check_policy(r, "case1.", "case1.", NULL, 1);
+    double std = sde_step(sigma[index], sigma[index + 1]).std;
+    note("std", fabs(std / *golden("std") - 1));
+    for (int b = 0; b < G; b++)
+        note("logp", fabs(log_probability(next + b * n, mean + b * n, std, n) - golden("logp")[b]));
     for (int i = 0; i < 3; i++) {
         char *rewards = fmt("%srewards", PREFIX[i]);
         advantages(advantage, wide_golden(rewards), (int)entry(rewards)->count);
         note_golden(fmt("%sadvantages", PREFIX[i]), rounded(advantage, entry(rewards)->count));
     }
-    worst_row(1e-6, "advantages,");
+    worst_row(1e-6, "sigmas, std, log-probability, advantages,");
+    if (tally.half) skip("case0: bfloat16 cannot tell on which side of a range of 1e-4 a ratio lies");
+    else check_policy(r, "case0.", "case0.", ORDER, 1);
+    check_policy(r, "case1.", "case1.", ORDER, 1);
 }
 
 // Two micro-batches, an AdamW step each, of videos of two captions.
