@@ -181,7 +181,7 @@ static Given given_of(const float *x, size_t n) {
     Given g = {n, h, up(h, n), up_act(h, n), widened(h, n)};
     return g;
 }
-static Given given(uint64_t stream, size_t n, double scale) { return given_of(noise(stream, n, scale), n); }
+static Given given(size_t n) { static int stream; return given_of(noise(1000 + ++stream, n, 1), n); }
 static Given again(Given g) { return g.f = spoiled(g.n), g.a = spoiled_act(g.n), g; }  // the same is wanted
 static Given blank(size_t n) { Given g = {n, NULL, NULL, NULL, doubles(n)}; return again(g); }
 
@@ -213,9 +213,11 @@ static float *nearest_tensor(const float *x, size_t n, float s) {
     return y;
 }
 
-static Given many_sizes(size_t n, float powers) {
-    float *x = noise(1, n, 1);
-    for (size_t i = 0; i < n; i++) x[i] *= expf(powers * rng_normal(78, 1, i));
+// Numbers around the mean, some `spike` times as large; powers > 0: of many sizes.
+static Given uneven(size_t n, double mean, float spike, float powers) {
+    float *x = given(n).h;
+    for (size_t i = 0; i < n; i++)
+        x[i] = (x[i] + (float)mean) * (i % 10007 == 5 ? spike : 1) * expf(powers * rng_normal(78, 1, i));
     return given_of(x, n);
 }
 
@@ -257,7 +259,7 @@ static Factor factor(Given *g, int rows, int columns, float s) {
 // Codes are Q(x; s), or E4M3's nearest; turned: the same, zeros after the last row.
 static void check_codes(int rows, int columns, float s) {
     size_t n = (size_t)rows * columns, padded = to_16(rows);
-    Given x = many_sizes(n, 3);
+    Given x = uneven(n, 0, 1, 3);
     Factor f = factor(&x, rows, columns, s);
     uint8_t *code = (uint8_t *)fetched(f.code, n), *turned = (uint8_t *)fetched(f.turned, columns * padded);
     float *want = nearest_tensor(x.h, n, s), unit = *down(f.unit, 1), wrong = 0;
@@ -270,13 +272,6 @@ static void check_codes(int rows, int columns, float s) {
         wrong += turned[i] != (r < (size_t)rows ? code[r * columns + c] : 0);
     }
     row(wrong, 0, fmt("codes of Q(x; %g), [%d, %d], and turned, one by one", s, rows, columns));
-}
-
-// Some numbers `spike` times as large.
-static Given spiky(uint64_t stream, size_t n, double mean, float spike) {
-    float *x = noise(stream, n, 1);
-    for (size_t i = 0; i < n; i++) x[i] = (x[i] + (float)mean) * (i % 10007 == 5 ? spike : 1);
-    return given_of(x, n);
 }
 
 static double gelu_of(double u) { return u / 2 * (1 + tanh(sqrt(2 / M_PI) * (u + 0.044715 * u * u * u))); }
@@ -298,9 +293,9 @@ static void check_linear(const int *size, int kind, double mean, float spike) {
     char *what = fmt("linear %dx%dx%d%s", R, O, I, kind == FLOATS ? " in float" : "");
     double limit = kind == FLOATS ? -2e-6 : 2e-6;
     in_float = kind == FLOATS;
-    Given x = spiky(1, R * I, mean, spike), w = spiky(2, O * I, mean, 1), dy = spiky(4, R * O, mean, spike);
-    Given b = given(3, O, 1), dw = given(5, O * I, 1), db = given(6, O, 1);
-    Given y = blank(R * O), z = blank(R * O), dx = blank(R * I), more = given(8, R * I, 1);
+    Given x = uneven(R * I, mean, spike, 0), w = uneven(O * I, mean, 1, 0), b = given(O);
+    Given dy = uneven(R * O, mean, spike, 0), dw = given(O * I), db = given(O), y = blank(R * O);
+    Given z = blank(R * O), dx = blank(R * I), more = given(R * I);
     Factor xs = factor(&x, R, I, codes ? 15 : 0), ws = factor(&w, O, I, codes ? 15 : 0);
     Factor dys = factor(&dy, R, O, codes ? 224 : 0);
     linear_forward(y.a, xs, ws, b.a, R, O, I), linear_forward(z.a, xs, ws, NULL, R, O, I);
@@ -342,11 +337,10 @@ static void check_norm(int n, int D, bool modulated, bool gated) {
     enum { B = 2 };
     int all = B * n * D, slots = 3 * B * D, count = B * n - 1, *map = (int *)xalloc(count, sizeof(int));
     Rows rows = {B, (size_t)n, D};
-    Given x = given(1, all, 1), y = given(2, all, 1), dh = given(3, all, 1), dx = given(4, all, 1);
-    Given gate = given(5, slots, 1), shift = given(6, slots, 1), scale = given(7, slots, 1);
-    Given dgate = given(8, slots, 1), dshift = given(9, slots, 1), dscale = given(10, slots, 1);
-    Given x_out = gated ? blank(all) : x, h = blank(all), bare = again(h), dy = blank(all);
-    Given moved = blank(count * D), left = blank(count * D), copied = again(left);
+    Given x = given(all), y = given(all), dh = given(all), dx = given(all), gate = given(slots);
+    Given shift = given(slots), scale = given(slots), dshift = given(slots), dscale = given(slots);
+    Given dgate = given(slots), x_out = gated ? blank(all) : x, h = blank(all), bare = again(h);
+    Given dy = blank(all), moved = blank(count * D), left = blank(count * D), copied = again(left);
     PerSample none = {NULL, 0}, g = gated ? slot(gate, D, true) : none;
     Affine a = {slot(shift, D, modulated), slot(scale, D, modulated), (float)modulated};
     Affine d = {slot(dshift, D, modulated), slot(dscale, D, modulated), 0};
@@ -391,8 +385,8 @@ static void check_rmsnorm_rope(int n, int D, int heads, bool rope) {
     enum { B = 2 };
     int all = B * n * D, hd = D / heads;
     Rows rows = {B, (size_t)n, D};
-    Given x = given(1, all, 1), w = given(2, D, 1), dy = given(4, all, 1), dw = given(5, D, 1);
-    Given y = blank(all), dx = blank(all), in_place = dx;
+    Given x = given(all), w = given(D), dy = given(all), dw = given(D), y = blank(all), dx = blank(all);
+    Given in_place = dx;
     float *turn = noise(3, n * hd, 1), *rstd = spoiled(B * n), *amax = spoiled(1);
     for (int i = 0; i < n * hd; i += 2)
         turn[i + 1] = rope ? sinf(turn[i]) : 0, turn[i] = rope ? cosf(turn[i]) : 1;
@@ -466,7 +460,7 @@ static void check_attention(const char *who, int n, const int *q, const int *k, 
         y[i] = y[i] * grown * (i % is->every ? 1 : is->key_spike) - lift, v[i] += codes;
     }
     for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
-    Attended t = {given_of(x, nq), given_of(y, nk), given_of(v, nk), given(4, nq, 1), blank(nq),
+    Attended t = {given_of(x, nq), given_of(y, nk), given_of(v, nk), given(nq), blank(nq),
                   blank(nq), blank(nk), blank(nk), blank(q[n] * heads), heads, hd};
     Factor qs = factor(&t.q, q[n], D, codes ? 15 : 0), ks = factor(&t.k, k[n], D, codes ? 15 : 0);
     Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
@@ -489,7 +483,7 @@ static void check_attention(const char *who, int n, const int *q, const int *k, 
 static void check_patches(bool channels_first) {
     enum { C = 3, T = 2, H = 3, W = 5, N = T * H * W, COUNT = 2 * 4 * C * N, PART = 9 * 4 * C };
     Grid g = {2, C, T, H, W};
-    Given x = given(1, COUNT, 1), rows = blank(COUNT), some = blank(2 * PART), back = again(x);
+    Given x = given(COUNT), rows = blank(COUNT), some = blank(2 * PART), back = again(x);
     for (int i = 0; i < COUNT; i++) {                        // i: x[b, c, t, y, z]
         int z = i % (2 * W), y = i / (2 * W) % (2 * H), t = i / (4 * W * H) % T, c = i / (4 * N) % C;
         int at = y % 2 * 2 + z % 2, column = channels_first ? c * 4 + at : at * C + c;
@@ -506,8 +500,8 @@ static void check_patches(bool channels_first) {
 static void check_words(void) {
     enum { L = 7, V = 5, D = 4, ROWS = 14 };
     int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = to_device(ids, ROWS);
-    Given table = given(2, V * D, 1), pos = given(3, L * D, 1), dy = given(4, ROWS * D, 1);
-    Given y = blank(ROWS * D), dtable = given(5, V * D, 1);
+    Given table = given(V * D), pos = given(L * D), dy = given(ROWS * D), y = blank(ROWS * D);
+    Given dtable = given(V * D);
     for (int i = 0; i < ROWS * D; i++) {
         int word = ids[i / D] * D + i % D;
         if (word < 0) continue;
@@ -522,7 +516,7 @@ static void check_words(void) {
 
 static void check_elementwise(void) {
     size_t n = 10007;
-    Given x = given(1, n, 1), z = given(2, n, 1), y = blank(n), scaled = blank(n), d = blank(n);
+    Given x = given(n), z = given(n), y = blank(n), scaled = blank(n), d = blank(n);
     Given silu = mapped(silu_of, x, NULL), dsilu = mapped(silu_of, x, z.wide);
     Given dgelu = mapped(gelu_of, x, z.wide);
     double squares = 0, distance = 0;
@@ -539,9 +533,8 @@ static void check_elementwise(void) {
     note("mse", fabs(mse(d.f, x.f, z.f, n) * (double)n / distance - 1)), judge("d mse", d);
     silu_forward(silu.f, x.f, n), judge("silu", silu);
     dsilu.f = z.f, silu_backward(z.f, z.f, x.f, n), judge("silu backward", dsilu);
-    worst_row(-1e-6, "lincomb, sums, mse, SiLU,");
     dgelu.a = z.a, gelu_backward(z.a, z.a, x.a, n), judge_act("gelu backward", dgelu);
-    worst_row(1e-6, "GELU backward,");
+    worst_row(1e-6, "lincomb, sums, mse, SiLU, GELU,");
 }
 
 // ---- sizes ------------------------------------------------------------------------------------------------
@@ -572,14 +565,13 @@ static void check_ops(bool kernels) {
     static const int some[] = {0, 70, 0, 300, 0, 700};
     float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1);
     for (int i = 0; i < 3; i++) {
-        Given x = i < 2 ? many_sizes(5003, 4) : given_of(tiny, 3), y = again(x);
+        Given x = i < 2 ? uneven(5003, 0, 1, 4) : given_of(tiny, 3), y = again(x);
         float s = i == 1 ? 224 : 15, *want = as_act(nearest_tensor(x.h, x.n, s), x.n);
         absmax(m, x.a, x.n), hif8_tensor(plain(y.a), x.a, x.n, 1, s, m);
         note("Q(x; s)", !same_bits(down_act(y.a, x.n), want, x.n));
     }
+    absmax(m, up_act(bad, 5), 5), note("absmax leaves NaN out", *down(m, 1) != 7);
     worst_row(0, "HiF8, bit for bit,");
-    absmax(m, up_act(bad, 5), 5);
-    row(*down(m, 1) != 7, 0, "absmax leaves NaN out");
     for (int i = 0; i < (kernels ? 9 : 5); i++) check_linear(LINEAR[i], ACTS, 0, 1);
     for (int i = 0; i < 3; i++) check_linear(LINEAR[i], FLOATS, 0, 1);
     for (int i = 0, n, D, heads; i < (kernels ? 6 : 2); i++) {
@@ -597,9 +589,7 @@ static void check_ops(bool kernels) {
         for (int kind = FAR_BELOW; kind <= SHRINKING; kind++)
             check_attention("700 keys", 1, some, some + 4, 1, HEAD_DIM[i], kind);
     }
-    check_patches(true), check_patches(false);
-    check_words();
-    check_elementwise();
+    check_patches(true), check_patches(false), check_words(), check_elementwise();
 }
 
 // ==== One driver: forward, loss, backward =================================================================
@@ -657,7 +647,6 @@ static float *golden(const char *name) {
     return x;
 }
 static float *up_golden(const char *name) { return up(golden(name), entry(name)->count); }
-static double *wide_golden(const char *name) { return widened(golden(name), entry(name)->count); }
 
 // Notes how far a tensor on the host, or the device, is from the golden one of this name.
 static void note_golden(const char *name, const float *x) {
@@ -676,9 +665,6 @@ static float *golden_arena(const char *prefix, const Param *param, int count) {
     }
     return all;
 }
-static float *golden_adapters(const char *prefix, const Lora *l) {
-    return golden_arena(prefix, l->param, 2 * l->count);
-}
 
 // The file's model, with its adapters. plain: without HiF8.
 static Run *golden_run(int B, bool training, bool plain) {
@@ -688,7 +674,8 @@ static Run *golden_run(int B, bool training, bool plain) {
     if (file_meta(&gold, "lora_rank")) lora_new(m, (int)number("lora_rank"), number("lora_alpha"), 0);
     model_allocate(m, training);
     for (int i = 0; i < m->params; i++) param_set(m, &m->param[i], golden(m->param[i].name));
-    if (m->lora) upload(m->lora->w, golden_adapters("lora.", m->lora), m->lora->n * sizeof(float));
+    if (m->lora)
+        upload(m->lora->w, golden_arena("lora.", m->lora->param, 2 * m->lora->count), 4 * m->lora->n);
     if (m->lora) weights_prepare(m);
     Run *r = run_of(m, B, training);
     spoil_run(r);
@@ -696,7 +683,7 @@ static Run *golden_run(int B, bool training, bool plain) {
 }
 
 static Answer golden_ask(Run *r) {
-    double *t = wide_golden("input.t");
+    double *t = widened(golden("input.t"), 1);
     Question q = {golden("input.latent"), golden("target"), golden("input.text"), NULL, t};
     return ask(r, &q);
 }
@@ -706,27 +693,17 @@ static void note_each(const Model *m, const float *got, const float *want) {
         note(p->name, relative(got + p->offset, want + p->offset, p->count));
 }
 
-// The residual stream after block i, tokens in plain order.
-static void note_block(Run *r, int i) {
-    const Saved *s = &r->saved[i + 1];
-    float *all = spoiled(r->N * r->m->c.dim);
-    exchange(r, all, s->x0, s->layout, WHOLE, r->m->c.dim * sizeof(float));
-    note_float(fmt("act.block.%d", i), all);
-}
-
-// HiF8 without margins: each block from its golden input; past a value on a rounding boundary no two agree.
-static void check_block_by_block(Run *r) {
-    size_t n = entry("act.context")->count, row_bytes = r->m->c.dim * sizeof(float);
-    copy(r->e0, up_golden("act.e0"), entry("act.e0")->count * sizeof(float));
-    to_act(r->context, up_golden("act.context"), n);
-    quantize(r, r->context_q, r->context, n / r->m->c.dim, r->m->c.dim, 15);
-    for (int i = 0; i < r->m->c.num_layers; i++) {
-        const char *before = i ? fmt("act.block.%d", i - 1) : "act.patch";
-        exchange(r, r->saved[i].x0, up_golden(before), WHOLE, r->saved[i].layout, row_bytes);
-        spoil(r->saved[i + 1].x0, r->N * row_bytes);
-        block_forward(r, i), note_block(r, i);
+// The residual stream after block i, tokens in plain order; alone: made from the golden one before it.
+static void note_block(Run *r, int i, bool alone) {
+    Saved *before = &r->saved[i], *after = before + 1;
+    size_t row_bytes = r->m->c.dim * sizeof(float);
+    float *all = up_golden(i ? fmt("act.block.%d", i - 1) : "act.patch");
+    if (alone) {
+        exchange(r, before->x0, all, WHOLE, before->layout, row_bytes);
+        spoil(after->x0, r->N * row_bytes), block_forward(r, i);
     }
-    worst_row(2e-3, "each block from its golden input,");
+    spoil(all, r->N * row_bytes), exchange(r, all, after->x0, after->layout, WHOLE, row_bytes);
+    note_float(fmt("act.block.%d", i), all);
 }
 
 // What products read of a matrix must be Q(W; 15), bit for bit; of the embeddings and the head, W itself.
@@ -757,7 +734,7 @@ static void check_dit(void) {
     note_float("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
     note_float("act.e", r->e), note_float("act.e0", r->e0);
     worst_row(1e-5, "act.sin, e, e0, context, patch,");
-    for (int i = 0; i < c.num_layers && !loose; i++) note_block(r, i);
+    for (int i = 0; i < c.num_layers && !loose; i++) note_block(r, i, false);
     worst_row(1e-5, "act.block.*");
     note_golden("output", a.out);
     note_golden("output", golden_ask(golden_run(1, false, false)).out); // sampling shares buffers
@@ -769,7 +746,11 @@ static void check_dit(void) {
     worst_row(1e-4, "grad.*");
     if (!c.quant) return;
     check_quantized_weights(r->m);
-    if (loose) check_block_by_block(r);
+    copy(r->e0, up_golden("act.e0"), entry("act.e0")->count * sizeof(float));
+    to_act(r->context, up_golden("act.context"), entry("act.context")->count);
+    quantize(r, r->context_q, r->context, c.text_len, c.dim, 15);
+    for (int i = 0; i < c.num_layers && loose; i++) note_block(r, i, true);
+    worst_row(2e-3, "each block from its golden input,");   // past a rounding boundary no two agree
     note_golden("output.unquantized", golden_ask(golden_run(1, false, true)).out);
     worst_row(1e-5, "HiF8 off,");
 }
@@ -907,7 +888,8 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
     static const char *const NAME[] = {"ratio", "policy_loss", "clipped", "kl_loss"};
     Lora *l = r->m->lora;
     size_t one = latent_size(r), n = r->B * one;
-    float *mean = spoiled(n), *grad = golden_adapters(fmt("%sgrad.lora.", prefix), l), scale = l->scale;
+    float *mean = spoiled(n), scale = l->scale;
+    float *grad = golden_arena(fmt("%sgrad.lora.", prefix), l->param, 2 * l->count);
     double loss = 0;
     Surrogate out[8];
     PolicyOptions o = {0, 0, 0, 0, 0, 0, number("guidance"), 0, number(fmt("%sclip", set)),
@@ -950,9 +932,10 @@ static void check_grpo(void) {
     for (int b = 0; b < G; b++)
         note("logp", fabs(log_probability(next + b * n, mean + b * n, std, n) - golden("logp")[b]));
     for (int i = 0; i < 3; i++) {
-        char *rewards = fmt("%srewards", PREFIX[i]);
-        advantages(advantage, wide_golden(rewards), (int)entry(rewards)->count);
-        note_golden(fmt("%sadvantages", PREFIX[i]), rounded(advantage, entry(rewards)->count));
+        const char *rewards = fmt("%srewards", PREFIX[i]);
+        size_t count = entry(rewards)->count;
+        advantages(advantage, widened(golden(rewards), count), (int)count);
+        note_golden(fmt("%sadvantages", PREFIX[i]), rounded(advantage, count));
     }
     worst_row(1e-6, "sigmas, std, log-probability, advantages,");
     if (tally.half) skip("case0: bfloat16 cannot tell on which side of a range of 1e-4 a ratio lies");
@@ -977,7 +960,8 @@ static void check_grpo_micro(void) {
         check_policy(r, "", name, order + N * B, W);
         double norm = optimizer_step(&opt, &alone, &t, number("lr"));
         row(fabs(norm / *golden(fmt("%snorm", name)) - 1), 1e-5, fmt("%s norm before clipping", name));
-        float *fresh = down(l->w, l->n), *want = golden_adapters(fmt("%slora.", name), l);
+        float *fresh = down(l->w, l->n), *want;
+        want = golden_arena(fmt("%slora.", name), l->param, 2 * l->count);
         for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= start[i];
         row(relative(fresh, want, l->n), 3e-4, fmt("%s the adapter's whole change", name));
     }
@@ -1643,7 +1627,7 @@ static void verify_measured(Ranks *k) {
         Run *r = run_on(k, m, 1, false);
         text_set(r, caption_batch(m, NULL, 1));
         memset(k->calls, 0, sizeof k->calls), memset(k->bytes, 0, sizeof k->bytes);
-        forward(r, given(1, latent_size(r), 1).f, &t);
+        forward(r, given(latent_size(r)).f, &t);
         size_t sent = 0, calls = 0;
         for (int j = 0; j < 3; j++) sent += k->bytes[MOVES[j]], calls += k->calls[MOVES[j]];
         size_t count = forward_sent(&c, config_patterns(&c, k->size), k->rank, k->size, k->ulysses);
@@ -1780,7 +1764,7 @@ static Run *trial_run(Model *m, Ranks *k, bool full, bool training) {
     Text text = caption_batch(m, NULL, m->c.vocab ? 1 : 0);
     text.rows = noise(2, m->c.text_len * m->c.text_dim, 1);
     text_set(r, text);
-    trial.x = given(3, count, 1).f, trial.target = given(4, count, 1).f, trial.dout = spoiled(count);
+    trial.x = given(count).f, trial.target = given(count).f, trial.dout = spoiled(count);
     return r;
 }
 
@@ -1889,7 +1873,7 @@ static void bench_linear(const char *path) {
     for (int s = 0; s < 3; s++) {
         int M = SIZE[s][0], N = SIZE[s][1], K = SIZE[s][2];
         size_t nx = (size_t)M * K, nw = (size_t)N * K, ny = (size_t)M * N;
-        Given x = given(1, nx, 1), w = given(2, nw, 1);
+        Given x = given(nx), w = given(nw);
         float *z = spoiled(ny);
         act *y = spoiled_act(ny);
         double ours = 1e30, theirs = 1e30, work = 2.0 * (double)ny * K / 1e9;
