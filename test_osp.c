@@ -28,7 +28,6 @@ enum { ON_GPU = 0 };
 #include <glob.h>
 #include <sys/wait.h>
 
-// A text of its own, never freed.
 __attribute__((format(printf, 1, 2)))
 static char *fmt(const char *format, ...) {
     char *text;
@@ -39,7 +38,6 @@ static char *fmt(const char *format, ...) {
     return text;
 }
 
-// A new folder in $TMPDIR, or in /tmp.
 static char *scratch_folder(const char *what) {
     char *folder = fmt("%s/osp_%s_XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp", what);
     if (!mkdtemp(folder)) die("%s: %s; make room there", folder, strerror(errno));
@@ -94,19 +92,14 @@ static void worst_row(double limit, const char *what) {
 
 static double relative(const float *a, const float *b, size_t n) {
     double difference = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
-        norm += (double)b[i] * b[i];
-    }
-    return sqrt(norm > 0 ? difference / norm : norm == 0 ? difference : NAN);
+    for (size_t i = 0; i < n; i++) difference += pow((double)a[i] - b[i], 2), norm += pow(b[i], 2);
+    return sqrt(norm == 0 ? difference : difference / norm);
 }
-
 static bool same_bits(const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (float_bits(a[i]) != float_bits(b[i]) && !(isnan(a[i]) && isnan(b[i]))) return false;
     return true;
 }
-
 #ifdef _OPENMP
 static int threads_here(void) { return omp_get_max_threads(); }
 static void threads_set(int n) { omp_set_num_threads(n); }
@@ -116,7 +109,7 @@ static void threads_set(int n) { (void)n; }
 #endif
 
 // ---- between host and device -----------------------------------------------------------------------------
-static bool in_float;                                    // the timestep's path: every act is a float
+static bool in_float;  // every act is a float, whatever the device's kind
 static double *doubles(size_t n) { return (double *)xalloc(n, sizeof(double)); }
 static float *noise(uint64_t stream, size_t n, double scale) {
     float *x = floats(n);
@@ -244,10 +237,11 @@ static float *down_factor(Factor f, size_t n) {
 }
 
 // g as a product reads it: codes of Q(g; s), or, where s is 0, g itself; g->wide becomes what that says.
-static Factor factor(Given *g, int rows, int columns, float s) {
+static Factor factor(Given *g, int columns, float s) {
     Factor f = in_float ? exact(g->f) : plain(g->a);
     if (s > 0) {
         float *m = spoiled(1);
+        size_t rows = g->n / columns;
         f.x = NULL, f.code = (uint8_t *)spoiled(g->n), f.unit = spoiled(1);
         f.turned = (uint8_t *)spoiled(columns * to_16(rows));
         absmax(m, g->a, g->n), hif8_tensor(f, g->a, rows, columns, s, m);
@@ -260,7 +254,7 @@ static Factor factor(Given *g, int rows, int columns, float s) {
 static void check_codes(int rows, int columns, float s) {
     size_t n = (size_t)rows * columns, padded = to_16(rows);
     Given x = uneven(n, 0, 1, 3);
-    Factor f = factor(&x, rows, columns, s);
+    Factor f = factor(&x, columns, s);
     uint8_t *code = (uint8_t *)fetched(f.code, n), *turned = (uint8_t *)fetched(f.turned, columns * padded);
     float *want = nearest_tensor(x.h, n, s), unit = *down(f.unit, 1), wrong = 0;
     for (size_t i = 0; i < n; i++) {
@@ -288,16 +282,14 @@ static Given mapped(double (*f)(double), Given u, const double *dy) {
 // kind: the timestep's products are float, whatever an act is.
 enum { ACTS, FLOATS, CODED };
 static void check_linear(const int *size, int kind, double mean, float spike) {
-    int R = size[0], O = size[1], I = size[2];
-    bool codes = kind == CODED;
+    int R = size[0], O = size[1], I = size[2], codes = kind == CODED;
     char *what = fmt("linear %dx%dx%d%s", R, O, I, kind == FLOATS ? " in float" : "");
     double limit = kind == FLOATS ? -2e-6 : 2e-6;
     in_float = kind == FLOATS;
     Given x = uneven(R * I, mean, spike, 0), w = uneven(O * I, mean, 1, 0), b = given(O);
     Given dy = uneven(R * O, mean, spike, 0), dw = given(O * I), db = given(O), y = blank(R * O);
     Given z = blank(R * O), dx = blank(R * I), more = given(R * I);
-    Factor xs = factor(&x, R, I, codes ? 15 : 0), ws = factor(&w, O, I, codes ? 15 : 0);
-    Factor dys = factor(&dy, R, O, codes ? 224 : 0);
+    Factor xs = factor(&x, I, codes * 15), ws = factor(&w, I, codes * 15), dys = factor(&dy, O, codes * 224);
     linear_forward(y.a, xs, ws, b.a, R, O, I), linear_forward(z.a, xs, ws, NULL, R, O, I);
     linear_backward(dx.a, dw.f, db.f, dys, xs, ws, R, O, I, false);
     linear_backward(more.a, NULL, NULL, dys, xs, ws, R, O, I, true);
@@ -331,11 +323,11 @@ static PerSample slot(Given g, int D, bool each) {
     return v;
 }
 
-// h = norm(x_out)·(1 or 0 + scale) + shift of x_out = x + gate·y; dx += what comes through the norm. Not gated:
-// in place. moved, left: rows of x_out and of x by a map.
+// h = norm(x_out)·(1 or 0 + scale) + shift of x_out = x + gate·y; dx += what comes through the norm. Without
+// a gate x_out is x. moved, left: rows of x_out and of x by a map.
 static void check_norm(int n, int D, bool modulated, bool gated) {
-    enum { B = 2 };
-    int all = B * n * D, slots = 3 * B * D, count = B * n - 1, *map = (int *)xalloc(count, sizeof(int));
+    int B = 2, all = B * n * D, slots = 3 * B * D, count = B * n - 1;
+    int *map = (int *)xalloc(count, sizeof(int));
     Rows rows = {B, (size_t)n, D};
     Given x = given(all), y = given(all), dh = given(all), dx = given(all), gate = given(slots);
     Given shift = given(slots), scale = given(slots), dshift = given(slots), dscale = given(slots);
@@ -382,19 +374,15 @@ static void check_norm(int n, int D, bool modulated, bool gated) {
 
 // y = turn(v), v = x·w/rms, rms² = mean x² + eps; with g = dy turned back, dw += g·x/rms.
 static void check_rmsnorm_rope(int n, int D, int heads, bool rope) {
-    enum { B = 2 };
-    int all = B * n * D, hd = D / heads;
+    int B = 2, all = B * n * D, hd = D / heads;
     Rows rows = {B, (size_t)n, D};
     Given x = given(all), w = given(D), dy = given(all), dw = given(D), y = blank(all), dx = blank(all);
-    Given in_place = dx;
     float *turn = noise(3, n * hd, 1), *rstd = spoiled(B * n), *amax = spoiled(1);
     for (int i = 0; i < n * hd; i += 2)
         turn[i + 1] = rope ? sinf(turn[i]) : 0, turn[i] = rope ? cosf(turn[i]) : 1;
     float *table = rope ? up(turn, n * hd) : NULL;
     rmsnorm_rope_forward(y.a, rstd, amax, x.a, w.f, table, rows, heads, 1e-3f);
     rmsnorm_rope_backward(dx.a, dw.f, dy.a, x.a, rstd, w.f, table, rows, heads);
-    in_place.a = dy.a;
-    rmsnorm_rope_backward(dy.a, spoiled(D), dy.a, x.a, rstd, w.f, table, rows, heads);
     for (int r = 0; r < B * n; r++) {
         double squares = 1e-3, dot = 0;
         for (int i = 0; i < 3 * D; i++) {
@@ -408,8 +396,9 @@ static void check_rmsnorm_rope(int n, int D, int heads, bool rope) {
             dx.wide[j] = (g * w.wide[d] - x.wide[j] * dot) / rms;
         }
     }
-    judge_act("y", y), judge_maximum(amax, y), judge("dw", dw);
-    judge_act("dx", dx), judge_act("dx in place", in_place);
+    judge_act("y", y), judge_maximum(amax, y), judge("dw", dw), judge_act("dx", dx);
+    rmsnorm_rope_backward(dy.a, w.f, dy.a, x.a, rstd, up(w.h, D), table, rows, heads);
+    dx.a = dy.a, judge_act("dx in place", dx);
     worst_row(5e-6, fmt("rows of %d, rmsnorm%s", D, rope ? " + rope" : ""));
 }
 
@@ -462,7 +451,7 @@ static void check_attention(const char *who, int n, const int *q, const int *k, 
     for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
     Attended t = {given_of(x, nq), given_of(y, nk), given_of(v, nk), given(nq), blank(nq),
                   blank(nq), blank(nk), blank(nk), blank(q[n] * heads), heads, hd};
-    Factor qs = factor(&t.q, q[n], D, codes ? 15 : 0), ks = factor(&t.k, k[n], D, codes ? 15 : 0);
+    Factor qs = factor(&t.q, D, codes ? 15 : 0), ks = factor(&t.k, D, codes ? 15 : 0);
     Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
     attention_forward(t.o.a, t.lse.f, amax, qs, ks, t.v.a, &s, heads, hd);
     for (int i = 0; i < n; i++)
