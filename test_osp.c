@@ -625,15 +625,13 @@ static const void *needed(const void *found, const char *name) {
 }
 static const Entry *entry(const char *name) { return (const Entry *)needed(file_find(&gold, name), name); }
 static double number(const char *key) { return atof((const char *)needed(file_meta(&gold, key), key)); }
-
 // The values of a tensor, F32, I32 or plain U8, as floats on the host; NaN allowed.
 static float *golden(const char *name) {
     const Entry *t = entry(name);
-    float *x = floats(t->count);
     const int32_t *whole = (const int32_t *)(const void *)t->data;
+    float *x = floats(t->count);
     for (size_t i = 0; i < t->count; i++) x[i] = t->dtype == I32 ? (float)whole[i] : t->data[i];
-    if (t->dtype == F32) memcpy(x, t->data, t->count * sizeof(float));
-    return x;
+    return t->dtype == F32 ? (float *)memcpy(x, whole, t->count * sizeof(float)) : x;
 }
 static float *up_golden(const char *name) { return up(golden(name), entry(name)->count); }
 
@@ -663,9 +661,8 @@ static Run *golden_run(int B, bool training, bool plain) {
     if (file_meta(&gold, "lora_rank")) lora_new(m, (int)number("lora_rank"), number("lora_alpha"), 0);
     model_allocate(m, training);
     for (int i = 0; i < m->params; i++) param_set(m, &m->param[i], golden(m->param[i].name));
-    if (m->lora)
-        upload(m->lora->w, golden_arena("lora.", m->lora->param, 2 * m->lora->count), 4 * m->lora->n);
-    if (m->lora) weights_prepare(m);
+    Lora *l = m->lora;
+    if (l) upload(l->w, golden_arena("lora.", l->param, 2 * l->count), l->n * sizeof(float));
     Run *r = run_of(m, B, training);
     spoil_run(r);
     return r;
@@ -766,7 +763,6 @@ static Pattern *patterns_of(int T, int H, int W, int P, int R) {
     }
     return p;
 }
-
 static Exchange exchange_of(const Pattern *p, int have, int want, int B, int rank, int R) {
     Exchange e;
     memset(&e, 0, sizeof e);
@@ -847,7 +843,6 @@ static void check_adamw_file(void) {
 }
 
 // ---- Mix-GRPO --------------------------------------------------------------------------------------------
-// ---- Mix-GRPO: the steps of a micro-batch ----------------------------------------------------------------
 // Row row[b], step i of W, of a golden [rows, W, one], for each of B videos.
 static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
     float *all = golden(name), *x = floats(B * one);
@@ -858,12 +853,10 @@ static float *picked(const char *name, const int *row, int B, int i, int W, size
 // Step i of W of the videos order[0 .. B − 1]. set: of whose old log-probabilities.
 static PolicyBatch golden_batch(const Run *r, const char *set, const float *order, int i, int W) {
     int B = r->B, video[8], caption[8], zeros[8] = {0};
-    double sigma[64], *at = sigma + i;
     size_t one = latent_size(r), n = B * one, text = entry("text_uncond")->count;
     for (int b = 0; b < B; b++) video[b] = (int)order[b], caption[b] = video[b] / (int)number("group");
-    schedule(sigma, (int)number("S"), 1);
-    if (file_meta(&gold, "index")) at += (int)number("index");
-    PolicyBatch p = {at[0], at[1], {NULL, picked("text_cond", caption, B, 0, 1, text)},
+    float *sigma = golden("sigmas") + i + (file_meta(&gold, "index") ? (int)number("index") : 0);
+    PolicyBatch p = {sigma[0], sigma[1], {NULL, picked("text_cond", caption, B, 0, 1, text)},
                      {NULL, picked("text_uncond", zeros, B, 0, 1, text)},
                      up(picked("x", video, B, i, W, one), n), up(picked("x_next", video, B, i, W, one), n),
                      up(picked("mean_ref", video, B, i, W, one), n),
@@ -876,7 +869,7 @@ static PolicyBatch golden_batch(const Run *r, const char *set, const float *orde
 static void check_policy(Run *r, const char *set, const char *prefix, const float *order, int W) {
     static const char *const NAME[] = {"ratio", "policy_loss", "clipped", "kl_loss"};
     Lora *l = r->m->lora;
-    size_t one = latent_size(r), n = r->B * one;
+    size_t n = r->B * latent_size(r);
     float *mean = spoiled(n), scale = l->scale;
     float *grad = golden_arena(fmt("%sgrad.lora.", prefix), l->param, 2 * l->count);
     double loss = 0;
@@ -995,8 +988,7 @@ static Model *random_model(const Config *c, bool training, uint64_t seed) {
         size_t first = (seed + (p - m->param)) * 7919;
         #pragma omp parallel for
         for (size_t j = 0; j < p->count; j++) w[j] = middle + scale * random[(first + 3 * j) % ROOM];
-        param_set(m, p, w);
-        free(w);
+        param_set(m, p, w), free(w);
     }
     return m;
 }
