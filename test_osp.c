@@ -436,8 +436,11 @@ static const Scores SCORES[] = {
     {"usual", 0, 1, 1, 1, 1, 1}, {"far below 0", 8, 1, 1, 1, 1, 1}, {"growing", 0, 1, 4, 1, 1, 1},
     {"spikes", 0, 1, 1, 30, 1, 10007}};
 
-// n sequences: sequence i has queries q[i] .. q[i + 1] − 1 and such keys.
-static void check_attention(const char *who, int n, const int *q, const int *k, int heads, int hd, int kind) {
+// sequences: "300x12 130x0" are two, one of 300 queries and 12 keys, one of 130 queries.
+static void check_attention(const char *sequences, int heads, int hd, int kind) {
+    int n = 0, q[16] = {0}, k[16] = {0}, used;
+    for (const char *at = sequences; sscanf(at, "%dx%d %n", &q[n + 1], &k[n + 1], &used) == 2; at += used)
+        q[n + 1] += q[n], k[n + 1] += k[n], n++;
     int D = heads * hd, nq = q[n] * D, nk = k[n] * D;
     const Scores *is = &SCORES[kind];
     bool codes = kind >= CODES, odd = kind > LARGE && !codes;
@@ -452,7 +455,7 @@ static void check_attention(const char *who, int n, const int *q, const int *k, 
     Attended t = {given_of(x, nq), given_of(y, nk), given_of(v, nk), given(nq), blank(nq),
                   blank(nq), blank(nk), blank(nk), blank(q[n] * heads), heads, hd};
     Factor qs = factor(&t.q, D, codes ? 15 : 0), ks = factor(&t.k, D, codes ? 15 : 0);
-    Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
+    Sequences s = {n, q, k, to_device(q, n + 1), to_device(k, n + 1)};
     attention_forward(t.o.a, t.lse.f, amax, qs, ks, t.v.a, &s, heads, hd);
     for (int i = 0; i < n; i++)
         for (int a = q[i]; a < q[i + 1]; a++)
@@ -466,7 +469,7 @@ static void check_attention(const char *who, int n, const int *q, const int *k, 
         judge_act("dq", t.dq), judge_act("dk", t.dk), judge_act("dv", t.dv);
     }
     worst_row(codes ? -3e-3 : odd ? 1e-5 : 5e-6,
-              fmt("attention, %s, scores %s, %d heads of %d,", who, is->name, heads, hd));
+              fmt("attention, %s, scores %s, %d heads of %d,", sequences, is->name, heads, hd));
 }
 
 static void check_patches(bool channels_first) {
@@ -527,20 +530,18 @@ static void check_elementwise(void) {
 }
 
 // ---- sizes ------------------------------------------------------------------------------------------------
-static const int SELF[] = {0, 0, 1, 64, 128, 193, 272, 352, 433, 733};
-static const int ASKING[] = {0, 300, 300, 430, 431}, SEEN[] = {0, 12, 524, 524, 1036};
+static const char *const SELF = "0x0 1x1 63x63 64x64 65x65 79x79 80x80 81x81 300x300";
+static const char *const CROSS = "300x12 0x512 130x0 1x512";
 
 static void check_all_codes(void) {
     static const int PRODUCT[][5] = {{64, 128, 256, 0, 1}, {515, 48, 80, 0, 1}, {2051, 128, 64, 1, 1},
                                      {1000, 256, 1024, 0, 300}};
-    static const int one[] = {0, 193}, many[] = {0, 3000};
     if (!codes_multiply(16, 16)) { skip("no products of 8-bit codes here"); return; }
     check_codes(1, 16, 15), check_codes(300, 208, 15), check_codes(515, 144, 224), check_codes(128, 64, 224);
     for (int i = 0; i < 4; i++) check_linear(PRODUCT[i], CODED, PRODUCT[i][3], PRODUCT[i][4]);
     if (!codes_attend(128)) return;
-    check_attention("0, 1, 63 .. 81, 300 tokens", 9, SELF, SELF, 2, 128, CODES);
-    check_attention("12, 512, 0, 512 keys", 4, ASKING, SEEN, 2, 128, CODES);
-    for (int i = CODES; i <= CODES_SPIKES; i++) check_attention("3000 keys", 1, one, many, 2, 128, i);
+    check_attention(SELF, 2, 128, CODES), check_attention(CROSS, 2, 128, CODES);
+    for (int i = CODES; i <= CODES_SPIKES; i++) check_attention("193x3000", 2, 128, i);
 }
 
 // kernels: also the sizes that a GPU has kernels of its own for; the same holds on a CPU.
@@ -549,9 +550,7 @@ static void check_ops(bool kernels) {
                                     {64, 127, 255}, {515, 8, 1}, {2050, 136, 24}, {4500, 512, 8}};
     static const int ROWS[][3] = {{19, 13, 0}, {9, 18, 3}, {150, 128, 4}, {150, 512, 4}, {150, 1536, 12},
                                   {150, 5120, 40}};
-    static const int HEAD_DIM[] = {32, 64, 128, 16, 24, 48, 72, 136, 256}, few[] = {0, 37, 117};
-    static const int self[] = {0, 5, 5, 38, 39, 203}, q[] = {0, 70, 70, 71, 81}, k[] = {0, 9, 13, 13, 210};
-    static const int some[] = {0, 70, 0, 300, 0, 700};
+    static const int HEAD_DIM[] = {32, 64, 128, 16, 24, 48, 72, 136, 256};
     float tiny[] = {1e-12f, -3e-10f, 0}, bad[] = {1, NAN, -7, NAN, 2}, *m = spoiled(1);
     for (int i = 0; i < 3; i++) {
         Given x = i < 2 ? uneven(5003, 0, 1, 4) : given_of(tiny, 3), y = again(x);
@@ -568,15 +567,12 @@ static void check_ops(bool kernels) {
         for (int kind = 0; kind < 4; kind++) check_norm(n, D, kind & 1, kind >> 1);
         for (int rope = 0; rope < 2 && heads; rope++) check_rmsnorm_rope(n, D, heads, rope);
     }
-    check_attention("self, ragged, one empty", 5, self, self, 3, 6, USUAL);
-    check_attention("cross, no queries or no keys", 4, q, k, 2, 10, USUAL);
-    check_attention("self, 300 tokens", 1, some + 2, some + 2, 1, 40, LARGE);
-    for (int i = 0; i < 9 && kernels; i++) check_attention("37, 80", 2, few, few, 2, HEAD_DIM[i], USUAL);
+    check_attention("5x5 0x0 33x33 1x1 164x164", 3, 6, USUAL), check_attention("300x300", 1, 40, LARGE);
+    check_attention("70x9 0x4 1x0 10x197", 2, 10, USUAL);
+    for (int i = 0; i < 9 && kernels; i++) check_attention("37x37 80x80", 2, HEAD_DIM[i], USUAL);
     for (int i = 0; i < 3 && kernels; i++) {
-        check_attention("self, 0, 1, 63 .. 81, 300 tokens", 9, SELF, SELF, 2, HEAD_DIM[i], USUAL);
-        check_attention("cross, 12, 512, 0, 512 keys", 4, ASKING, SEEN, 2, HEAD_DIM[i], USUAL);
-        for (int kind = FAR_BELOW; kind <= SHRINKING; kind++)
-            check_attention("700 keys", 1, some, some + 4, 1, HEAD_DIM[i], kind);
+        check_attention(SELF, 2, HEAD_DIM[i], USUAL), check_attention(CROSS, 2, HEAD_DIM[i], USUAL);
+        for (int j = FAR_BELOW; j <= SHRINKING; j++) check_attention("70x700", 1, HEAD_DIM[i], j);
     }
     check_patches(true), check_patches(false), check_words(), check_elementwise();
 }
@@ -611,7 +607,6 @@ static Run *run_on(Ranks *k, Model *m, int B, bool training) {
     return run_new(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
 }
 static Run *run_of(Model *m, int B, bool training) { return run_on(&alone, m, B, training); }
-
 static void spoil_run(Run *r) {                          // every buffer (of a model without a word table)
     Run *plan = run_plan(r->m, r->ranks, r->B, r->T, r->H, r->W, r->training);
     spoil(r->saved[0].x0, run_place(plan, NULL));
@@ -667,7 +662,6 @@ static Run *golden_run(int B, bool training, bool plain) {
     spoil_run(r);
     return r;
 }
-
 static Answer golden_ask(Run *r) {
     double *t = widened(golden("input.t"), 1);
     Question q = {golden("input.latent"), golden("target"), golden("input.text"), NULL, t};
@@ -879,10 +873,9 @@ static void check_policy(Run *r, const char *set, const char *prefix, const floa
     zero(l->dw, l->n * sizeof(float));
     for (int i = 0; i < W; i++) {
         PolicyBatch p = golden_batch(r, set, order, i, W);
-        float *ref = spoiled(n);
         l->scale = 0, weights_prepare(r->m);
-        policy_mean(r, ref, &p, o.guidance), near("mean_ref", ref, down(p.mean_ref, n), n);
-        l->scale = scale, weights_prepare(r->m), p.mean_ref = ref;
+        policy_mean(r, mean, &p, o.guidance), near("mean_ref", mean, down(p.mean_ref, n), n);
+        l->scale = scale, weights_prepare(r->m);
         loss += policy_step(r, out, mean, spoiled(n), &p, &o, 1.0 / W) / W;
         for (int j = 0; j < 4 * r->B; j++) {
             int b = j / 4, k = j % 4;                    // kl_loss: relative, to 1e-5; the same in all cases
