@@ -58,8 +58,7 @@ static char *shell(int *code, const char *command) {
 // half: act is bfloat16. subject: what the rows are about, such as a file's name.
 static struct { int passed, failed, skipped; bool silent, half; const char *subject; } tally;
 
-// A check: what was measured may not exceed the limit. bfloat16 gets room where that is in (0, 0.01]; a
-// negative limit is as strict for all.
+// A check: measured may not exceed the limit. bfloat16 gets room in (0, 0.01]; limits below 0 are strict.
 static void row(double measured, double limit, const char *what) {
     if (tally.half && limit > 0 && limit <= 1e-2) limit = limit <= 1e-5 ? 2e-2 : 1e-1;
     bool ok = measured <= (limit = fabs(limit));         // NaN is not
@@ -160,7 +159,6 @@ static float *spoiled(size_t n) {                        // NaN in float and in 
 }
 static void spoil(void *device, size_t bytes) { copy(device, spoiled(bytes / 4 + 1), bytes); }
 static act *spoiled_act(size_t n) { return (act *)spoiled(n); }
-
 // Notes how far a tensor on the device is from numbers on the host.
 static void near(const char *name, const float *device, const float *want, size_t n) {
     note(name, relative(down(device, n), want, n));
@@ -178,8 +176,7 @@ static Given given(size_t n) { static int stream; return given_of(noise(1000 + +
 static Given again(Given g) { return g.f = spoiled(g.n), g.a = spoiled_act(g.n), g; }  // the same is wanted
 static Given blank(size_t n) { Given g = {n, NULL, NULL, NULL, doubles(n)}; return again(g); }
 
-// Notes how far what was written, as float or as act, is from what the formula makes (wide): NaN where that
-// is NaN, anything where it is infinite.
+// Notes how far what was written is from wide, the formula's: NaN where that is NaN, anything where infinite.
 static void judge_host(const char *name, float *got, Given g) {
     float *want = rounded(g.wide, g.n);
     for (size_t i = 0; i < g.n; i++)
@@ -196,13 +193,10 @@ static void judge_maximum(const float *amax, Given g) {  // exactly
 // ==== Operations against formulas in double precision =====================================================
 // Q(x; s), one float operation at a time, with the rounding that golden/hif8 proves.
 static float *nearest_tensor(const float *x, size_t n, float s) {
-    float amax = 0, *y = floats(n);
-    for (size_t i = 0; i < n; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-    volatile float k = s / (amax < 1e-8f ? 1e-8f : amax);
-    for (size_t i = 0; i < n; i++) {
-        volatile float scaled = x[i] * k;
-        y[i] = hif8_round(scaled) / k;
-    }
+    float amax = 1e-8f, *y = floats(n);
+    for (size_t i = 0; i < n; i++) amax = fmaxf(amax, fabsf(x[i]));
+    volatile float k = s / amax, scaled;
+    for (size_t i = 0; i < n; i++) scaled = x[i] * k, y[i] = hif8_round(scaled) / k;
     return y;
 }
 
@@ -226,7 +220,6 @@ static double code_value(uint8_t c) {                        // E4M3
     return c & 128 ? -size : size;
 }
 static size_t to_16(size_t n) { return (n + 15) / 16 * 16; }
-
 // A factor's numbers on the host, codes or not.
 static float *down_factor(Factor f, size_t n) {
     if (!f.code) return f.exact ? down((float *)f.x, n) : down_act(f.x, n);
@@ -293,15 +286,14 @@ static void check_linear(const int *size, int kind, double mean, float spike) {
     linear_forward(y.a, xs, ws, b.a, R, O, I), linear_forward(z.a, xs, ws, NULL, R, O, I);
     linear_backward(dx.a, dw.f, db.f, dys, xs, ws, R, O, I, false);
     linear_backward(more.a, NULL, NULL, dys, xs, ws, R, O, I, true);
-    for (int r = 0, at = 0; r < R; r++)
-        for (int o = 0; o < O; o++, at++) {
-            double *xr = x.wide + r * I, *wo = w.wide + o * I, d = dy.wide[at];
-            for (int i = 0; i < I; i++) {
-                z.wide[at] += xr[i] * wo[i];
-                dx.wide[r * I + i] += d * wo[i], dw.wide[o * I + i] += d * xr[i];
-            }
-            y.wide[at] = z.wide[at] + b.wide[o], db.wide[o] += d;
+    for (int j = 0; j < R * O; j++) {
+        int r = j / O * I, o = j % O * I;                // where their rows of x and w begin
+        for (int i = 0; i < I; i++) {
+            z.wide[j] += x.wide[r + i] * w.wide[o + i], dx.wide[r + i] += dy.wide[j] * w.wide[o + i];
+            dw.wide[o + i] += dy.wide[j] * x.wide[r + i];
         }
+        y.wide[j] = z.wide[j] + b.wide[j % O], db.wide[j % O] += dy.wide[j];
+    }
     for (int i = 0; i < R * I; i++) more.wide[i] += dx.wide[i];
     judge_act("y", y), judge_act("y without bias", z), judge_act("dx", dx);
     worst_row(codes ? -2e-3 : limit, fmt("%s,", what));
@@ -490,11 +482,10 @@ static void check_patches(bool channels_first) {
 }
 
 static void check_words(void) {
-    enum { L = 7, V = 5, D = 4, ROWS = 14 };
+    enum { L = 7, V = 5, D = 4, ROWS = 14, N = ROWS * D };
     int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = to_device(ids, ROWS);
-    Given table = given(V * D), pos = given(L * D), dy = given(ROWS * D), y = blank(ROWS * D);
-    Given dtable = given(V * D);
-    for (int i = 0; i < ROWS * D; i++) {
+    Given table = given(V * D), pos = given(L * D), dy = given(N), y = blank(N), dtable = given(V * D);
+    for (int i = 0; i < N; i++) {
         int word = ids[i / D] * D + i % D;
         if (word < 0) continue;
         y.wide[i] = table.wide[word] + pos.wide[i % (L * D)];
@@ -529,10 +520,9 @@ static void check_elementwise(void) {
     worst_row(1e-6, "lincomb, sums, mse, SiLU, GELU,");
 }
 
-// ---- sizes ------------------------------------------------------------------------------------------------
+// Sizes.
 static const char *const SELF = "0x0 1x1 63x63 64x64 65x65 79x79 80x80 81x81 300x300";
 static const char *const CROSS = "300x12 0x512 130x0 1x512";
-
 static void check_all_codes(void) {
     static const int PRODUCT[][5] = {{64, 128, 256, 0, 1}, {515, 48, 80, 0, 1}, {2051, 128, 64, 1, 1},
                                      {1000, 256, 1024, 0, 300}};
@@ -629,7 +619,6 @@ static float *golden(const char *name) {
     return t->dtype == F32 ? (float *)memcpy(x, whole, t->count * sizeof(float)) : x;
 }
 static float *up_golden(const char *name) { return up(golden(name), entry(name)->count); }
-
 // Notes how far a tensor on the host, or the device, is from the golden one of this name.
 static void note_golden(const char *name, const float *x) {
     note(name, relative(x, golden(name), entry(name)->count));
@@ -705,10 +694,8 @@ static void check_dit(void) {
     Config c = config_read(&gold);
     bool loose = c.quant && (tally.half || !file_meta(&gold, "margin"));
     double limit = loose ? tally.half ? 1e-1 : 5e-2 : 1e-5;
-    if (tally.half && !c.quant && c.num_full_blocks == c.num_layers) {
-        skip("gates of 0.002 are a difference of 0.37s: beyond bfloat16");
-        return;
-    }
+    bool full = c.num_full_blocks == c.num_layers;
+    if (tally.half && full) { skip("gates of 0.002 are a difference of 0.37s: beyond bfloat16"); return; }
     Run *r = golden_run(1, true, false);
     Answer a = golden_ask(r);
     note_float("act.sin", r->sin), note_act("act.context", r->context), note_act("act.patch", r->tokens);
@@ -795,8 +782,8 @@ static void check_skiparse_file(void) {
 
 static void check_sampler(void) {
     int S = (int)number("S");
-    double shift = number("shift"), g = number("guidance"), *sigma = doubles(S + 1), fifty[51];
     size_t n = entry("noise")->count;
+    double shift = number("shift"), g = number("guidance"), *sigma = doubles(S + 1), fifty[51];
     float *normal = golden("train.normal"), *tokens = golden("train.tokens"), *timestep = golden("timesteps");
     schedule(sigma, S, shift), schedule(fifty, 50, 7);
     note_golden("sigmas", rounded(sigma, S + 1)), note_golden("sigmas50", rounded(fifty, 51));
@@ -826,8 +813,7 @@ static void check_adamw_file(void) {
     AdamW o = {1, (float)number("lr"), (float)number("eps"), (float)number("weight_decay"), number("beta1"),
                number("beta2"), number("ema_decay"), 1};
     size_t n = entry("param")->count;
-    float *w = up_golden("param"), *ema = up_golden("param");
-    float *m = device_floats(n), *v = device_floats(n);
+    float *w = up_golden("param"), *ema = up_golden("param"), *m = device_floats(n), *v = device_floats(n);
     for (; o.t <= 3; o.t++) {
         adamw(w, m, v, ema, up_golden(fmt("grad.%d", o.t)), n, o);
         note_float(fmt("param.%d", o.t), w), note_float(fmt("m.%d", o.t), m);
@@ -935,8 +921,7 @@ static void check_grpo_micro(void) {
         check_policy(r, "", name, order + N * B, W);
         double norm = optimizer_step(&opt, &alone, &t, number("lr"));
         row(fabs(norm / *golden(fmt("%snorm", name)) - 1), 1e-5, fmt("%s norm before clipping", name));
-        float *fresh = down(l->w, l->n), *want;
-        want = golden_arena(fmt("%slora.", name), l->param, 2 * l->count);
+        float *want = golden_arena(fmt("%slora.", name), l->param, 2 * l->count), *fresh = down(l->w, l->n);
         for (size_t i = 0; i < l->n; i++) fresh[i] -= start[i], want[i] -= start[i];
         row(relative(fresh, want, l->n), 3e-4, fmt("%s the adapter's whole change", name));
     }
@@ -971,16 +956,15 @@ static Config small_config(int vocab, int quant) {
 }
 // A model of random numbers, quickly: there may be billions of them.
 static Model *random_model(const Config *c, bool training, uint64_t seed) {
-    enum { ROOM = 1 << 16 };
     Model *m = model_layout(c);
-    const float *random = noise(1, ROOM, 1);
+    const float *random = noise(1, 1 << 16, 1);
     model_allocate(m, training);
     for (Param *p = m->param; p < m->param + m->params; p++) {
         float *w = floats(p->count), scale = p->rank > 1 ? sqrtf((float)p->shape[0] / p->count) : 0.2f;
         float middle = strstr(p->name, "norm") && strstr(p->name, "weight") ? 1 : 0;
         size_t first = (seed + (p - m->param)) * 7919;
         #pragma omp parallel for
-        for (size_t j = 0; j < p->count; j++) w[j] = middle + scale * random[(first + 3 * j) % ROOM];
+        for (size_t j = 0; j < p->count; j++) w[j] = middle + scale * random[(first + 3 * j) % (1 << 16)];
         param_set(m, p, w), free(w);
     }
     return m;
@@ -1055,8 +1039,7 @@ static void check_attention_alone(void) {
     ask(r, &q);
     const SavedAttention *s = &r->saved[3].self;
     const act *const rounded_once[] = {s->q.x, s->k.x, s->v, r->dv};
-    for (int i = 0; i < 4; i++) {
-        size_t n = r->N * r->m->c.dim;
+    for (size_t i = 0, n = r->N * r->m->c.dim; i < 4; i++) {
         float *x = down_act(rounded_once[i], n);
         note(NAME[i], relative(x, nearest_tensor(x, n, i < 3 ? 15 : 224), n));
     }
