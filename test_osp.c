@@ -1372,22 +1372,20 @@ static void check_resume(const char *path, int quant) {
 static void check_optimizer(void) {
     size_t n = 1000;
     TrainOptions o = SMALL_TRAINING;
+    Optimizer a;
     float *g = noise(1, n, 1), *w = noise(2, n, 1), *m = floats(n), *v = floats(n), *ema = floats(n);
     double norm = sqrt(sum_squares(up(g, n), NULL, n));
-    for (int clipped = 0; clipped < 2; clipped++) {
-        Optimizer a;
-        optimizer_init(&a, up(w, n), up(g, n), n);
-        o.clip = clipped ? 0.5 : 1e9;
-        note("norm", fabs(optimizer_step(&a, &alone, &o, 1e-3) / norm - 1));
-        float *after = down(a.w, n);
-        for (size_t i = 0; i < n; i++) {
-            double gi = g[i] * (clipped ? 0.5 / norm : 1);
-            m[i] = (float)(0.1 * gi), v[i] = (float)(0.01 * gi * gi);
-            ema[i] = 2 / 11.0f * w[i] + 9 / 11.0f * after[i];
-        }
-        near("m, clipped or not", a.m, m, n), near("v, clipped or not", a.v, v, n);
-        near("average, young", a.ema, ema, n), note("gradient zeroed", sum_squares(a.dw, NULL, n));
+    optimizer_init(&a, up(w, n), up(g, n), n);
+    o.clip = 0.5;
+    note("norm", fabs(optimizer_step(&a, &alone, &o, 1e-3) / norm - 1));
+    float *after = down(a.w, n);
+    for (size_t i = 0; i < n; i++) {
+        double clipped = g[i] * 0.5 / norm;
+        m[i] = (float)(0.1 * clipped), v[i] = (float)(0.01 * clipped * clipped);
+        ema[i] = 2 / 11.0f * w[i] + 9 / 11.0f * after[i];
     }
+    near("m", a.m, m, n), near("v", a.v, v, n), near("average, young", a.ema, ema, n);
+    note("gradient zeroed", sum_squares(a.dw, NULL, n));
     o.steps = 100, o.warmup = 10, o.lr = 1;
     note("warm-up", fabs(learning_rate(&o, 0) - 0.1)), note("cosine", fabs(learning_rate(&o, 50) - 0.525));
     note("end", fabs(learning_rate(&o, 100) - 0.05));
@@ -1546,7 +1544,6 @@ static void check_world(int T, int H, int W) {
 }
 
 static int run_tests(const char *folder, bool ops_only) {
-    static const char *const KIND[] = {"f32", "bf16", "hif8"};
     if (!tally.silent) printf("%-88s %9s %9s\n", "check", "measured", "limit");
     check_ops();
     check_all_codes();
@@ -1558,7 +1555,8 @@ static int run_tests(const char *folder, bool ops_only) {
     check_batch(), check_words_model(), check_attention_alone();
     for (int quant = 0; quant < 4; quant += 3) check_repetition(quant), check_resume(path, quant);
     check_batch_fill(), check_velocity_loss(), check_one_kind(), check_optimizer();
-    for (int i = 0; i < (tally.half ? 2 : 3); i++) check_checkpoint(path, KIND[i]);  // bf16 rounds first
+    check_checkpoint(path, "f32"), check_checkpoint(path, "bf16");
+    if (!tally.half) check_checkpoint(path, "hif8");         // bf16 rounds first
     check_policy(path);
     check_world(4, 16, 16), check_world(8, 32, 32);
     unlink(path), rmdir(scratch);
@@ -1591,16 +1589,14 @@ static double attention_pairs(const Pattern *p) {
 
 // FLOPs of one forward; a multiply and an add are two. Of a block: q, k, v, o; q, o of cross-attention; k, v
 // of the text; the ffn's two; attention. Padded as the authors do: H and W up to a multiple of P².
-static double model_flops(const Config *c, bool hybrid, bool padded) {
-    Config d = *c;
-    int unit = 2 * c->sparse_ratio * c->sparse_ratio, L = c->num_layers;
-    if (padded) d.H_l = (c->H_l + unit - 1) / unit * unit, d.W_l = (c->W_l + unit - 1) / unit * unit;
-    const Pattern *p = config_patterns(&d, 1);
-    double D = c->dim, n = p->start[1], text = c->text_len;
-    double sum = 8 * n * D * (c->in_dim + c->out_dim) + 2 * text * D * (c->text_dim + D);
+static double model_flops(Config c, bool hybrid, bool padded) {
+    int unit = 2 * c.sparse_ratio * c.sparse_ratio, L = c.num_layers, F = hybrid ? c.num_full_blocks : L;
+    if (padded) c.H_l = (c.H_l + unit - 1) / unit * unit, c.W_l = (c.W_l + unit - 1) / unit * unit;
+    const Pattern *p = config_patterns(&c, 1);
+    double D = c.dim, n = p->start[1], text = c.text_len;
+    double sum = 8 * n * D * (c.in_dim + c.out_dim) + 2 * text * D * (c.text_dim + D);
     for (int i = 0; i < L; i++)
-        sum += n * D * (12 * D + 4.0 * c->ffn_dim) + 4 * D * text * (D + n)
-               + 4 * D * attention_pairs(&p[block_pattern(i, L, hybrid ? c->num_full_blocks : L)]);
+        sum += 4 * D * (n * (3 * D + c.ffn_dim) + text * (D + n) + attention_pairs(&p[block_pattern(i, L, F)]));
     return sum;
 }
 
@@ -1637,16 +1633,16 @@ static int claims_failed;
 static void claim(int ok, const char *what, const char *paper, const char *here) {
     static const char *const WORD[] = {"NO", "yes", "-"};
     claims_failed += ok == NO;
-    printf("| %-62s | %-15s | %-58s | %-3s |\n", what, paper, here, WORD[ok]);
+    if (!tally.silent) printf("| %-62s | %-15s | %-58s | %-3s |\n", what, paper, here, WORD[ok]);
     fflush(stdout);
 }
 
 // Of 14B: by FLOPs, which limit what is measured; and as bench recorded it.
 static void verify_speed(const Config *c, const char *size, const char *paper, const char *paper_8) {
     const Pattern *p = config_patterns(c, 1);
-    double N = p->start[1], full = model_flops(c, false, false), ragged = model_flops(c, true, false);
+    double N = p->start[1], full = model_flops(*c, false, false), ragged = model_flops(*c, true, false);
     double most = fmax(attention_pairs(&p[TOKEN_WISE]), attention_pairs(&p[GROUP_WISE])) / N / N;
-    double padded = model_flops(c, true, true), full_ms = recorded(size, "bf16", "layers: full");
+    double padded = model_flops(*c, true, true), full_ms = recorded(size, "bf16", "layers: full");
     claim(fabs(most * 4 - 1) < 1e-3, fmt("%s, N = %.0f: attention's FLOPs, sparse / full", size, N),
           "1/P^2 = 1/4", fmt("%.5f", most));
     claim(UNJUDGED, fmt("%s: TFLOP of one forward of 14B", size), "",
@@ -1763,28 +1759,26 @@ static void verify_measured(Ranks *k) {
         double count = forward_sent(r);
         float bad = sent != count || calls != (k->ulysses ? 12 * 4 : 4 * 4 + 7 + 2), *any = up(&bad, 1);
         max_over_ranks(k, any);
-        const char *what = fmt("%dx%dx%d, %d ranks, %s, a forward of 12 blocks, 4 full", c.T, c.H_l / 2,
-                               c.W_l / 2, k->size, k->ulysses ? "Ulysses" : "SSP");
-        if (k->rank == 0)
-            claim(*down(any, 1) == 0, what, k->ulysses ? "4 calls a block" : "1 call a block",
-                  fmt("%zu calls, %zu bytes; counted %.0f (all ranks)", calls, sent, count));
+        claim(*down(any, 1) == 0, fmt("%dx%dx%d, %d ranks, %s, a forward of 12 blocks, 4 full", c.T, r->H, r->W,
+                                      k->size, k->ulysses ? "Ulysses" : "SSP"),
+              k->ulysses ? "4 calls a block" : "1 call a block",
+              fmt("%zu calls, %zu bytes; counted %.0f (all ranks)", calls, sent, count));
     }
     k->ulysses = false;
 }
 
-// All on rank 0, but what ranks send, which is measured by all. The number of claims that do not hold.
+// The number of claims that do not hold.
 static int verify(Ranks *ranks) {
-    if (ranks->rank == 0) {
+    if (!tally.silent)
         printf("| %-62s | %-15s | %-58s | ok  |\n|---|---|---|---|\n", "claim", "paper", "here");
-        verify_speed(&WAN[1].c, "720p", "1.53x", "1.69x (Ascend)");
-        verify_speed(&WAN[2].c, "768p", "1.64x", "2.27x (Ascend)");
-        verify_reach(48, 80, 2), verify_reach(45, 80, 2), verify_reach(7, 5, 2), verify_reach(27, 18, 3);
-        verify_reach(3, 8, 2);
-        verify_hif8();
-        verify_ranks();
-    }
+    verify_speed(&WAN[1].c, "720p", "1.53x", "1.69x (Ascend)");
+    verify_speed(&WAN[2].c, "768p", "1.64x", "2.27x (Ascend)");
+    verify_reach(48, 80, 2), verify_reach(45, 80, 2), verify_reach(7, 5, 2), verify_reach(27, 18, 3);
+    verify_reach(3, 8, 2);
+    verify_hif8();
+    verify_ranks();
     if (ranks->size > 1) verify_measured(ranks);
-    if (ranks->rank == 0) printf("%d claims do not hold (mpirun adds what ranks send)\n", claims_failed);
+    if (!tally.silent) printf("%d claims do not hold (mpirun adds what ranks send)\n", claims_failed);
     return claims_failed;
 }
 
@@ -1867,7 +1861,7 @@ static void once(Run *r, int i, int part) {
 }
 
 // Milliseconds of a call: the first quartile of up to 25 after one to warm up, for other programs on the
-// machine only ever add time. Where a call is long one is enough, on a GPU two.
+// machine only ever add time. Where a call is long one is enough, on a GPU two; ranks always make 26.
 static double timed(Run *r, int i, int part) {
     double t[26], begin = seconds();
     int n = 0;
@@ -1875,7 +1869,7 @@ static double timed(Run *r, int i, int part) {
         double before = seconds();
         once(r, i, part), wait_device();
         t[n++] = 1e3 * (seconds() - before);
-    } while (n < 26 && (seconds() - begin < 0.6 || n <= (ON_GPU || t[0] < 2e3)));
+    } while (n < 26 && (r->ranks->size > 1 || seconds() - begin < 0.6 || n <= (ON_GPU || t[0] < 2e3)));
     if (n == 1) return t[0];
     qsort(t + 1, n - 1, sizeof(double), compare_doubles);
     return t[1 + (n - 1) / 4];
@@ -1898,12 +1892,12 @@ static void print_parts(Run *r, const int *block, const double *ms) {
 
 // passes: a forward's FLOPs count once, a training step's three times.
 static void print_speed(const Config *c, const char *what, double full, double hybrid, int passes) {
-    double work = passes * model_flops(c, false, false), less = passes * model_flops(c, true, false);
+    double work = passes * model_flops(*c, false, false), less = passes * model_flops(*c, true, false);
     printf("%-14s of %2d layers: full %9.1f ms, hybrid %9.1f ms: %.2fx   (%.0f and %.0f GFLOP/s)\n", what,
            c->num_layers, full, hybrid, full / hybrid, work / full / 1e6, less / hybrid / 1e6);
 }
 
-static void bench_model(const char *shape, int layers, int frames, bool train, bool hif8) {
+static void bench_model(const char *shape, int layers, int frames, bool train, bool hif8, Ranks *k) {
     Config whole = shape_config(shape), c;
     if (frames) whole.T = frames;
     c = whole, c.quant = c.quant_attn = hif8;
@@ -1911,24 +1905,26 @@ static void bench_model(const char *shape, int layers, int frames, bool train, b
     if (layers) c.num_layers = 4 * layers, c.num_full_blocks = 2 * layers;       // in the order F.. g t .. F
     const int F = c.num_full_blocks, L = c.num_layers, block[] = {0, F / 2, F / 2 + 1};
     double full[2], hybrid[2], ms[2][3] = {{0}};             // [training][block]
+    const Ranks fresh = *k;
     Model *m = random_model(&c, train, 1);
-    Run *r = run_plan(m, &alone, 1, c.T, c.H_l / 2, c.W_l / 2, train);
+    Run *r = run_plan(m, k, 1, c.T, c.H_l / 2, c.W_l / 2, train);
     printf("%s: %zu tokens, dim %d, heads %d, ffn %d; %d layers run of %d; by FLOPs %.2fx\n", shape, r->N,
            c.dim, c.num_heads, c.ffn_dim, L, whole.num_layers,
-           model_flops(&whole, false, false) / model_flops(&whole, true, false));
+           model_flops(whole, false, false) / model_flops(whole, true, false));
     printf("memory: weights %.2f GiB, activations %.2f GiB\n", (double)model_bytes(m, train) / 0x1p30,
            (double)run_place(r, NULL) / 0x1p30);
     if (train) optimizer_init(&trial.opt, m->w, m->dw, m->count);
-    m->c.num_full_blocks = L, r = trial_run(m, &alone, train);
+    m->c.num_full_blocks = L, r = trial_run(m, k, train);
     for (int t = 0; t <= train; t++) full[t] = timed(r, 0, WHOLE_FORWARD + t);
     device_free(r->saved[0].x0);                             // where the run's one arena begins
-    m->c.num_full_blocks = F, r = trial_run(m, &alone, train);
+    m->c.num_full_blocks = F, r = trial_run(m, k, train), *k = fresh;
     for (int t = 0; t <= train; t++) hybrid[t] = timed(r, 0, WHOLE_FORWARD + t);
-    for (int k = 0; k < 3; k++) {
-        ms[0][k] = timed(r, block[k], WHOLE_BLOCK);
-        if (train) ms[1][k] = ms[0][k] + timed(r, block[k], WHOLE_BLOCK_BACK);
+    if (k->rank == 0) ranks_report(k);
+    for (int i = 0; i < 3; i++) {
+        ms[0][i] = timed(r, block[i], WHOLE_BLOCK);
+        if (train) ms[1][i] = ms[0][i] + timed(r, block[i], WHOLE_BLOCK_BACK);
     }
-    print_parts(r, block, ms[0]);
+    if (k->size == 1) print_parts(r, block, ms[0]);
     for (int t = 0; t <= train; t++) {                       // half of the sparse blocks are of either kind
         double sparse = (ms[t][1] + ms[t][2]) / 2, rest = hybrid[t] - F * ms[t][0] - (L - F) * sparse;
         double all = rest + whole.num_layers * ms[t][0];
@@ -1938,88 +1934,51 @@ static void bench_model(const char *shape, int layers, int frames, bool train, b
     }
 }
 
-// ---- against OpenBLAS, where it is installed: in turn, the same threads ----------------------------------
+// ---- single ops, in turn, the best of each: ours, OpenBLAS's where it is installed, HiF8's, a copy --------
 typedef void (*Sgemm)(int, int, int, int, int, int, float, float *, int, float *, int, float, float *, int);
 
 static void bench_linear(const char *path) {
     static const int SIZE[][3] = {{2048, 512, 128}, {2048, 128, 512}, {8192, 1536, 1536}};
     void *blas = act_size() == sizeof(float) ? dlopen(path, RTLD_NOW) : NULL;
     Sgemm sgemm = blas ? (Sgemm)dlsym(blas, "cblas_sgemm") : NULL;
-    printf("linear layers, %d threads, GFLOP/s (best of alternating runs)\n", threads_here());
+    printf("linear layers, %d threads, GFLOP/s; HiF8 of x and a copy, GB/s\n", threads_here());
     if (!sgemm) printf("no %s to compare with (apt-get install -y libopenblas0; or --blas PATH)\n", path);
     for (int s = 0; s < 3; s++) {
-        int M = SIZE[s][0], N = SIZE[s][1], K = SIZE[s][2];
-        Given x = given(1, M * K, 1), w = given(2, N * K, 1);
-        float *z = spoiled(M * N);
-        act *y = spoiled_act(M * N);
-        double best[2] = {INFINITY, INFINITY}, work = 2e-9 * M * N * K;
-        for (int i = 0; i < (s == 2 ? 10 : 600); i += sgemm ? 1 : 2) {
+        int M = SIZE[s][0], N = SIZE[s][1], K = SIZE[s][2], n = M * K;
+        Given x = given(1, n, 1), w = given(2, N * K, 1);
+        float *z = spoiled(M * N), *amax = spoiled(1);
+        act *y = spoiled_act(M * N), *q = spoiled_act(n);
+        double t[5] = {1, 1, 1, 1, 1}, flop = 2e-9 * M * N * K, bytes = 2e-9 * (double)act_size() * n;
+        for (int i = 0; i < (s == 2 ? 25 : 1500); i++) {
             double begin = seconds();
-            if (i % 2) sgemm(101, 111, 112, M, N, K, 1, x.f, K, w.f, K, 0, z, N);
-            else linear_forward(y, plain(x.a), plain(w.a), NULL, M, N, K), wait_device();
-            best[i % 2] = fmin(best[i % 2], seconds() - begin);
+            if (i % 5 == 0) linear_forward(y, plain(x.a), plain(w.a), NULL, M, N, K);
+            if (i % 5 == 1 && sgemm) sgemm(101, 111, 112, M, N, K, 1, x.f, K, w.f, K, 0, z, N);
+            if (i % 5 == 2) absmax(amax, x.a, n);
+            if (i % 5 == 3) hif8_tensor(plain(q), x.a, M, K, 15, amax);
+            if (i % 5 == 4) copy(q, x.a, n * act_size());
+            wait_device(), t[i % 5] = fmin(t[i % 5], seconds() - begin);
         }
-        printf("  M %5d N %5d K %5d: osp %7.1f, OpenBLAS %7.1f\n", M, N, K, work / best[0], work / best[1]);
-    }
-}
-
-// HiF8's GB/s, read and written, beside a copy's.
-static void bench_hif8(void) {
-    int rows = ON_GPU ? 80640 : 3276, D = 5120;
-    size_t n = (size_t)rows * D;
-    act *x = up_act(noise(1, n, 1), n), *y = spoiled_act(n);
-    Factor q = {y, codes_multiply(D, D) ? (uint8_t *)y : NULL, NULL, spoiled(1), false};
-    double best[3] = {INFINITY, INFINITY, INFINITY}, size = 1e-9 * (double)(n * act_size());
-    float *m = spoiled(1);
-    for (int i = 0; i < 60; i++) {
-        double begin = seconds();
-        if (i % 3 == 0) absmax(m, x, n);
-        if (i % 3 == 1) hif8_tensor(q, x, rows, D, 15, m);
-        if (i % 3 == 2) copy(y, x, n * act_size());
-        wait_device(), best[i % 3] = fmin(best[i % 3], seconds() - begin);
-    }
-    printf("HiF8, %zu numbers, %d threads, GB/s: maximum %.1f, %s %.1f, copy (one thread) %.1f\n", n,
-           threads_here(), size / best[0], q.code ? "codes" : "rounded", (q.code ? 1.5 : 2) * size / best[1],
-           2 * size / best[2]);
-}
-
-// Under mpirun: how much of a forward the transfers take.
-static void bench_comm(const char *shape, Ranks *k) {
-    Config c = shape_config(shape);
-    Model *m = random_model(&c, false, 1);
-    for (int u = 0; u < 2; u++) {
-        k->ulysses = u;
-        Run *r = trial_run(m, k, false);
-        once(r, 0, WHOLE_FORWARD);                                 // to warm up
-        memset(k->calls, 0, sizeof k->calls), memset(k->bytes, 0, sizeof k->bytes);
-        memset(k->time, 0, sizeof k->time);
-        double begin = seconds();
-        for (int i = 0; i < 9; i++) once(r, 0, WHOLE_FORWARD);
-        wait_device();
-        if (k->rank) continue;
-        printf("%s, %d ranks, %s: %.2f ms a forward; in 9 of them\n", shape, k->size, u ? "Ulysses" : "SSP",
-               1e3 * (seconds() - begin) / 9);
-        ranks_report(k);
+        printf("  M %5d N %5d K %5d: osp %7.1f, OpenBLAS %7.1f; maximum %5.1f, rounded %5.1f, copy %5.1f\n", M,
+               N, K, flop / t[0], sgemm ? flop / t[1] : 0, bytes / 2 / t[2], bytes / t[3], bytes / t[4]);
     }
 }
 
 static const char *option(int argc, char **argv, const char *name, const char *standard);
 
-static int bench(int argc, char **argv, Ranks *ranks) {      // argv[0] is "bench"
-    static const char *const ALL = "--shape|--layers|--frames|--train|--hif8|--blas|--device-dtype:";
+static int bench(int argc, char **argv, Ranks *k) {          // argv[0] is "bench"
     const char *what = argc > 1 && *argv[1] != '-' ? argv[1] : "model";
     const char *shape = option(argc, argv, "--shape", "toy");
     int layers = atoi(option(argc, argv, "--layers", "-1")), frames = atoi(option(argc, argv, "--frames", "0"));
     bool train = false, hif8 = false;
-    one_of("bench", what, "model|linear|hif8|comm:");
+    one_of("bench", what, "model|linear:");
     for (int i = 1; i < argc; i++) {
-        if (*argv[i] == '-') one_of("bench", argv[i], ALL);
+        const char *all = "--shape|--layers|--frames|--train|--hif8|--ulysses|--blas|--device-dtype:";
+        if (*argv[i] == '-') one_of("bench", argv[i], all);
         train |= !strcmp(argv[i], "--train"), hif8 |= !strcmp(argv[i], "--hif8");
+        k->ulysses |= !strcmp(argv[i], "--ulysses");
     }
-    if (*what == 'c') bench_comm(shape, ranks);
-    else if (ranks->rank) return 0;
-    else if (*what == 'm') bench_model(shape, layers, frames, train, hif8);
-    else if (*what == 'h') bench_hif8();
+    if (k->rank && !freopen("/dev/null", "w", stdout)) return 1;
+    if (*what == 'm') bench_model(shape, layers, frames, train, hif8, k);
     else bench_linear(option(argc, argv, "--blas", "libopenblas.so.0"));
     return 0;
 }
@@ -3171,7 +3130,7 @@ static int torture(const char *program) {
 static int help(void) {
     puts("test_osp [--golden DIR]          every check; test_osp ops: of the operations only\n"
          "test_osp verify                  the paper's claims\n"
-         "test_osp bench [-h]              times: of a model; linear, hif8, comm\n"
+         "test_osp bench, .. bench linear  times: of a model; of single ops\n"
          "test_osp show KIND -o FILE.svg   pictures (show -h lists them)\n"
          "test_osp ranks, test_osp lose    under mpirun: R ranks against one; a rank dies\n"
          "test_osp badinput ./osp          hostile files and options\n"
