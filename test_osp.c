@@ -1338,35 +1338,31 @@ static void check_one_kind(void) {
     worst_row(0, "--sparse both, token, group: the patterns of 12 blocks,");
 }
 
-static void train_some(Optimizer *opt, Run *r, int from, int to) {
-    size_t n = r->B * latent_size(r);
-    float *x = spoiled(n), *target = spoiled(n), *dout = spoiled(n);
-    Batch a;
-    batch_new(&a, r);
-    for (int step = from; step < to; step++) {
-        batch_fill(&a, r, &SMALL_TRAINING, step), batch_upload(r, &a, x, target);
-        train_step(r, &a, x, target, dout);
-        optimizer_step(opt, &alone, &SMALL_TRAINING, learning_rate(&SMALL_TRAINING, step));
-    }
-}
-
+// One model trains for 6 steps and is saved after 3; the other goes on from there.
 static void check_resume(const char *path, int quant) {
     Run *r[2];
     Optimizer o[2];
-    for (int i = 0; i < 2; i++) {
-        Model *m = small_model(VOCAB, quant, 500 + i);
-        r[i] = run_of(m, 2, true);
-        optimizer_init(&o[i], m->w, m->dw, m->count);
+    Batch a;
+    for (int k = 0; k < 2; k++) {
+        Model *m = small_model(VOCAB, quant, 500 + k);
+        r[k] = run_of(m, 2, true);
+        optimizer_init(&o[k], m->w, m->dw, m->count);
     }
-    train_some(&o[0], r[0], 0, 3);
-    note("saved", state_save(path, &o[0], "this run") != NULL);
-    note("loaded", !state_load(path, &o[1], "this run"));
-    for (int i = 0; i < 2; i++) train_some(&o[i], r[i], 3, 6);
-    const float *a[] = {o[0].w, o[0].m, o[0].v, o[0].ema}, *b[] = {o[1].w, o[1].m, o[1].v, o[1].ema};
-    for (int i = 0; i < 4; i++)
-        note("weights and moments", !same_bits(down(a[i], o[0].n), down(b[i], o[0].n), o[0].n));
+    size_t count = 2 * latent_size(r[0]), n = o[0].n;
+    float *x = spoiled(count), *target = spoiled(count), *dout = spoiled(count);
+    batch_new(&a, r[0]);
+    for (int i = 0; i < 9; i++) {
+        int k = i > 5, step = k ? i - 3 : i;
+        batch_fill(&a, r[k], &SMALL_TRAINING, step), batch_upload(r[k], &a, x, target);
+        train_step(r[k], &a, x, target, dout);
+        optimizer_step(&o[k], &alone, &SMALL_TRAINING, learning_rate(&SMALL_TRAINING, step));
+        if (i == 2) note("saved", state_save(path, &o[0], "this run") != NULL);
+        if (i == 5) note("loaded", !state_load(path, &o[1], "this run"));
+    }
+    const float *w[] = {o[0].w, o[0].m, o[0].v, o[0].ema}, *again[] = {o[1].w, o[1].m, o[1].v, o[1].ema};
+    for (int i = 0; i < 4; i++) note("weights and moments", !same_bits(down(w[i], n), down(again[i], n), n));
     note("step", o[1].step != 6);
-    worst_row(0, fmt("3 training steps more, at once or resumed, bit for bit%s,", quant ? ", HiF8" : ""));
+    worst_row(0, fmt("6 training steps = 3, saved, resumed, 3, bit for bit%s,", quant ? ", HiF8" : ""));
 }
 
 static void check_optimizer(void) {
@@ -1407,7 +1403,6 @@ static float *as_stored(const float *x, size_t n, enum Dtype dtype) {
 static void check_checkpoint(const char *path, const char *kind) {
     Model *m = small_model(VOCAB, 3, 700), *read = model_layout(&m->c);
     Question q = question(&m->c, 0);
-    float large = 3.4e38f;                                   // rounds to infinity in 16 bits
     File f;
     note("saved", model_save(path, m, m->w, kind) != NULL);
     file_open(&f, path);
@@ -1430,8 +1425,9 @@ static void check_checkpoint(const char *path, const char *kind) {
     row(!same_answer(r, ask(r, &q), ask(run_of(m, 2, true), &q)), 0,
         fmt("a %s checkpoint's output and gradients under HiF8 = its origin's, bit for bit", kind));
     if (strcmp(kind, "bf16")) return;
+    float large = 3.4e38f;
     upload(m->w, &large, sizeof large);
-    row(!model_save(path, m, m->w, kind) || access(path, F_OK), 0, "3.4e38 in bf16 refused, the old file stays");
+    row(!model_save(path, m, m->w, kind) || access(path, F_OK), 0, "3.4e38, infinite in bf16, is not written");
 }
 
 // A whole update of Mix-GRPO in one micro-batch, which dies where a ratio is not 1; who is learned from; the
@@ -1480,8 +1476,8 @@ static int held_units(int *unit, const Pattern *p, int layout, int r, int shares
 
 // The wrong places after a move: rank r packs, rank s gets the next send[s] of it, and unpacks.
 static int wrong_places(const Pattern *p, int have, int want, int R, int B) {
-    int most = B * p->start[p->count] * R, sent[16] = {0}, wrong = 0;
-    int *unit = (int *)xalloc(4 * most, sizeof(int)), *map = unit + most, *got = map + most, *due = got + most;
+    int most = B * p->start[p->count] * R, sent[16] = {0}, wrong = 0, *unit = (int *)xalloc(4 * most, 4);
+    int *map = unit + most, *got = map + most, *due = got + most;
     Exchange e[16];
     for (int r = 0; r < R; r++) e[r] = exchange_of(p, have, want, B, r, R);
     for (int s = 0; s < R; s++) {
@@ -1514,44 +1510,41 @@ static void check_exchanges(void) {
 
 // ---- the small world: captions, and ShapesBench on real clips, under their own captions and others' -------
 static void check_world(int T, int H, int W) {
-    static const double chance[] = {1 / 8.0, 1 / 4.0, 1 / 2.0, 1 / 5.0, 1 / 3.0};
+    static const double CHANCE[] = {1 / 8.0, 1 / 4.0, 1 / 2.0, 1 / 5.0, 1 / 3.0};
     float *x = floats(3 * T * H * W), score[N_SCORES];
-    double mean[2][2][N_SCORES] = {{{0}}}, total[2][2] = {{0}};          // [soft][others' captions]
+    double total[4] = {0}, others[N_SCORES] = {0};           // own captions, soft; others' captions, soft
     char text[128];
     int held = 0;
-    for (int i = 0; i < 4 * CAPTIONS; i++) {
-        int soft = i & 1, strange = i >> 1 & 1, caption = i / 4;
-        if (i % 4 == 0) {
-            draw_clip(x, scene_of(caption), 3, caption, T, H, W);
-            caption_text(text, sizeof text, scene_of(caption)), held += held_out(caption);
-            note("read as written", parse_caption(text) != caption);
-        }
-        if (strange) caption = (int)(rng_bits(5, 5, caption) % CAPTIONS);
-        shapes_score(score, x, scene_of(caption), T, H, W, soft);
-        for (int k = 0; k < N_SCORES; k++) {
-            mean[soft][strange][k] += 100 * score[k] / CAPTIONS;
-            total[soft][strange] += 100 * score[k] / CAPTIONS / N_SCORES;
+    for (int i = 0; i < CAPTIONS; i++) {
+        caption_text(text, sizeof text, scene_of(i)), held += held_out(i);
+        note("read as written", parse_caption(text) != i);
+        draw_clip(x, scene_of(i), 3, i, T, H, W);
+        for (int kind = 0; kind < 4; kind++) {
+            int asked = kind < 2 ? i : (int)(rng_bits(5, 5, i) % CAPTIONS);
+            shapes_score(score, x, scene_of(asked), T, H, W, kind % 2);
+            for (int k = 0; k < N_SCORES; k++) {
+                total[kind] += 100 * score[k] / CAPTIONS / N_SCORES;
+                if (kind == 2) others[k] += 100 * score[k] / CAPTIONS;
+            }
         }
     }
     note("96 held out", held != 96);
     worst_row(0, "captions,");
     for (int soft = 0; soft < 2; soft++)
-        row(100 - total[soft][0], soft ? 10 : 1,
+        row(100 - total[soft], soft ? 10 : 1,
             fmt("ShapesBench%s, real clips of %dx%dx%d: 100 less the total", soft ? " soft" : "", T, H, W));
-    for (int k = 0; k < 5; k++) note(SCORE_NAMES[k], fabs(mean[0][1][k] - 100 * chance[k]));
+    for (int k = 0; k < 5; k++) note(SCORE_NAMES[k], fabs(others[k] - 100 * CHANCE[k]));
     worst_row(5, "ShapesBench, others' captions: points away from chance,");
-    row(total[1][1], 80, "ShapesBench soft, others' captions");
+    row(total[3], 80, "ShapesBench soft, others' captions");
 }
 
 static int run_tests(const char *folder, bool ops_only) {
     if (!tally.silent) printf("%-88s %9s %9s\n", "check", "measured", "limit");
-    check_ops();
-    check_all_codes();
+    check_ops(), check_all_codes();
     if (ON_GPU || ops_only) check_kernels();                 // 20 s on a CPU
     if (ops_only) return tally_print();
     const char *scratch = scratch_folder("test"), *path = fmt("%s/file", scratch);
-    check_golden(folder);
-    check_exchanges();
+    check_golden(folder), check_exchanges();
     check_batch(), check_words_model(), check_attention_alone();
     for (int quant = 0; quant < 4; quant += 3) check_repetition(quant), check_resume(path, quant);
     check_batch_fill(), check_velocity_loss(), check_one_kind(), check_optimizer();
@@ -1596,7 +1589,7 @@ static double model_flops(Config c, bool hybrid, bool padded) {
     double D = c.dim, n = p->start[1], text = c.text_len;
     double sum = 8 * n * D * (c.in_dim + c.out_dim) + 2 * text * D * (c.text_dim + D);
     for (int i = 0; i < L; i++)
-        sum += 4 * D * (n * (3 * D + c.ffn_dim) + text * (D + n) + attention_pairs(&p[block_pattern(i, L, F)]));
+        sum += 4 * D * (n * (3 * D + c.ffn_dim) + text * (n + D) + attention_pairs(p + block_pattern(i, L, F)));
     return sum;
 }
 
@@ -1641,19 +1634,19 @@ static void claim(int ok, const char *what, const char *paper, const char *here)
 static void verify_speed(const Config *c, const char *size, const char *paper, const char *paper_8) {
     const Pattern *p = config_patterns(c, 1);
     double N = p->start[1], full = model_flops(*c, false, false), ragged = model_flops(*c, true, false);
-    double most = fmax(attention_pairs(&p[TOKEN_WISE]), attention_pairs(&p[GROUP_WISE])) / N / N;
-    double padded = model_flops(*c, true, true), full_ms = recorded(size, "bf16", "layers: full");
+    double most = fmax(attention_pairs(p + TOKEN_WISE), attention_pairs(p + GROUP_WISE)) / N / N;
+    double padded = model_flops(*c, true, true), slow = recorded(size, "bf16", "layers: full");
     claim(fabs(most * 4 - 1) < 1e-3, fmt("%s, N = %.0f: attention's FLOPs, sparse / full", size, N),
           "1/P^2 = 1/4", fmt("%.5f", most));
     claim(UNJUDGED, fmt("%s: TFLOP of one forward of 14B", size), "",
           fmt("full %.0f, hybrid %.0f, padded %.0f", full / 1e12, ragged / 1e12, padded / 1e12));
-    claim(full / padded > atof(paper), fmt("%s: speed-up by FLOPs, the limit of what is measured", size), paper,
-          fmt("%.2fx padded as the paper, %.2fx here", full / padded, full / ragged));
+    claim(full / padded > atof(paper), fmt("%s: speed-up by FLOPs, the limit of what is measured", size),
+          paper, fmt("%.2fx padded as the paper, %.2fx here", full / padded, full / ragged));
     for (int eight = 0; eight < 2; eight++) {
         const char *dtype = eight ? "hif8" : "bf16", *said = eight ? paper_8 : paper;
-        double ms = recorded(size, dtype, "hybrid");
-        claim(ms > 0 && full_ms / ms > atof(said), fmt("%s: hybrid in %s over full in bf16, as recorded", size, dtype),
-              said, fmt("%.2fx: %.0f, %.0f ms on an H100", full_ms / ms, full_ms, ms));
+        const char *what = fmt("%s: hybrid in %s over full in bf16, as recorded", size, dtype);
+        double fast = recorded(size, dtype, "hybrid"), ratio = fast > 0 ? slow / fast : 0;
+        claim(ratio > atof(said), what, said, fmt("%.2fx: %.0f, %.0f ms on an H100", ratio, slow, fast));
     }
 }
 
@@ -1759,8 +1752,8 @@ static void verify_measured(Ranks *k) {
         double count = forward_sent(r);
         float bad = sent != count || calls != (k->ulysses ? 12 * 4 : 4 * 4 + 7 + 2), *any = up(&bad, 1);
         max_over_ranks(k, any);
-        claim(*down(any, 1) == 0, fmt("%dx%dx%d, %d ranks, %s, a forward of 12 blocks, 4 full", c.T, r->H, r->W,
-                                      k->size, k->ulysses ? "Ulysses" : "SSP"),
+        claim(*down(any, 1) == 0, fmt("%dx%dx%d, %d ranks, %s, a forward of 12 blocks, 4 full", r->T, r->H,
+                                      r->W, k->size, k->ulysses ? "Ulysses" : "SSP"),
               k->ulysses ? "4 calls a block" : "1 call a block",
               fmt("%zu calls, %zu bytes; counted %.0f (all ranks)", calls, sent, count));
     }
@@ -1800,27 +1793,14 @@ static double part_work(const Run *r, int i, int part) {
     double pairs = attention_pairs(&r->pattern[r->saved[i].pattern]);
     const double call[] = {n * D * (8 + 2 * A), 2 * n * D * D, n * D * 2 * A, 4 * pairs * D,
                            4 * n * c->text_len * D, 2 * n * D * F, 2 * n * D * F, n * D * (8 + A),
-                           n * (D * (8 + 11 * A) + F * (1 + 2 * A)), 4 * n * D * D, 4 * n * D * F, 4 * n * D * F};
+                           n * (D * (8 + 11 * A) + F * (1 + 2 * A)), 4 * n * D * D, 4 * n * D * F,
+                           4 * n * D * F};
     return PART[part].calls * call[part];
 }
 
-// What the ops that wrote it have measured: h1, h2, h3, q, k, o and cross-attention's q and o; then v and f.
-static void block_rounding(Run *r, Saved *s, size_t n) {
-    int D = r->m->c.dim;
-    const Factor known[] = {s->h1, s->h2, s->h3, s->self.q, s->self.k, s->cross.q, s->self.oq, s->cross.oq};
-    for (int i = 0; i < 8; i++) quantize_measured(r, known[i], known[i].x, n, D, 15);
-    quantize(r, plain(s->self.v), s->self.v, n, D, 15);
-    quantize(r, s->f, s->f.x, n, r->m->c.ffn_dim, 15);
-}
-
 static struct { float *x, *dout; Optimizer opt; } trial;     // what goes through a run
-static Run *trial_run(Model *m, Ranks *k, bool training) {
-    Run *r = run_on(k, m, 1, training);
-    trial.x = given(3, latent_size(r), 1).f, trial.dout = spoiled(latent_size(r));
-    return r;
-}
 
-// One call of a part of block i, on the run's own buffers; or the block, a forward, a step with AdamW and all.
+// One call of a part of block i, on the run's own buffers; the block; a forward; a step with AdamW and all.
 static void once(Run *r, int i, int part) {
     const Config *c = &r->m->c;
     const Block *w = &r->m->block[i];
@@ -1834,6 +1814,7 @@ static void once(Run *r, int i, int part) {
     float *amax = c->quant ? r->m->amax : NULL;
     PerSample gate = of_row(s->e, 5, 6, D);
     Affine norm = modulated(s->e, 3, 6, D);
+    const Factor read[] = {s->h1, s->h2, s->h3, a->q, a->k, a->oq, b->q, b->oq};  // measured when written
     double t = 500;
     Batch batch = {NULL, NULL, NULL, &t};
     if (part == NORMS)
@@ -1849,7 +1830,10 @@ static void once(Run *r, int i, int part) {
         linear_gelu_forward(s->f.x, s->f_pre, s->h3, w->ffn0.w->compute, w->ffn0.b->compute.x, n, F, D);
     if (part == FFN_DOWN) linear(s->y, s->f, &w->ffn2, n);
     if (part == REARRANGE) residual_gather_forward(next->x0, s->x2, s->y, gate, map, n, rows);
-    if (part == ROUNDING && c->quant) block_rounding(r, s, n);
+    if (part == ROUNDING && c->quant) {
+        for (int j = 0; j < 8; j++) quantize_measured(r, read[j], read[j].x, n, D, 15);
+        quantize(r, plain(a->v), a->v, n, D, 15), quantize(r, s->f, s->f.x, n, F, 15);
+    }
     if (part == BACK_LINEARS) linear_back(r, r->dout, r->d1, s->h1, &w->self.q, n, false);
     if (part == BACK_UP) linear_back(r, r->d1, r->dff, s->h3, &w->ffn0, n, false);
     if (part == BACK_DOWN) linear_back(r, r->dff, r->d1, s->f, &w->ffn2, n, false);
@@ -1904,7 +1888,7 @@ static void bench_model(const char *shape, int layers, int frames, bool train, b
     if (layers < 0) layers = !c.vocab;
     if (layers) c.num_layers = 4 * layers, c.num_full_blocks = 2 * layers;       // in the order F.. g t .. F
     const int F = c.num_full_blocks, L = c.num_layers, block[] = {0, F / 2, F / 2 + 1};
-    double full[2], hybrid[2], ms[2][3] = {{0}};             // [training][block]
+    double all[2][2], ms[2][3] = {{0}};                      // [training][hybrid], [training][block]
     const Ranks fresh = *k;
     Model *m = random_model(&c, train, 1);
     Run *r = run_plan(m, k, 1, c.T, c.H_l / 2, c.W_l / 2, train);
@@ -1914,11 +1898,13 @@ static void bench_model(const char *shape, int layers, int frames, bool train, b
     printf("memory: weights %.2f GiB, activations %.2f GiB\n", (double)model_bytes(m, train) / 0x1p30,
            (double)run_place(r, NULL) / 0x1p30);
     if (train) optimizer_init(&trial.opt, m->w, m->dw, m->count);
-    m->c.num_full_blocks = L, r = trial_run(m, k, train);
-    for (int t = 0; t <= train; t++) full[t] = timed(r, 0, WHOLE_FORWARD + t);
-    device_free(r->saved[0].x0);                             // where the run's one arena begins
-    m->c.num_full_blocks = F, r = trial_run(m, k, train), *k = fresh;
-    for (int t = 0; t <= train; t++) hybrid[t] = timed(r, 0, WHOLE_FORWARD + t);
+    trial.x = given(3, latent_size(r), 1).f, trial.dout = spoiled(latent_size(r));
+    for (int hybrid = 0; hybrid < 2; hybrid++) {
+        if (hybrid) device_free(r->saved[0].x0);             // where the run's one arena begins
+        m->c.num_full_blocks = hybrid ? F : L;
+        r = run_on(k, m, 1, train), *k = fresh;
+        for (int t = 0; t <= train; t++) all[t][hybrid] = timed(r, 0, WHOLE_FORWARD + t);
+    }
     if (k->rank == 0) ranks_report(k);
     for (int i = 0; i < 3; i++) {
         ms[0][i] = timed(r, block[i], WHOLE_BLOCK);
@@ -1926,11 +1912,11 @@ static void bench_model(const char *shape, int layers, int frames, bool train, b
     }
     if (k->size == 1) print_parts(r, block, ms[0]);
     for (int t = 0; t <= train; t++) {                       // half of the sparse blocks are of either kind
-        double sparse = (ms[t][1] + ms[t][2]) / 2, rest = hybrid[t] - F * ms[t][0] - (L - F) * sparse;
-        double all = rest + whole.num_layers * ms[t][0];
-        double some = all - (whole.num_layers - whole.num_full_blocks) * (ms[t][0] - sparse);
-        print_speed(&c, t ? "training step" : "forward", full[t], hybrid[t], 1 + 2 * t);
-        print_speed(&whole, "from blocks", all, some, 1 + 2 * t);
+        double sparse = (ms[t][1] + ms[t][2]) / 2, saved = ms[t][0] - sparse;
+        double full = all[t][1] + (L - F) * saved + (whole.num_layers - L) * ms[t][0];
+        double hybrid = full - (whole.num_layers - whole.num_full_blocks) * saved;
+        print_speed(&c, t ? "training step" : "forward", all[t][0], all[t][1], 1 + 2 * t);
+        print_speed(&whole, "from blocks", full, hybrid, 1 + 2 * t);
     }
 }
 
@@ -1941,8 +1927,8 @@ static void bench_linear(const char *path) {
     static const int SIZE[][3] = {{2048, 512, 128}, {2048, 128, 512}, {8192, 1536, 1536}};
     void *blas = act_size() == sizeof(float) ? dlopen(path, RTLD_NOW) : NULL;
     Sgemm sgemm = blas ? (Sgemm)dlsym(blas, "cblas_sgemm") : NULL;
-    printf("linear layers, %d threads, GFLOP/s; HiF8 of x and a copy, GB/s\n", threads_here());
-    if (!sgemm) printf("no %s to compare with (apt-get install -y libopenblas0; or --blas PATH)\n", path);
+    printf("linear layers, %d threads, GFLOP/s; HiF8 of x and a copy, GB/s%s\n", threads_here(),
+           sgemm ? "" : " (no OpenBLAS: apt-get install -y libopenblas0; or --blas PATH)");
     for (int s = 0; s < 3; s++) {
         int M = SIZE[s][0], N = SIZE[s][1], K = SIZE[s][2], n = M * K;
         Given x = given(1, n, 1), w = given(2, N * K, 1);
@@ -1958,8 +1944,8 @@ static void bench_linear(const char *path) {
             if (i % 5 == 4) copy(q, x.a, n * act_size());
             wait_device(), t[i % 5] = fmin(t[i % 5], seconds() - begin);
         }
-        printf("  M %5d N %5d K %5d: osp %7.1f, OpenBLAS %7.1f; maximum %5.1f, rounded %5.1f, copy %5.1f\n", M,
-               N, K, flop / t[0], sgemm ? flop / t[1] : 0, bytes / 2 / t[2], bytes / t[3], bytes / t[4]);
+        printf("  M %5d N %5d K %5d: osp %7.1f, OpenBLAS %7.1f; maximum %5.1f, rounded %5.1f, copy %5.1f\n",
+               M, N, K, flop / t[0], sgemm ? flop / t[1] : 0, bytes / 2 / t[2], bytes / t[3], bytes / t[4]);
     }
 }
 
@@ -1967,8 +1953,7 @@ static const char *option(int argc, char **argv, const char *name, const char *s
 
 static int bench(int argc, char **argv, Ranks *k) {          // argv[0] is "bench"
     const char *what = argc > 1 && *argv[1] != '-' ? argv[1] : "model";
-    const char *shape = option(argc, argv, "--shape", "toy");
-    int layers = atoi(option(argc, argv, "--layers", "-1")), frames = atoi(option(argc, argv, "--frames", "0"));
+    const char *layers = option(argc, argv, "--layers", "-1"), *frames = option(argc, argv, "--frames", "0");
     bool train = false, hif8 = false;
     one_of("bench", what, "model|linear:");
     for (int i = 1; i < argc; i++) {
@@ -1978,8 +1963,8 @@ static int bench(int argc, char **argv, Ranks *k) {          // argv[0] is "benc
         k->ulysses |= !strcmp(argv[i], "--ulysses");
     }
     if (k->rank && !freopen("/dev/null", "w", stdout)) return 1;
-    if (*what == 'm') bench_model(shape, layers, frames, train, hif8, k);
-    else bench_linear(option(argc, argv, "--blas", "libopenblas.so.0"));
+    if (*what == 'l') bench_linear(option(argc, argv, "--blas", "libopenblas.so.0"));
+    else bench_model(option(argc, argv, "--shape", "toy"), atoi(layers), atoi(frames), train, hif8, k);
     return 0;
 }
 
