@@ -1461,13 +1461,12 @@ static void check_policy(const char *path) {
 // The units (b·N + token)·shares + share of the heads that rank r holds, in its order; returns how many.
 static int held_units(int *unit, const Pattern *p, int layout, int r, int shares, int B) {
     bool dealt = layout >= HEADS && layout < WHOLE;
-    const Pattern *order = &p[layout % PATTERNS];
-    int N = order->start[order->count], count = 0;
+    const Pattern *o = &p[layout % PATTERNS];
+    int N = o->start[o->count], count = 0;
     for (int i = 0; i < B * N * shares; i++) {
         int b = i / shares / N, j = i / shares % N, share = i % shares;
-        bool mine = order->first[r] <= j && j < order->first[r + 1];
-        if (dealt ? share == r : mine || layout == WHOLE)
-            unit[count++] = (b * N + order->order[j]) * shares + share;
+        bool mine = o->first[r] <= j && j < o->first[r + 1];
+        if (dealt ? share == r : mine || layout == WHOLE) unit[count++] = (b * N + o->order[j]) * shares + share;
     }
     return count;
 }
@@ -1942,7 +1941,8 @@ static void bench_linear(const char *path) {
 
 static const char *option(int argc, char **argv, const char *name, const char *standard);
 
-static int bench(int argc, char **argv, Ranks *k) {          // argv[0] is "bench"
+// argv[0] is "bench". --layers: of each sparse pattern, twice of full; 0: all; -1: all of tiny and toy, else 1.
+static int bench(int argc, char **argv, Ranks *k) {
     const char *what = argc > 1 && *argv[1] != '-' ? argv[1] : "model";
     const char *layers = option(argc, argv, "--layers", "-1"), *frames = option(argc, argv, "--frames", "0");
     bool train = false, hif8 = false;
