@@ -2364,7 +2364,7 @@ static void rank_panels(const Config *c, const Pattern *p, int R) {
     }
 }
 
-// A forward's bytes, block by block, above y: q, k, v, o in a block (Ulysses), then x after it (SSP, conversions).
+// A forward's bytes, block by block, above y: q, k, v, o in it (Ulysses), x after it (SSP, conversions).
 static void forward_bars(const Config *c, const Pattern *p, int R, bool ulysses, double y) {
     int L = c->num_layers;
     double step = 760.0 / L, unit = 90 / (double)block_sent(c, p, 0, 0, R, false).inside;
@@ -2578,8 +2578,8 @@ static int show(int argc, char **argv) {
     while (asked.files + 1 < argc && *asked.file[asked.files] != '-') asked.files++;
     while (i < 9 && strcmp(PICTURE[i].name, kind)) i++;
     if (i == 9 || asked.files < PICTURE[i].least || asked.files > PICTURE[i].most)
-        die("show %s, %d files: want skiparse, hif8, flow, grpo, ranks [-R 4] [--preset toy]; gradients FILE; "
-            "cost BF16_LOG HIF8_LOG; loss, reward LOG ..; each with -o FILE.svg", kind, asked.files);
+        die("show %s, %d files: want skiparse, hif8, flow, grpo, ranks [-R 4] [--preset toy]; "
+            "gradients FILE; cost BF16_LOG HIF8_LOG; loss, reward LOG ..; each with -o FILE.svg", kind, asked.files);
     if (!(svg = fopen(out, "w"))) die("%s: %s", out, strerror(errno));
     PICTURE[i].draw();
     if (fputs("</svg>\n", svg) < 0 || fclose(svg)) die("%s: %s", out, strerror(errno));
@@ -2602,6 +2602,13 @@ static Raw get_file(const char *path) {
     if (fread(r.data, 1, r.size, f) != r.size) die("%s: cannot be read", path);
     fclose(f);
     return r;
+}
+
+// A copy with " for each ': a header's text is easier to read without backslashes.
+static char *quoted(const char *text) {
+    char *copy = fmt("%s", text);
+    for (char *c = copy; *c; c++) if (*c == '\'') *c = '"';
+    return copy;
 }
 
 // A copy in which `fresh` bytes stand for the `old` ones at `at`; the rest follows.
@@ -2700,7 +2707,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"files: the step lost on resuming", "o->step = (int)", "o->step = 0 * (int)"},
     {"files: a HiF8 weight is off by its scale", "(uint8_t)code) / k", "(uint8_t)code) * k"}};
 
-// All mutants (or those named `only`), two at a time, and an unchanged copy, which must pass.
+// All mutants (or those named `only`), two at a time: each must fail, and an unchanged copy must pass.
 static int mutate(const char *golden_folder, const char *only) {
     char *golden_path = realpath(golden_folder, NULL);
     Raw source = get_file("osp.c");
@@ -2709,8 +2716,8 @@ static int mutate(const char *golden_folder, const char *only) {
     const char *scratch = scratch_folder("mutate");
     #pragma omp parallel for schedule(dynamic) num_threads(2) reduction(+ : wrong, ran)
     for (int i = -1; i < (int)(sizeof MUTANTS / sizeof MUTANTS[0]); i++) {
-        const char *name = i < 0 ? "osp.c as it is" : MUTANTS[i].name, *said = "\n", *what = "not there once ";
-        const char *folder = fmt("%s/%d", scratch, i);
+        const char *name = i < 0 ? "osp.c as it is" : MUTANTS[i].name, *folder = fmt("%s/%d", scratch, i);
+        char *said = fmt("not there once\n");
         int code = 99;
         if (only && i >= 0 && !strstr(name, only)) continue;
         Raw copy = i < 0 ? source : edited(source, MUTANTS[i].find, MUTANTS[i].replace, true);
@@ -2718,12 +2725,11 @@ static int mutate(const char *golden_folder, const char *only) {
             mkdir(folder, 0777), put_file(fmt("%s/osp.c", folder), copy.data, copy.size);
             said = shell(&code, fmt(
                 "cp test_osp.c %s; cd %s; ${CC:-cc} -std=gnu11 -O1 -w -o t test_osp.c -lm -ldl 2>&1 || exit 99; "
-                "ulimit -t 300; export TMPDIR=. STOP_AT_FIRST=1 OMP_NUM_THREADS=1; ./t --golden '%s' >log 2>&1; "
-                "c=$?; tail -1 log; exit $c", folder, folder, golden_path));
-            what = code == 99 ? "no program " : code ? "caught: " : "passes ";
+                "ulimit -t 300; export TMPDIR=. STOP_AT_FIRST=1 OMP_NUM_THREADS=1; "
+                "./t --golden '%s' >log 2>&1; c=$?; tail -1 log; exit $c", folder, folder, golden_path));
         }
         bool ok = i < 0 ? code == 0 : code && code != 99;
-        printf("%-56s %s%s%.*s\n", name, ok ? "" : "WRONG, ", what, (int)strcspn(said, "\n"), said);
+        printf("%-56s %s, exit %d: %.*s\n", name, ok ? "ok" : "WRONG", code, (int)strcspn(said, "\n"), said);
         fflush(stdout);
         ran += i >= 0, wrong += !ok;
     }
@@ -2764,15 +2770,6 @@ static void try_file(const char *name, const void *data, size_t size) {
     unlink("hostile");
 }
 
-// A checkpoint in whose header the first `from` became `to`, and which else is whole.
-static void try_header(const char *file, const char *from, const char *to) {
-    Raw base = get_file(file), out = edited(base, from, to, false);
-    uint64_t n;
-    if (!out.data) die("the test's %s has no %s", file, from);
-    memcpy(&n, out.data, 8), n += out.size - base.size, memcpy(out.data, &n, 8);
-    try_file(to, out.data, out.size);
-}
-
 // The first number of a tensor, or four codes, replaced.
 static void try_value(const char *file, const char *tensor, uint32_t bits) {
     Raw raw = get_file(file);
@@ -2782,29 +2779,24 @@ static void try_value(const char *file, const char *tensor, uint32_t bits) {
     try_file(fmt("bits %08x in %s", bits, tensor), raw.data, raw.size);
 }
 
+// A file, a form, what stands so in its header, and what replaces it, while the rest stays whole.
+static const char *const EDITS[][14] = {
+    {"base.st", "'dim':'%s'", "64", "0", "-64", "99999999999", "wide", "32"},
+    {"base.st", "'num_heads':'%s'", "4", "3"}, {"base.st", "'num_layers':'%s'", "8", "9", "1000"},
+    {"base.st", "'num_full_blocks':'%s'", "4", "6"}, {"base.st", "'H_l':'%s'", "16", "15"},
+    {"base.st", "'vocab':'%s'", "27", "927"}, {"lora.st", "'lora_rank':'%s'", "8", "99", "x"},
+    {"base.st", "'%s':'64'", "dim", "mid", "eps"}, {"base.st", "%s", "'64'", "64", "{}"},
+    {"base.st", "%s", "'F32'", "'F64'", "'I32'", "'U8'", "32"}, {"lora.st", "%s", "lora_A", "lora_C"},
+    {"base.st", "patch_embedding.%s", "weight", "height", "bias", "__metadata__", "\n"},
+    {"base.st", "%s", "[64, 3, 1, 2, 2]", "[3,64,1,2,2]", "[1,1,1,1,1,64,3,2,2]", "[4294967296,4294967296,3]",
+     "[-64,3,1,2,2]", "[[64, 3, 1, 2, 2]]", "768", "null"},
+    {"base.st", "%s", "[0,3072]", "[0,3071]", "[3072,0]", "[0,3072,3072]", "[0]", "[0,3072,]", "[0,3072.0]",
+     "[1,3073]", "[99999999999,100000002671]", "[18446744073709551615,3071]"},
+    {"base.st", "%s", "'shape'", "'dtype'", ""}, {"base.st", "%s", "},", "}},", "},,"},
+    {"hif8.st", "self_attn.q.weight.%s", "scale", "stale"}};
+
 static void try_hostile_files(void) {
-    static const char *const EDIT[][14] = {
-        // file, form, what stands in its header, what replaces it
-        {"base.st", "\"dim\":\"%s\"", "64", "0", "-64", "99999999999", "wide", "32"},
-        {"base.st", "\"num_heads\":\"%s\"", "4", "3"},
-        {"base.st", "\"num_layers\":\"%s\"", "8", "9", "1000"},
-        {"base.st", "\"num_full_blocks\":\"%s\"", "4", "6"},
-        {"base.st", "\"H_l\":\"%s\"", "16", "15"},
-        {"base.st", "\"vocab\":\"%s\"", "27", "927"},
-        {"lora.st", "\"lora_rank\":\"%s\"", "8", "99", "x"},
-        {"base.st", "\"%s\":\"64\"", "dim", "mid", "eps"},
-        {"base.st", "%s", "\"64\"", "64", "{}"},
-        {"base.st", "%s", "\"F32\"", "\"F64\"", "\"I32\"", "\"U8\"", "32"},
-        {"lora.st", "%s", "lora_A", "lora_C"},
-        {"base.st", "%s", "patch_embedding.weight", "patch_embedding.height", "patch_embedding.bias",
-         "__metadata__", "\n"},
-        {"base.st", "%s", "[64, 3, 1, 2, 2]", "[3,64,1,2,2]", "[1,1,1,1,1,64,3,2,2]",
-         "[4294967296,4294967296,3]", "[-64,3,1,2,2]", "[[64, 3, 1, 2, 2]]", "768", "null"},
-        {"base.st", "%s", "[0,3072]", "[0,3071]", "[3072,0]", "[0,3072,3072]", "[0]", "[0,3072,]",
-         "[0,3072.0]", "[1,3073]", "[99999999999,100000002671]", "[18446744073709551615,3071]"},
-        {"base.st", "%s", "\"shape\"", "\"dtype\"", ""}, {"base.st", "%s", "},", "}},", "},,"},
-        {"hif8.st", "self_attn.q.weight.%s", "scale", "stale"}};
-    static const char *const SCALE = "blocks.0.self_attn.q.weight.scale", *const CODES = "blocks.1.ffn.2.weight";
+    const char *scale = "blocks.0.self_attn.q.weight.scale", *codes = "blocks.1.ffn.2.weight";
     enum { NOT_A_NUMBER = 0x7FC00000, INFINITE = 0x7F800000 };
     Raw base = get_file("base.st");
     size_t cut[] = {0, 8, 1000, base.size - 1, base.size + 1};
@@ -2813,13 +2805,20 @@ static void try_hostile_files(void) {
     try_file("an empty header", "\2\0\0\0\0\0\0\0{}", 10);
     try_file("half a header", "\1\0\0\0\0\0\0\0{", 9);
     try_file("brackets", "\14\0\0\0\0\0\0\0{\"a\":[[[[[[[", 20);
-    for (size_t i = 0; i < sizeof EDIT / sizeof EDIT[0]; i++)
-        for (const char *const *to = &EDIT[i][3]; *to; to++)
-            try_header(EDIT[i][0], fmt(EDIT[i][1], EDIT[i][2]), fmt(EDIT[i][1], *to));
-    try_value("base.st", "blocks.3.ffn.0.weight", NOT_A_NUMBER), try_value("base.st", "head.head.bias", INFINITE);
+    for (const char *const (*e)[14] = EDITS; e < EDITS + sizeof EDITS / sizeof *EDITS; e++)
+        for (const char *const *to = *e + 3; *to; to++) {
+            Raw whole = get_file((*e)[0]), out = edited(whole, quoted(fmt((*e)[1], (*e)[2])),
+                                                        quoted(fmt((*e)[1], *to)), false);
+            uint64_t n;
+            if (!out.data) die("the test's %s has no %s", (*e)[0], (*e)[2]);
+            memcpy(&n, out.data, 8), n += out.size - whole.size, memcpy(out.data, &n, 8);
+            try_file(fmt((*e)[1], *to), out.data, out.size);
+        }
+    try_value("base.st", "blocks.3.ffn.0.weight", NOT_A_NUMBER);
+    try_value("base.st", "head.head.bias", INFINITE);
     try_value("lora.st", "blocks.0.self_attn.q.lora_B.weight", NOT_A_NUMBER);
-    try_value("hif8.st", SCALE, 0), try_value("hif8.st", SCALE, 0xBF800000);
-    try_value("hif8.st", CODES, 0x80808080), try_value("hif8.st", CODES, 0x6F6F6F6F);
+    try_value("hif8.st", scale, 0), try_value("hif8.st", scale, 0xBF800000);
+    try_value("hif8.st", codes, 0x80808080), try_value("hif8.st", codes, 0x6F6F6F6F);
 }
 
 // One good command, and what makes it bad when it follows; the last of equal options counts.
@@ -2859,8 +2858,8 @@ static int bad_input(const char *osp) {
     lora_new(m, 8, 16, 1), lora_save("lora.st", m->lora, m->lora->w);
     state_save("other.st.resume", &o, "preset tiny of another kind");
     state_save("grpo.st.resume", &o, "grpo of another kind");
-    shell(&code, "mkdir folder folder.png && ln -s /dev/full full.png && mkfifo pipe && cp base.st old.st.resume "
-                 "&& echo no checkpoint | tee keep.png keep.st text torn.st.resume");
+    shell(&code, "mkdir folder folder.png && ln -s /dev/full full.png && mkfifo pipe && "
+                 "cp base.st old.st.resume && echo no checkpoint | tee keep.png keep.st text torn.st.resume");
     if (code) die("cannot make test files in %s", scratch);
     try_hostile_files();
     for (const char *const (*row)[32] = OPTIONS_BAD; (*row)[0]; row++)
@@ -2941,14 +2940,13 @@ static int lose_rank(Ranks *k) {
 // ---- fuzz: the reader of safetensors against mutated files ----------------------------------------------
 // A small valid file; its data are spaces. What is nasty stands in its metadata: pieces are copied about.
 static Raw fuzz_base(void) {
-    char *text = fmt("%8s%s%41s", "", "{\"__metadata__\":{\"dim\":\"64\","
-        "\"note\":\"a\\n\\u00e9\\ud800 -1 1.5 007 null [[[[ {{ }} ]] :, 4294967296 9223372036854775807 "
-        "18446744073709551616 I32 F99 w.scale \\u0000 \\\\\"},"
-        "\"w\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
-        "\"b\":{\"dtype\":\"BF16\",\"shape\":[4],\"data_offsets\":[24,32]},"
-        "\"e\":{\"dtype\":\"I32\",\"shape\":[0,9,1,1,1,1,1,1],\"data_offsets\":[32,32]},"
-        "\"q\":{\"dtype\":\"U8\",\"shape\":[5],\"data_offsets\":[32,37]},"
-        "\"q.scale\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[37,41]}} ", "");
+    char *text = fmt("%8s%s%41s", "", quoted("{'__metadata__':{'dim':'64','note':'a\\n\\u00e9\\ud800 -1 1.5 007 "
+        "null [[[[ {{ }} ]] :, 4294967296 9223372036854775807 18446744073709551616 I32 F99 w.scale \\u0000 \\\\'},"
+        "'w':{'dtype':'F32','shape':[2,3],'data_offsets':[0,24]},"
+        "'b':{'dtype':'BF16','shape':[4],'data_offsets':[24,32]},"
+        "'e':{'dtype':'I32','shape':[0,9,1,1,1,1,1,1],'data_offsets':[32,32]},"
+        "'q':{'dtype':'U8','shape':[5],'data_offsets':[32,37]},"
+        "'q.scale':{'dtype':'F32','shape':[],'data_offsets':[37,41]}} "), "");
     Raw r = {text, strlen(text)};
     uint64_t n = r.size - 8 - 41;
     memcpy(r.data, &n, 8);
@@ -3046,11 +3044,12 @@ static const struct { int times; const char *what, *victim, *script; } TORTURE[]
      MPIRUN "2 ${osp}_mpi $train it.st && cmp it.st want_ranks.st"}};
 
 static int torture(const char *program) {
-    static const char *const LEARN[] = {"train --preset tiny --steps 40 --batch 4 --save 0 -o",
-                                        "train --preset tiny --steps 30 --batch 4 --hif8 --save 0 -o",
-                                        "grpo --init base.st --prompts 1 --group 4 --steps 8 -n 4 --save 0 -o"};
-    static const char *const DIFFER[] = {"--seed 2", "-n 3", "-p blue", "--lora lora.st",
-                                         "--noise clip.safetensors", "--shift 4"};
+    static const char *const LEARN[] = {
+        "train --preset tiny --steps 40 --batch 4 --save 0 -o",
+        "train --preset tiny --steps 30 --batch 4 --hif8 --save 0 -o",
+        "grpo --init base.st --prompts 1 --group 4 --steps 8 -n 4 --save 0 -o"};
+    static const char *const DIFFER[] = {"--seed 2", "-n 3", "-p blue", "--lora lora.st", "--shift 4",
+                                         "--noise clip.safetensors"};
     int code, rows = sizeof TORTURE / sizeof TORTURE[0];
     if (access(fmt("%s_mpi", program), X_OK)) rows -= 3, skip("ranks: make osp_mpi first");
     shell(&code, "rm -rf torture; mkdir torture");
