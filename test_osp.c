@@ -2153,12 +2153,8 @@ static const char *const OTHER_COLOR[] = {"#0D9488", "#9333EA", "#DC2626", "#CA8
                                           "#0891B2", "#4D7C0F", "#DB2777", "#78716C"};
 
 static FILE *svg;                                        // the picture being drawn, and what was asked for
-static struct { char **file; int files, R; const char *preset; } asked;
+static struct { const char *kind, *preset; char **file; int files, R; } asked;
 
-static void rim(double x, double y, double w, double h, const char *color, double width) {
-    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='3' fill='none' stroke='%s' "
-            "stroke-width='%.1f'/>\n", x, y, w, h, color, width);
-}
 static void line(double x0, double y0, double x1, double y1, const char *color, double width) {
     const char *format = "<path d='M%.1f %.1fL%.1f %.1f' stroke='%s' stroke-width='%.1f'/>\n";
     fprintf(svg, format, x0, y0, x1, y1, color, width);
@@ -2168,31 +2164,26 @@ static void dot(double x, double y, double r, const char *color) {
 }
 
 // Text that begins (anchor 's'), is centred ('m') or ends ('e') at x, its baseline at y; titles are bold.
-__attribute__((format(printf, 6, 7)))
-static void label(double x, double y, double size, char anchor, const char *color, const char *format, ...) {
+static void label(double x, double y, int size, char anchor, const char *color, const char *text) {
     const char *where = anchor == 's' ? "start" : anchor == 'm' ? "middle" : "end";
-    va_list args;
-    fprintf(svg, "<text x='%.1f' y='%.1f' font-size='%.1f' text-anchor='%s' fill='%s' font-weight='%s'>", x,
-            y, size, where, color, size >= 15 ? "bold" : "normal");
-    va_start(args, format);
-    vfprintf(svg, format, args);
-    va_end(args);
-    fputs("</text>\n", svg);
+    fprintf(svg, "<text x='%.1f' y='%.1f' font-size='%d' text-anchor='%s' fill='%s' font-weight='%s'>%s</text>"
+            "\n", x, y, size, where, color, size >= 15 ? "bold" : "normal", text);
 }
 
-// A filled box, a little smaller than what it is given, with text in its middle.
+// A box, a little smaller than what it is given, with text in its middle; of opacity 0: its outline.
 static void box(double x, double y, double w, double h, const char *fill, double opacity, const char *text) {
-    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' "
-            "fill-opacity='%.2f'/>\n", x + 1, y + 1, w - 2, h - 2, fmin(4, 0.12 * fmin(w, h)), fill, opacity);
-    if (*text) label(x + w / 2, y + h / 2 + 5, 13, 'm', opacity > 0.5 ? "#FFFFFF" : SOFT, "%s", text);
+    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' fill-opacity='%.2f' "
+            "stroke='%s' stroke-width='%d'/>\n", x + 1, y + 1, w - 2, h - 2, fmin(4, 0.12 * fmin(w, h)), fill,
+            opacity, fill, opacity ? 0 : 2);
+    if (*text) label(x + w / 2, y + h / 2 + 5, 13, 'm', opacity > 0.5 ? "#FFFFFF" : SOFT, text);
 }
 
 static void picture(int width, int height, const char *title, const char *subtitle) {
     fprintf(svg, "<svg xmlns='http://www.w3.org/2000/svg' width='%d' height='%d' viewBox='0 0 %d %d' "
             "font-family='sans-serif'>\n<rect width='100%%' height='100%%' fill='#FFFFFF'/>\n", width, height,
             width, height);
-    label(40, 46, 20, 's', INK, "%s", title);
-    label(40, 74, 13, 's', SOFT, "%s", subtitle);
+    label(40, 46, 20, 's', INK, title);
+    label(40, 74, 13, 's', SOFT, subtitle);
 }
 
 // ---- plots -----------------------------------------------------------------------------------------------
@@ -2209,12 +2200,12 @@ static void axes(const Plot *a, const char *title, const char *x_format, const c
         for (double n = ceil(low / step - 1e-9); n <= high / step + 1e-9; n++) {
             double x = up ? a->x : at_x(a, n * step), y = up ? at_y(a, n * step) : a->y + a->h;
             line(x, y, up ? x + a->w : x, up ? y : a->y, FAINT, 1);
-            if (up) label(x - 8, y + 4, 12, 'e', SOFT, y_format, n * step + 0.0);
-            else label(x, y + 18, 12, 'm', SOFT, x_format, n * step + 0.0);
+            label(up ? x - 8 : x, up ? y + 4 : y + 18, 12, up ? 'e' : 'm', SOFT,
+                  fmt(up ? y_format : x_format, n * step + 0.0));
         }
     }
-    rim(a->x, a->y, a->w, a->h, RIM, 1);
-    label(a->x, a->y - 14, 15, 's', INK, "%s", title);
+    box(a->x, a->y, a->w, a->h, RIM, 0, "");
+    label(a->x, a->y - 14, 15, 's', INK, title);
 }
 
 static void curve(const Plot *a, const double *x, const double *y, int n, const char *color, double width) {
@@ -2261,14 +2252,15 @@ static Plot show_panel(const Panel *p) {
     return a;
 }
 
-static void show_logs(int first, int last) {
-    picture(1000, first ? 960 : 560, first ? "Mix-GRPO, by update" : "Flow matching, by training step",
+static void show_logs(void) {
+    bool reward = *asked.kind == 'r';
+    picture(1000, reward ? 960 : 560, reward ? "Mix-GRPO, by update" : "Flow matching, by training step",
             "thin: the log's numbers; thick: their running mean");
-    for (int which = first + 1; which <= last; which++) show_panel(&PANEL[which]);
-    Plot a = show_panel(&PANEL[first]);
+    for (int i = 2; i < 4 && reward; i++) show_panel(&PANEL[i]);
+    Plot a = show_panel(&PANEL[reward]);
     for (int i = 0; i < asked.files; i++) {
         const char *name = basename(fmt("%s", asked.file[i]));
-        label(960 - 130 * (asked.files - 1 - i), 74, 13, 'e', OTHER_COLOR[i], "%s", name);
+        label(960 - 130 * (asked.files - 1 - i), 74, 13, 'e', OTHER_COLOR[i], name);
         Series held = read_series(asked.file[i], "held out after ", ": ", 0);
         for (int j = 0; j < held.n; j++) {
             held.y[j] /= 100;
@@ -2277,8 +2269,6 @@ static void show_logs(int first, int last) {
         curve(&a, held.x, held.y, held.n, OTHER_COLOR[i], 1.5);
     }
 }
-static void show_loss(void) { show_logs(0, 0); }
-static void show_reward(void) { show_logs(1, 3); }
 
 // ---- skiparse: who attends with whom ---------------------------------------------------------------------
 // A frame's tokens, numbered by subsequence; strong: that of the traced (h0, w0). Below: all, as in memory.
@@ -2291,7 +2281,7 @@ static void skiparse_panel(double x, double y, double size, int kind, int H, int
         box(x + i % W * size, y + i / W * size, size, size, PATTERN_COLOR[kind], s == mine ? 0.95 : 0.14,
             fmt("%d", s));
     }
-    rim(x + w0 * size, y + h0 * size, size, size, INK, 3);
+    box(x + w0 * size, y + h0 * size, size, size, INK, 0, "");
     for (int s = 0; s < p->count; s++) {
         int n = p->start[s + 1] - p->start[s];
         box(x + unit * p->start[s], y + H * size + 14, unit * n, 26, PATTERN_COLOR[kind],
@@ -2301,25 +2291,26 @@ static void skiparse_panel(double x, double y, double size, int kind, int H, int
 
 static void show_skiparse(void) {
     enum { H = 8, W = 8, h0 = 5, w0 = 2 };
-    static const char *const RULE[] = {"", "(h mod 2)·2 + w mod 2", "(⌊h/2⌋ mod 2)·2 + ⌊w/2⌋ mod 2"};
+    static const char *const RULE[] = {"", "subsequence (h mod 2)·2 + w mod 2",
+                                       "subsequence (⌊h/2⌋ mod 2)·2 + ⌊w/2⌋ mod 2"};
     uint8_t heard[H * W];
-    int count = heard_of(heard, H, W, 2, h0, w0);
+    heard_of(heard, H, W, 2, h0, w0);
     picture(1060, 730, "Skiparse-2D: which tokens attend together (P = 2)",
             "Numbers: the token's subsequence. Strong: that of the traced token (framed). Bars: the "
             "rearranged sequence.");
     for (int k = TOKEN_WISE; k <= GROUP_WISE; k++) {
-        label(340 * k - 300, 112, 15, 's', PATTERN_COLOR[k], "%s", PATTERN_NAME[k]);
-        label(340 * k - 300, 132, 13, 's', PATTERN_COLOR[k], "subsequence %s", RULE[k]);
+        label(340 * k - 300, 112, 15, 's', PATTERN_COLOR[k], PATTERN_NAME[k]);
+        label(340 * k - 300, 132, 13, 's', PATTERN_COLOR[k], RULE[k]);
         skiparse_panel(340 * k - 300, 146, 34, k, H, W, h0, w0);
         skiparse_panel(340 * k - 300, 520, 27, k, 5, 6, 3, 2);
     }
     label(40, 502, 15, 's', INK, "A ragged grid, 5 x 6: lengths differ, no token is padded");
-    label(720, 112, 15, 's', INK, "heard after both: %d of %d tokens", count, H * W);
+    label(720, 112, 15, 's', INK, "heard after both: every token");
     label(720, 132, 13, 's', PATTERN_COLOR[GROUP_WISE], "directly, in the group-wise block");
     label(720, 440, 13, 's', PATTERN_COLOR[TOKEN_WISE], "through these, in the token-wise block before");
     for (int i = 0; i < H * W; i++)
         box(720 + i % W * 34, 146 + i / W * 34, 34, 34, PATTERN_COLOR[heard[i]], 0.475 * heard[i], "");
-    rim(720 + w0 * 34, 146 + h0 * 34, 34, 34, INK, 3);
+    box(720 + w0 * 34, 146 + h0 * 34, 34, 34, INK, 0, "");
 }
 
 // ---- hif8: the format beside others ----------------------------------------------------------------------
@@ -2341,18 +2332,18 @@ static void show_hif8(void) {
             line(at_x(&a, x[2 * i]), top, at_x(&a, x[2 * i]), top + 22, OTHER_COLOR[f], 1.2);
         }
         curve(&a, x, y, 2 * (n - 1), OTHER_COLOR[f], f ? 2 : 4);
-        label(a.x - 8, top + 16, 12, 'e', OTHER_COLOR[f], "%s", FORMAT[f].name);
+        label(a.x - 8, top + 16, 12, 'e', OTHER_COLOR[f], FORMAT[f].name);
     }
 }
 
 // ---- ranks: who holds which tokens, and what a forward moves ---------------------------------------------
 static void rank_panels(const Config *c, const Pattern *p, int R) {
-    static const char *const HELD[] = {"all frames: a cut of the sequence", "one frame: whole subsequences"};
     int H = c->H_l / 2, W = c->W_l / 2, P = c->sparse_ratio;
     double size = 280.0 / W, unit = 280.0 / (c->T * H * W);
     for (int k = 0; k < PATTERNS; k++) {
-        label(40 + 320 * k, 112, 15, 's', PATTERN_COLOR[k], "%s", PATTERN_NAME[k]);
-        label(40 + 320 * k, 132, 12, 's', SOFT, "%s", HELD[k > 0]);
+        label(40 + 320 * k, 112, 15, 's', PATTERN_COLOR[k], PATTERN_NAME[k]);
+        label(40 + 320 * k, 132, 12, 's', SOFT, k ? "one frame: whole subsequences"
+                                                     : "all frames: a cut of the sequence");
         for (int i = 0; i < H * W && k; i++)
             box(40 + 320 * k + i % W * size, 144 + i / W * size, size, size,
                 OTHER_COLOR[subsequence(k, i / W, i % W, P) * R / (P * P)], 0.85, "");
@@ -2375,14 +2366,14 @@ static void forward_bars(const Config *c, const Pattern *p, int R, bool ulysses,
         for (int j = 0; j < 4 && s.inside; j++)
             box(x, y - part * (j + 1), step * 0.5, part, PATTERN_COLOR[k], 0.9, "");
         if (s.after) box(x + step * 0.6, y - after, step * 0.3, after, RIM, 1, "");
-        label(x + step * 0.25, y + 18, 12, 'm', PATTERN_COLOR[k], "%c", PATTERN_LETTER[k]);
+        label(x + step * 0.25, y + 18, 12, 'm', PATTERN_COLOR[k], fmt("%c", PATTERN_LETTER[k]));
     }
 }
 
 static void show_ranks(void) {
     Config c = shape_config(asked.preset);
     int R = asked.R, P2 = c.sparse_ratio * c.sparse_ratio;
-    if (P2 % R || c.num_heads % R) die("-R %d: must divide P^2 = %d and the %d heads", R, P2, c.num_heads);
+    if (R < 1 || P2 % R || c.num_heads % R) die("-R %d: must divide P^2 = %d and the %d heads", R, P2, c.num_heads);
     Pattern *p = config_patterns(&c, R);
     double sent[2];
     picture(1000, 740, fmt("Sparse sequence parallelism: %s on %d ranks", asked.preset, R),
@@ -2393,9 +2384,10 @@ static void show_ranks(void) {
     for (int u = 0; u < 2; u++) {
         sent[u] = (double)forward_sent(&c, p, 0, R, u);
         forward_bars(&c, p, R, u, 580 + 126 * u);
-        label(830, 520 + 126 * u, 15, 's', INK, u ? "Ulysses: %.2f MB" : "SSP: %.2f MB", sent[u] / 1e6);
+        label(830, 520 + 126 * u, 15, 's', INK,
+              fmt(u ? "Ulysses: %.2f MB" : "SSP: %.2f MB", sent[u] / 1e6));
     }
-    label(830, 542, 13, 's', INK, "%.0f %% less", 100 * (1 - sent[0] / sent[1]));
+    label(830, 542, 13, 's', INK, fmt("%.0f %% less", 100 * (1 - sent[0] / sent[1])));
 }
 
 // ---- grpo: one noise, a window of SDE steps, a group that fans out, and what its rewards push -------------
@@ -2419,7 +2411,7 @@ static void show_grpo(void) {
         }
         const char *color = OTHER_COLOR[advantage[v] > 0 ? 0 : 2];
         box(650, from - 12, 150 * REWARD[v], 24, SOFT, 0.6, fmt("%.2f", REWARD[v]));
-        label(880, from + 5, 15, 'e', color, "%+.2f", advantage[v]);
+        label(880, from + 5, 15, 'e', color, fmt("%+.2f", advantage[v]));
         label(892, from + 5, 13, 's', color, advantage[v] > 0 ? "likelier" : "less likely");
     }
     dot(LEFT, MIDDLE, 7, INK);
@@ -2435,8 +2427,8 @@ static void show_cost(void) {
     for (int bar = 0; bar < 4; bar++) {
         bool sparse = bar / 2, eight = bar % 2;
         double x = 160, y = 110 + 46 * bar + 14 * sparse, sum = 0;
-        label(150, y + 22, 13, 'e', PATTERN_COLOR[sparse], "%s, %s", sparse ? "sparse" : "full",
-              eight ? "HiF8" : "bf16");
+        label(150, y + 22, 13, 'e', PATTERN_COLOR[sparse],
+              fmt("%s, %s", sparse ? "sparse" : "full", eight ? "HiF8" : "bf16"));
         for (int part = 0; part < BACK_LINEARS; part++) {
             const char *name = PART[part].name, *key = sparse ? fmt("%c |", PART[part].unit) : "|";
             Series s = read_series(asked.file[eight], name, key, 0);
@@ -2445,12 +2437,12 @@ static void show_cost(void) {
             box(x, y, wide, 34, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4, ms > 12 ? fmt("%.1f", ms) : "");
             x += wide, sum += ms;
         }
-        label(x + 8, y + 22, 14, 's', INK, "%.1f", sum);
+        label(x + 8, y + 22, 14, 's', INK, fmt("%.1f", sum));
     }
     for (int part = 0; part < BACK_LINEARS; part++) {
         double x = 160 + part % 3 * 290, y = 330 + part / 3 * 26;
         box(x, y, 18, 18, OTHER_COLOR[part % 8], part < 8 ? 0.85 : 0.4, "");
-        label(x + 24, y + 13, 13, 's', INK, "%s", PART[part].name);
+        label(x + 24, y + 13, 13, 's', INK, PART[part].name);
     }
 }
 
@@ -2479,7 +2471,7 @@ static void show_flow(void) {
     for (int k = 0; k < 3; k++) {
         schedule(sigma, S, SHIFT[k]);
         curve(&b, STEP, sigma, S + 1, OTHER_COLOR[2 + k], 2);
-        label(740, 430 + 20 * k, 13, 's', OTHER_COLOR[2 + k], "shift %g", SHIFT[k]);
+        label(740, 430 + 20 * k, 13, 's', OTHER_COLOR[2 + k], fmt("shift %g", SHIFT[k]));
     }
     label(100, 540, 13, 's', SOFT, "x += (σ_next − σ)·v; a larger shift spends more of the steps at large σ, "
           "where the layout is decided");
@@ -2489,29 +2481,29 @@ static void show_flow(void) {
 // share: of the values in each binade below a tensor's maximum. What HiF8 [0] and E4M3 [1] lose; then the
 // same where an outlier, 1,000 times the maximum, sets the scale.
 enum { BINADES = 35, KINDS = 4 };
-typedef struct { double share[BINADES], zeros[4], off[4], squares, n; } Kind;
+static struct { double share[BINADES], zeros[4], off[4], squares, n; } kind[KINDS];
 
 static float e4m3_round(float x) {                           // nearest, |x| <= 448
     double step = ldexp(1, (fabsf(x) < 0x1p-6f ? -6 : ilogbf(x)) - 3);
     return (float)(rint(x / step) * step);
 }
 
-static void count_kind(Kind *kind, const act *device, size_t n) {
+static void count_kind(int d, const act *device, size_t n) {
     float *g = down_act(device, n), most = 0;
     for (size_t i = 0; i < n; i++) most = fmaxf(most, fabsf(g[i]));
     for (size_t i = 0; i < n; i++) {
-        kind->share[(int)fmin(-floor(log2(fabsf(g[i]) / most)), BINADES - 1)]++;
-        kind->squares += (double)g[i] * g[i], kind->n++;
+        kind[d].share[(int)fmin(-floor(log2(fabsf(g[i]) / most)), BINADES - 1)]++;
+        kind[d].squares += (double)g[i] * g[i], kind[d].n++;
         for (int j = 0; j < 4; j++) {
             double k = (j % 2 ? 448 : 224) / most / (j < 2 ? 1 : 1000);
             double q = (j % 2 ? e4m3_round : hif8_round)((float)(g[i] * k)) / k;
-            kind->zeros[j] += q == 0 && g[i] != 0, kind->off[j] += (q - g[i]) * (q - g[i]);
+            kind[d].zeros[j] += q == 0 && g[i] != 0, kind[d].off[j] += (q - g[i]) * (q - g[i]);
         }
     }
 }
 
 // The gradients of the outputs of ffn.0, q, k, v in each block, of 4 clips.
-static void gather_kinds(Kind *kind, const char *path) {
+static void gather_kinds(const char *path) {
     File f;
     TrainOptions o = SMALL_TRAINING;
     Batch a;
@@ -2529,7 +2521,7 @@ static void gather_kinds(Kind *kind, const char *path) {
         size_t n = count_of(rows_of(r, r->saved[i].layout));
         block_backward(r, i);
         const act *const dy[] = {r->dff, r->dq, r->dk, r->dv};
-        for (int j = 0; j < KINDS; j++) count_kind(&kind[j], dy[j], n * (j ? c.dim : c.ffn_dim));
+        for (int j = 0; j < KINDS; j++) count_kind(j, dy[j], n * (j ? c.dim : c.ffn_dim));
     }
 }
 
@@ -2537,7 +2529,6 @@ static void show_gradients(void) {
     static const char *const NAME[] = {"ffn.0", "q", "k", "v"};
     static const char *const WAY[] = {"HiF8", "E4M3", "HiF8, outlier", "E4M3, outlier"};
     Plot a = {100, 120, 860, 330, 1 - BINADES, 0, 0, 20};
-    Kind kind[KINDS];
     picture(1000, 560, "A trained model's gradients, and what 8 bits hold of them",
             fmt("%s: dy of products, all blocks, 4 clips; a tensor's largest value is 2^0", asked.file[0]));
     axes(&a, "Share of the values in each binade", "2^%g", "%g %%");
@@ -2545,18 +2536,17 @@ static void show_gradients(void) {
         double left = at_x(&a, f ? log2(0x1p-9 / 448) : log2(0x1p-22 / 224));
         box(left, 486 + 30 * f, a.x + a.w - left, 26, OTHER_COLOR[f], 0.7, f ? "E4M3 holds" : "HiF8 holds");
     }
-    memset(kind, 0, sizeof kind);
-    gather_kinds(kind, asked.file[0]);
+    gather_kinds(asked.file[0]);
     for (int i = 0; i < 4 * KINDS; i++) {
-        const Kind *k = &kind[i / 4];
-        double zeros = 100 * k->zeros[i % 4] / k->n, off = sqrt(k->off[i % 4] / k->squares);
-        printf("%-5s %s: %8.4f %% become zero, error %.4f\n", NAME[i / 4], WAY[i % 4], zeros, off);
+        int d = i / 4, w = i % 4;
+        printf("%-5s %-13s: %7.4f %% become zero, error %.4f\n", NAME[d], WAY[w],
+               100 * kind[d].zeros[w] / kind[d].n, sqrt(kind[d].off[w] / kind[d].squares));
     }
     for (int j = 0; j < KINDS; j++) {
         double x[BINADES], y[BINADES];
         for (int i = 1; i < BINADES; i++) x[i] = 0.5 - i, y[i] = 100 * kind[j].share[i] / kind[j].n;
         curve(&a, x + 1, y + 1, BINADES - 2, OTHER_COLOR[2 + j], 2.5);
-        label(120, 150 + 22 * j, 14, 's', OTHER_COLOR[2 + j], "dy of %s", NAME[j]);
+        label(120, 150 + 22 * j, 14, 's', OTHER_COLOR[2 + j], fmt("dy of %s", NAME[j]));
     }
 }
 
@@ -2570,16 +2560,16 @@ static int show(int argc, char **argv) {
     static const struct { const char *name; void (*draw)(void); int least, most; } PICTURE[] = {     // files
         {"skiparse", show_skiparse, 0, 0}, {"hif8", show_hif8, 0, 0}, {"flow", show_flow, 0, 0},
         {"ranks", show_ranks, 0, 0}, {"grpo", show_grpo, 0, 0}, {"gradients", show_gradients, 1, 1},
-        {"cost", show_cost, 2, 2}, {"loss", show_loss, 1, MOST_LOGS}, {"reward", show_reward, 1, MOST_LOGS}};
-    const char *kind = argc ? argv[0] : "nothing", *out = option(argc, argv, "-o", "picture.svg");
+        {"cost", show_cost, 2, 2}, {"loss", show_logs, 1, MOST_LOGS}, {"reward", show_logs, 1, MOST_LOGS}};
+    const char *out = option(argc, argv, "-o", "picture.svg");
     int i = 0;
-    asked.file = argv + 1, asked.preset = option(argc, argv, "--preset", "toy");
-    asked.R = atoi(option(argc, argv, "-R", "4"));
+    asked.kind = argc ? argv[0] : "what?", asked.file = argv + 1;
+    asked.preset = option(argc, argv, "--preset", "toy"), asked.R = atoi(option(argc, argv, "-R", "4"));
     while (asked.files + 1 < argc && *asked.file[asked.files] != '-') asked.files++;
-    while (i < 9 && strcmp(PICTURE[i].name, kind)) i++;
+    while (i < 9 && strcmp(PICTURE[i].name, asked.kind)) i++;
     if (i == 9 || asked.files < PICTURE[i].least || asked.files > PICTURE[i].most)
-        die("show %s, %d files: want skiparse, hif8, flow, grpo, ranks [-R 4] [--preset toy]; "
-            "gradients FILE; cost BF16_LOG HIF8_LOG; loss, reward LOG ..; each with -o FILE.svg", kind, asked.files);
+        die("show %s: want skiparse, hif8, flow, grpo, ranks [-R 4] [--preset toy]; gradients FILE; "
+            "cost BF16_LOG HIF8_LOG; loss, reward LOG ..; each with -o FILE.svg", asked.kind);
     if (!(svg = fopen(out, "w"))) die("%s: %s", out, strerror(errno));
     PICTURE[i].draw();
     if (fputs("</svg>\n", svg) < 0 || fclose(svg)) die("%s: %s", out, strerror(errno));
@@ -2724,8 +2714,8 @@ static int mutate(const char *golden_folder, const char *only) {
         if (copy.data) {
             mkdir(folder, 0777), put_file(fmt("%s/osp.c", folder), copy.data, copy.size);
             said = shell(&code, fmt(
-                "cp test_osp.c %s; cd %s; ${CC:-cc} -std=gnu11 -O1 -w -o t test_osp.c -lm -ldl 2>&1 || exit 99; "
-                "ulimit -t 300; export TMPDIR=. STOP_AT_FIRST=1 OMP_NUM_THREADS=1; "
+                "cp test_osp.c %s; cd %s; ${CC:-cc} -std=gnu11 -O1 -w -o t test_osp.c -lm -ldl 2>&1 || "
+                "exit 99; ulimit -t 300; export TMPDIR=. STOP_AT_FIRST=1 OMP_NUM_THREADS=1; "
                 "./t --golden '%s' >log 2>&1; c=$?; tail -1 log; exit $c", folder, folder, golden_path));
         }
         bool ok = i < 0 ? code == 0 : code && code != 99;
@@ -2875,45 +2865,33 @@ static int bad_input(const char *osp) {
 }
 
 // ---- ranks: R processes against one, in the same run (mpirun -np R ./test_osp_mpi) ----------------------
-static Config ranked_config(const int *grid, int quant) {
+static void ranks_against_one(Ranks *k, const int *grid, int quant, bool sampled) {
     Config c = small_config(0, 3 * quant);
     c.num_heads = 4, c.T = grid[0], c.H_l = 2 * grid[1], c.W_l = 2 * grid[2];
-    return c;
-}
-
-static void ranks_against_one(Ranks *k, const int *grid, int quant) {
-    Config c = ranked_config(grid, quant);
     Model *m = random_model(&c, true, 5);
     Question q = question(&c, 0);
     Answer want = ask(run_of(m, 2, true), &q);
+    size_t n = c.in_dim * c.T * c.H_l * c.W_l;
+    char *what = fmt("%d x %d ranks, %dx%dx%d%s:", k->halves, k->size, grid[0], grid[1], grid[2],
+                     quant ? ", HiF8" : "");
     for (int ulysses = 0; ulysses < 2; ulysses++) {
         k->ulysses = ulysses;
-        Run *r = run_on(k, m, 2, true);
-        Answer got = ask(r, &q);
-        char *what = fmt("%d ranks, %dx%dx%d, %s%s", k->size, grid[0], grid[1], grid[2],
-                         ulysses ? "Ulysses" : "SSP", quant ? ", HiF8" : "");
-        note("output", relative(got.out, want.out, 2 * latent_size(r)));
+        Answer got = ask(run_on(k, m, 2, true), &q);
+        note("output", relative(got.out, want.out, 2 * n));
         note("loss", fabs(got.loss / want.loss - 1));
         note("gradients", relative(got.grad, want.grad, m->count));
-        worst_row(quant ? 5e-2 : 1e-6, fmt("%s: output, loss, gradients as one vector,", what));
+        worst_row(quant ? 5e-2 : 1e-6, fmt("%s output, loss, gradients as one vector,", what));
         if (!quant) note_each(m, got.grad, want.grad);
         note("text", relative(got.dtext, want.dtext, 2 * c.text_len * c.text_dim));
-        worst_row(quant ? 3e-1 : 1e-5, fmt("%s: each gradient,", what));
+        worst_row(quant ? 3e-1 : 1e-5, fmt("%s each gradient, %s,", what, ulysses ? "Ulysses" : "SSP"));
     }
     k->ulysses = false;
-}
-
-static void ranks_sample(Ranks *k, const int *grid) {
-    Config c = ranked_config(grid, 0);
-    Model *m = random_model(&c, true, 6);
-    Run *one = run_of(m, 1, false);
-    Text cond = {NULL, question(&c, 0).rows}, uncond = {NULL, question(&c, 1).rows};
-    size_t n = latent_size(one);
-    float *want = up(question(&c, 0).x, n), *got = up(question(&c, 0).x, n);
-    sample(one, want, cond, uncond, 50, 7, 5), sample(run_on(k, m, 1, false), got, cond, uncond, 50, 7, 5);
-    near("x", got, down(want, n), n);
-    worst_row(1e-6, fmt("%d x %d ranks, %dx%dx%d, 50 guided steps,", k->halves, k->size, grid[0], grid[1],
-                        grid[2]));
+    if (!sampled) return;
+    Text cond = {NULL, q.rows}, uncond = {NULL, question(&c, 1).rows};
+    float *one = up(q.x, n), *all = up(q.x, n);
+    sample(run_of(m, 1, false), one, cond, uncond, 50, 7, 5);
+    sample(run_on(k, m, 1, false), all, cond, uncond, 50, 7, 5);
+    near("x", all, down(one, n), n), worst_row(1e-6, fmt("%s 50 guided steps,", what));
 }
 
 static int run_ranks(Ranks *world, bool small) {         // small: under the sanitizers
@@ -2921,8 +2899,8 @@ static int run_ranks(Ranks *world, bool small) {         // small: under the san
     ranks_split(world, world->size > 4 ? 2 : 1);
     tally.silent = world->rank || world->half;
     for (int i = 0; i < (small ? 2 : 4); i++)
-        for (int quant = 0; quant < (i < 3 ? 2 : 1); quant++) ranks_against_one(world, GRID[i], quant);
-    for (int i = 0; i < (small ? 1 : 3); i++) ranks_sample(world, GRID[i]);
+        for (int quant = i < 3; quant >= 0; quant--)
+            ranks_against_one(world, GRID[i], quant, !quant && i < (small ? 1 : 3));
     return tally_print();
 }
 
@@ -2940,8 +2918,9 @@ static int lose_rank(Ranks *k) {
 // ---- fuzz: the reader of safetensors against mutated files ----------------------------------------------
 // A small valid file; its data are spaces. What is nasty stands in its metadata: pieces are copied about.
 static Raw fuzz_base(void) {
-    char *text = fmt("%8s%s%41s", "", quoted("{'__metadata__':{'dim':'64','note':'a\\n\\u00e9\\ud800 -1 1.5 007 "
-        "null [[[[ {{ }} ]] :, 4294967296 9223372036854775807 18446744073709551616 I32 F99 w.scale \\u0000 \\\\'},"
+    char *text = fmt("%8s%s%41s", "", quoted("{'__metadata__':{'dim':'64','note':'a\\n\\u00e9\\ud800 -1 1.5 "
+        "007 null [[[[ {{ }} ]] :, 4294967296 9223372036854775807 18446744073709551616 I32 F99 w.scale "
+        "\\u0000 \\\\'},"
         "'w':{'dtype':'F32','shape':[2,3],'data_offsets':[0,24]},"
         "'b':{'dtype':'BF16','shape':[4],'data_offsets':[24,32]},"
         "'e':{'dtype':'I32','shape':[0,9,1,1,1,1,1,1],'data_offsets':[32,32]},"
