@@ -2258,9 +2258,9 @@ static void show_logs(void) {
     for (int i = 2; i < 4 && reward; i++) show_panel(&PANEL[i]);
     Plot a = show_panel(&PANEL[reward]);
     for (int i = 0; i < asked.files; i++) {
-        const char *name = basename(fmt("%s", asked.file[i]));
-        label(960 - 130 * (asked.files - 1 - i), 74, 13, 'e', OTHER_COLOR[i], name);
-        Series held = read_series(asked.file[i], "held out after ", ": ", 0);
+        const char *path = asked.file[i];
+        Series held = read_series(path, "held out after ", ": ", 0);
+        label(1090 - 130 * (asked.files - i), 74, 13, 'e', OTHER_COLOR[i], basename(fmt("%s", path)));
         for (int j = 0; j < held.n; j++) {
             held.y[j] /= 100;
             dot(at_x(&a, held.x[j]), at_y(&a, held.y[j]), 5, OTHER_COLOR[i]);
@@ -2552,9 +2552,8 @@ static const char *option(int argc, char **argv, const char *name, const char *s
     return standard;
 }
 
-// argv: KIND FILE.. -o PICTURE
 static int show(int argc, char **argv) {
-    static const struct { const char *name; void (*draw)(void); int least, most; } PICTURE[] = {     // files
+    static const struct { const char *name; void (*draw)(void); int least, most; } PICTURE[] = {    // of files
         {"skiparse", show_skiparse, 0, 0}, {"hif8", show_hif8, 0, 0}, {"flow", show_flow, 0, 0},
         {"ranks", show_ranks, 0, 0}, {"grpo", show_grpo, 0, 0}, {"gradients", show_gradients, 1, 1},
         {"cost", show_cost, 2, 2}, {"loss", show_logs, 1, 8}, {"reward", show_logs, 1, 8}};
@@ -2570,6 +2569,7 @@ static int show(int argc, char **argv) {
     if (!(svg = fopen(out, "w"))) die("%s: %s", out, strerror(errno));
     PICTURE[i].draw();
     if (fputs("</svg>\n", svg) < 0 || fclose(svg)) die("%s: %s", out, strerror(errno));
+    printf("wrote %s\n", out);
     return 0;
 }
 
@@ -2784,7 +2784,7 @@ static const char *const EDITS[][14] = {
 
 static void try_hostile_files(void) {
     const char *scale = "blocks.0.self_attn.q.weight.scale", *codes = "blocks.1.ffn.2.weight";
-    enum { NOT_A_NUMBER = 0x7FC00000, INFINITE = 0x7F800000 };
+    enum { NOT_A_NUMBER = 0x7FC00000 };
     Raw base = get_file("base.st");
     size_t cut[] = {0, 8, 1000, base.size - 1, base.size + 1};
     for (int i = 0; i < 5; i++) try_file(fmt("%zu bytes", cut[i]), base.data, cut[i]);
@@ -2802,7 +2802,6 @@ static void try_hostile_files(void) {
             try_file(fmt(e[1], *to), out.data, out.size);
         }
     try_value("base.st", "blocks.3.ffn.0.weight", NOT_A_NUMBER);
-    try_value("base.st", "head.head.bias", INFINITE);
     try_value("lora.st", "blocks.0.self_attn.q.lora_B.weight", NOT_A_NUMBER);
     try_value("hif8.st", scale, 0), try_value("hif8.st", scale, 0xBF800000);
     try_value("hif8.st", codes, 0x80808080), try_value("hif8.st", codes, 0x6F6F6F6F);
@@ -2918,9 +2917,9 @@ static Raw fuzz_base(void) {
         "\\u0000 \\\\'},"
         "'w':{'dtype':'F32','shape':[2,3],'data_offsets':[0,24]},"
         "'b':{'dtype':'BF16','shape':[4],'data_offsets':[24,32]},"
-        "'e':{'dtype':'I32','shape':[0,9,1,1,1,1,1,1],'data_offsets':[32,32]},"
         "'q':{'dtype':'U8','shape':[5],'data_offsets':[32,37]},"
-        "'q.scale':{'dtype':'F32','shape':[],'data_offsets':[37,41]}} "), "");
+        "'q.scale':{'dtype':'F32','shape':[],'data_offsets':[37,41]},"
+        "'i':{'dtype':'I32','shape':[0,9,1,1,1,1,1,1],'data_offsets':[41,41]}} "), "");      // never read
     Raw r = {text, strlen(text)};
     uint64_t n = r.size - 8 - 41;
     memcpy(r.data, &n, 8);
@@ -2977,14 +2976,15 @@ static int fuzz_reader(long runs) {
 // 100 to 999; bad: a copy of `victim`, broken at random. $learn: a short training, one of three ($k), that
 // saves its state after every step and unbroken makes want$k.st; $train: the first of them.
 #define SAMPLE "sample -w base.st -n 1 -o it.png" RED " "
-#define MPIRUN "OMP_NUM_THREADS=1 timeout 30 mpirun --oversubscribe -q -np "
+#define MPIRUN "OMP_NUM_THREADS=1 timeout 120 mpirun --oversubscribe -q -np "
 
 // Up to 3 runs that a signal ends, and then one left alone.
 #define KILLED_BY(signal) \
-    "for t in 0.$1 0.$2 0.$3; do timeout -s " signal " $t $osp $learn it.st; " \
-    "case $? in 0|124|137) ;; *) exit 1;; esac; done >it.log 2>&1; $osp $learn it.st >>it.log 2>&1 && " \
+    "for t in 0.$1 0.$2 0.$3; do timeout -s " signal " $t $osp $learn it.st; c=$?; sleep 0.2; " \
+    "case $c in 0|124|137) ;; *) exit 3;; esac; done >it.log 2>&1; $osp $learn it.st >>it.log 2>&1 && " \
     "cmp it.st want$k.st && rm it.st && test `echo it*` = it.log && " \
     "awk '/^stopped/ { n = $4 + 0 } /^resumed/ { if (n && n != $NF) exit 1; n = 0 }' it.log"
+// A hostile file must be read or refused, in 5 s and 400 MB of addresses.
 #define READS_BAD(command) \
     "(ulimit -v 400000; timeout 5 $osp " command " >it.log 2>&1); test $? = 0 -o $? = 2"
 
@@ -3000,8 +3000,7 @@ static const struct { int times; const char *what, *victim, *script; } TORTURE[]
      "cp base.st it.st; (ulimit -f $((4800 + 9 * $1)); $osp $train it.st) && cmp it.st want0.st"},
     {10, "a disk too full for the output: the old file stays whole", NULL,
      "cp base.st it.st; (ulimit -f $((4 * $1)); $osp $train it.st); test $? = 2 && cmp it.st base.st"},
-    {400, "hostile files: exit 0 or 2 within 5 s and 400 MB of addresses; info", "base.st",
-     READS_BAD("info bad")},
+    {400, "hostile files, info", "base.st", READS_BAD("info bad")},
     {400, "hostile files, sample -w", "base.st", READS_BAD("sample -w bad -n 1 -o it.png" RED)},
     {400, "hostile files, sample --lora", "lora.st", READS_BAD(SAMPLE "--lora bad")},
     {400, "hostile files, sample --noise", "clip.safetensors", READS_BAD(SAMPLE "--noise bad")},
