@@ -2553,7 +2553,7 @@ static const char *option(int argc, char **argv, const char *name, const char *s
 }
 
 static int show(int argc, char **argv) {
-    static const struct { const char *name; void (*draw)(void); int least, most; } PICTURE[] = {    // of files
+    static const struct { const char *name; void (*draw)(void); int least, most; } PICTURE[] = {     // files
         {"skiparse", show_skiparse, 0, 0}, {"hif8", show_hif8, 0, 0}, {"flow", show_flow, 0, 0},
         {"ranks", show_ranks, 0, 0}, {"grpo", show_grpo, 0, 0}, {"gradients", show_gradients, 1, 1},
         {"cost", show_cost, 2, 2}, {"loss", show_logs, 1, 8}, {"reward", show_logs, 1, 8}};
