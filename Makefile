@@ -104,7 +104,6 @@ grpo-toy:
 # test_osp_cuda bench --shape 14b-768p [--hif8] --layers 0
 figures: test_osp
 	./test_osp show skiparse -o assets/skiparse.svg
-	./test_osp show model -o assets/model.svg
 	./test_osp show ranks -R 4 -o assets/ranks.svg
 	./test_osp show hif8 -o assets/hif8.svg
 	./test_osp show gradients assets/toy.safetensors -o assets/gradients.svg
