@@ -1545,12 +1545,10 @@ enum {
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     TASK_M = 512,           // rows of a product that one task computes with each panel
     SUM_ROWS = 64,          // rows that a sum over rows takes at a time
-    KEYS = 64,              // attention: keys taken at a time
-    QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
+    QUERIES = 2 * TILE_N,   // attention: queries that a task takes at a time
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
 
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
@@ -1582,75 +1580,91 @@ static void   to_act(act *y, const float *x, size_t n) { copy(y, x, 4 * n); }
 static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 
 // ---- matrix products -------------------------------------------------------------------------------------
-// A matrix that may lie in memory either way: element [i, k] stands at p + i·row + k·col.
-typedef struct { const float *p; size_t row, col; } View;
-static View matrix(const float *p, size_t columns) { View v = {p, columns, 1}; return v; }
-static View turned(View v) { View w = {v.p, v.col, v.row}; return w; }
-static View at(View v, size_t i, size_t k) { View w = {v.p + i * v.row + k * v.col, v.row, v.col}; return w; }
+// Element [i, j] stands at p[i·down + j·right]: a matrix, a matrix turned, a part of one.
+typedef struct { float *p; size_t rows, columns, down, right; } Matrix;
+static const Matrix NOTHING = {NULL, 0, 0, 0, 0};
+static Matrix matrix(const float *p, size_t rows, size_t columns) {
+    Matrix m = {(float *)p, rows, columns, columns, 1};
+    return m;
+}
+static Matrix turned(Matrix m) {
+    Matrix t = {m.p, m.columns, m.rows, m.right, m.down};
+    return t;
+}
+// From [i, j] on, at most rows x columns.
+static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {
+    Matrix b = {m.p ? m.p + i * m.down + j * m.right : NULL, least(rows, m.rows - i),
+                least(columns, m.columns - j), m.down, m.right};
+    return b;
+}
 
-// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < min(rows, TILE_M), j < TILE_N, k < depth;
-// start_row 0: one row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in
-// registers. Where rows are fewer than TILE_M the last one is repeated, and not stored.
-INLINE void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, size_t rows,
-                 const float *b, size_t depth) {
-    const float *p[TILE_M];
+// c = start + a·b for one tile of c, whose sums stay in registers; b is a packed panel [a.columns, TILE_N].
+// Where c has fewer than TILE_M rows the last of a is repeated, and not stored.
+static inline __attribute__((always_inline))
+void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
+    const float *row[TILE_M];
+    float sum[TILE_M * TILE_N];
     vec t[TILE_M][2], none = {0};
     for (size_t i = 0; i < TILE_M; i++) {
-        size_t row = least(i, rows - 1);
-        p[i] = a.p + row * a.row;
-        for (int half = 0; half < 2; half++)
-            t[i][half] = start ? load(start + row * start_row + half * LANES) : none;
+        row[i] = a.p + least(i, c.rows - 1) * a.down;
+        t[i][0] = t[i][1] = none;
     }
-    for (size_t k = 0, step = 0; k < depth; k++, step += a.col, b += TILE_N) {
+    for (size_t k = 0, step = 0; k < a.columns; k++, step += a.right, b += TILE_N) {
         vec b0 = load(b), b1 = load(b + LANES);
         for (int i = 0; i < TILE_M; i++) {
-            t[i][0] += p[i][step] * b0;
-            t[i][1] += p[i][step] * b1;
+            t[i][0] += row[i][step] * b0;
+            t[i][1] += row[i][step] * b1;
         }
     }
-    for (size_t i = 0; i < TILE_M; i++) {
-        if (i >= rows) break;
-        store(c + i * c_row, t[i][0]);
-        store(c + i * c_row + LANES, t[i][1]);
+    for (int i = 0; i < TILE_M; i++) {
+        store(sum + i * TILE_N, t[i][0]);
+        store(sum + i * TILE_N + LANES, t[i][1]);
+    }
+    for (size_t i = 0; i < c.rows; i++) {
+        float *to = c.p + i * c.down, *from = start.p + i * start.down;
+        #pragma omp simd
+        for (size_t j = 0; j < columns; j++) to[j] = start.p ? from[j] + sum[i * TILE_N + j] : sum[i * TILE_N + j];
     }
 }
 
-// panel[depth, TILE_N] = the first `columns` columns of b; zeros beside them.
-static void pack(float *panel, View b, size_t depth, size_t columns) {
-    if (columns < TILE_N) memset(panel, 0, 4 * depth * TILE_N);
-    if (b.col == 1 && columns == TILE_N)
-        for (size_t k = 0; k < depth; k++) memcpy(panel + k * TILE_N, b.p + k * b.row, 4 * TILE_N);
+// panel[rows, TILE_N] = b, at most TILE_N columns; zeros beside them.
+static void pack(float *panel, Matrix b) {
+    if (b.columns < TILE_N) memset(panel, 0, 4 * b.rows * TILE_N);
+    if (b.right == 1 && b.columns == TILE_N)
+        for (size_t k = 0; k < b.rows; k++) memcpy(panel + k * TILE_N, b.p + k * b.down, 4 * TILE_N);
     else
-        for (size_t k0 = 0; k0 < depth; k0 += 16)
-            for (size_t j = 0; j < columns; j++)
-                for (size_t k = k0, end = least(k0 + 16, depth); k < end; k++)
-                    panel[k * TILE_N + j] = b.p[k * b.row + j * b.col];
+        for (size_t k0 = 0; k0 < b.rows; k0 += 16)
+            for (size_t j = 0; j < b.columns; j++)
+                for (size_t k = k0, end = least(k0 + 16, b.rows); k < end; k++)
+                    panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. Views make this
-// the forward product, dx and dw alike. A sum runs over k from 0 to K−1, stored in c every TILE_K terms.
-static void matmul(float *c, const float *bias, bool add, View a, View b, size_t M, size_t N, size_t K) {
-    size_t panels = blocks_of(N, TILE_N), tasks = panels * blocks_of(M, TASK_M);
-    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
-    for (size_t task = 0; task < tasks; task++) {
-        float panel[TILE_K * TILE_N], head[TILE_N] = {0}, edge[TILE_M * TILE_N];
-        size_t first = task / panels * TASK_M, last = least(first + TASK_M, M);
-        size_t j = task % panels * TILE_N, columns = least(TILE_N, N - j);
-        if (bias) memcpy(head, bias + j, 4 * columns);
-        for (size_t k = 0; k < K; k += TILE_K) {
-            size_t depth = least(TILE_K, K - k);
-            pack(panel, at(b, k, j), depth, columns);
-            for (size_t i = first; i < last; i += TILE_M) {
-                size_t rows = least(TILE_M, last - i), row = add || k ? N : 0;
-                float *cij = c + i * N + j;
-                const float *start = row ? cij : head;
-                View ai = at(a, i, k);
-                if (columns == TILE_N) { tile(cij, N, start, row, ai, rows, panel, depth); continue; }
-                for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, start + r * row, 4 * columns);
-                tile(edge, TILE_N, edge, TILE_N, ai, rows, panel, depth);
-                for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
+// c[M, N] = start + a[M, K]·b[K, N]: start NOTHING, a bias in every row, or c itself. A sum runs over k from 0 to K−1
+// and is added to c every TILE_K terms.
+static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
+    float panel[TILE_K * TILE_N];
+    for (size_t j = 0; j < c.columns; j += TILE_N) {
+        size_t k = 0;
+        do {
+            Matrix from = k ? c : start, part = slice(b, k, j, TILE_K, TILE_N);
+            pack(panel, part);
+            for (size_t i = 0; i < c.rows; i += TILE_M) {
+                Matrix to = slice(c, i, j, TILE_M, TILE_N), ai = slice(a, i, k, TILE_M, TILE_K);
+                if (to.columns == TILE_N) tile(to, slice(from, i, j, 0, 0), ai, panel, TILE_N);
+                else tile(to, slice(from, i, j, 0, 0), ai, panel, to.columns);
             }
-        }
+        } while ((k += TILE_K) < a.columns);
+    }
+}
+
+// The same on all threads.
+static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
+    size_t across = blocks_of(c.columns, TILE_N), tasks = across * blocks_of(c.rows, TASK_M);
+    #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
+    for (size_t task = 0; task < tasks; task++) {
+        size_t i = task / across * TASK_M, j = task % across * TILE_N;
+        multiply(slice(c, i, j, TASK_M, TILE_N), slice(start, i, j, 0, 0), slice(a, i, 0, TASK_M, a.columns),
+                slice(b, 0, j, b.rows, TILE_N));
     }
 }
 
@@ -1673,19 +1687,17 @@ static void column_sums(PerSample sum, const float *a, const float *x, const flo
         }
 }
 
-// With few rows (the timestep's) the bias comes last, which rounds less: e0 may nearly cancel `modulation`.
 static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in) {
-    bool after = b && rows < 64;
-    matmul(y, after ? NULL : b, false, matrix(x.x, in), turned(matrix(w.x, in)), rows, out, in);
-    for (size_t i = 0; after && i < rows * out; i++) y[i] += b[i % out];
+    Matrix bias = {(float *)b, rows, (size_t)out, 0, 1};
+    matmul(matrix(y, rows, out), bias, matrix(x.x, rows, in), turned(matrix(w.x, out, in)));
 }
 
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
                             int out, int in, bool accumulate) {
-    View dys = matrix(dy.x, out);
+    Matrix to_x = matrix(dx, rows, in), to_w = matrix(dw, out, in), from = matrix(dy.x, rows, out);
     Rows all = {1, rows, out};
-    if (dx) matmul(dx, NULL, accumulate, dys, matrix(w.x, in), rows, in, out);
-    if (dw) matmul(dw, NULL, true, turned(dys), matrix(x.x, in), out, in, rows);
+    if (dx) matmul(to_x, accumulate ? to_x : NOTHING, from, matrix(w.x, out, in));
+    if (dw) matmul(to_w, to_w, turned(from), matrix(x.x, rows, in));
     column_sums(shared(db), dy.x, NULL, NULL, all);
 }
 
@@ -1856,180 +1868,131 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
-// Scores stand transposed, s[key, query], TILE_N queries side by side in the lanes: maximum, sum and exp run
-// down the keys without crossing lanes, and exp(s) is already the packed panel that the product with v wants.
-// Everything is kept in powers of two: p = 2^(c·s − m), c = log2(e)/√head_dim.
+// A head of a sequence at a time, QUERIES of its queries against all of its keys. Scores stand transposed,
+// s[keys, queries]: maximum, sum and exp run down the keys without crossing lanes.
+// Powers of two: P = 2^(c·S − m), c = log2(e)/√head_dim.
 #define LOG2E 1.44269504088896341
 
-// What one task works on: head h of queries q0..q1-1 against keys k0..k1-1.
-typedef struct { size_t q0, q1, k0, k1, h, heads, dim; } Head;
-
-// A head of a sequence, and `span` of its queries after the first `skip`.
-static Head head_of(const Sequences *s, size_t task, int heads, int head_dim, size_t skip, size_t span) {
-    size_t i = task / heads, end = (size_t)s->q[i + 1], q0 = least(s->q[i] + skip, end);
-    Head t = {q0, least(q0 + span, end), (size_t)s->k[i], (size_t)s->k[i + 1], task % heads, (size_t)heads,
-              (size_t)head_dim};
-    return t;
+// Head h of the sequence whose rows are range[0]..range[1]-1 of x[.., heads·dim].
+static Matrix head_of(const float *x, const int *range, int h, int heads, int dim) {
+    size_t D = (size_t)heads * dim;
+    Matrix m = {(float *)x + range[0] * D + (size_t)h * dim, (size_t)(range[1] - range[0]), (size_t)dim, D, 1};
+    return m;
 }
 
-// The head's columns of x[.., heads·dim], from row `first` on.
-static View head_rows(const float *x, size_t first, Head t) {
-    View v = {x + (first * t.heads + t.h) * t.dim, t.heads * t.dim, 1};
-    return v;
+static size_t longest(const int *start, int count) {
+    int most = 0;
+    for (int i = 0; i < count; i++) if (start[i + 1] - start[i] > most) most = start[i + 1] - start[i];
+    return (size_t)most;
 }
 
-// block[n, dim] = the head's columns of n rows; and back, scaled.
-static void take_rows(float *block, const float *x, size_t first, size_t n, Head t) {
-    for (size_t i = 0; i < n; i++) memcpy(block + i * t.dim, head_rows(x, first + i, t).p, 4 * t.dim);
-}
-INLINE void put_rows(float *x, View block, float scale, size_t first, size_t n, Head t) {
-    for (size_t i = 0; i < n; i++, x += t.heads * t.dim)
-        for (size_t d = 0; d < t.dim; d++)
-            x[(first * t.heads + t.h) * t.dim + d] = scale * block.p[i * block.row + d * block.col];
-}
-
-// c[rows, columns] = a[rows, depth]·b[depth, columns], or += where add; b in panels of TILE_N columns.
-INLINE void tiles(float *c, size_t columns, bool add, View a, size_t rows, const float *b, size_t depth) {
-    for (size_t j = 0; j < columns; j += TILE_N)
-        for (size_t i = 0; i < rows; i += TILE_M) {
-            float *to = c + i * columns + j;
-            tile(to, columns, add ? to : NULL, columns, at(a, i, 0), rows - i, b + j * depth, depth);
+// s[keys, n] becomes 2^(c·s − m), m[n] = the largest c·s of a query, sum[n] = Σ over the keys.
+static void softmax(Matrix s, float *m, float *sum, float c) {
+    size_t n = s.columns;
+    for (size_t j = 0; j < n; j++) m[j] = -INFINITY, sum[j] = 0.0f;
+    for (size_t i = 0; i < s.rows; i++)
+        for (size_t j = 0; j < n; j++) m[j] = c * s.p[i * n + j] > m[j] ? c * s.p[i * n + j] : m[j];
+    for (size_t i = 0; i < s.rows; i++)
+        for (size_t j = 0; j < n; j++) {
+            float p = exp2_fast(c * s.p[i * n + j] - m[j]);
+            s.p[i * n + j] = p;
+            sum[j] += p;
         }
 }
 
-// One step of the running softmax: s[n, query] becomes 2^(c·s − m) under the new maximum m, sum[query] and
-// o[head_dim, query] are scaled from the old maximum to the new one, and sum takes the new terms.
-static void softmax_step(float *s, float *m, float *sum, float *o, float c, size_t n, size_t head_dim) {
-    float top[TILE_N], shrink[TILE_N], part[TILE_N] = {0};
-    memcpy(top, s, sizeof top);
-    for (size_t i = 1; i < n; i++)
-        for (int j = 0; j < TILE_N; j++) top[j] = s[i * TILE_N + j] > top[j] ? s[i * TILE_N + j] : top[j];
-    for (int j = 0; j < TILE_N; j++) {
-        float now = c * top[j] > m[j] ? c * top[j] : m[j];
-        shrink[j] = exp2_fast(m[j] - now);
-        m[j] = now;
+// o[n, dim] = softmax(q·k^T/√dim)·v.
+static void attend(Matrix o, float *lse, size_t heads, Matrix q, Matrix k, Matrix v, float *room) {
+    float m[QUERIES], sum[QUERIES];
+    Matrix s = matrix(room, k.rows, q.rows);
+    multiply(s, NOTHING, k, turned(q));
+    softmax(s, m, sum, (float)(LOG2E / sqrt((double)q.columns)));
+    multiply(o, NOTHING, turned(s), v);
+    for (size_t i = 0; i < o.rows; i++) {
+        float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+        for (size_t d = 0; d < o.columns; d++) o.p[i * o.down + d] *= inverse;
+        if (lse) lse[i * heads] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
     }
-    for (size_t i = 0; i < n; i++)
-        for (int j = 0; j < TILE_N; j++) {
-            float p = exp2_fast(c * s[i * TILE_N + j] - m[j]);
-            s[i * TILE_N + j] = p;
-            part[j] += p;
-        }
-    for (int j = 0; j < TILE_N; j++) sum[j] = sum[j] * shrink[j] + part[j];
-    for (size_t d = 0; d < head_dim; d++)
-        for (int j = 0; j < TILE_N; j++) o[d * TILE_N + j] *= shrink[j];
-}
-
-// One task: its queries, in blocks of TILE_N, through all keys of their sequence.
-static void attend(act *o, float *lse, const act *q, const act *k, const act *v, Head t) {
-    size_t count = t.q1 - t.q0, all = blocks_of(count, TILE_N) * TILE_N * t.dim, keys = KEYS * t.dim;
-    float m[QUERIES], sum[QUERIES] = {0}, s[KEYS * TILE_N], c = (float)(LOG2E / sqrt((double)t.dim));
-    float *qt = (float *)scratch(8 * (all + keys)), *ot = qt + all, *kb = ot + all, *vb = kb + keys;
-    memset(ot, 0, 4 * all);
-    for (int j = 0; j < QUERIES; j++) m[j] = -INFINITY;
-    for (size_t i = 0; i < count; i += TILE_N)
-        pack(qt + i * t.dim, turned(head_rows(q, t.q0 + i, t)), t.dim, least(TILE_N, count - i));
-    for (size_t key = t.k0; key < t.k1; key += KEYS) {
-        size_t n = least(KEYS, t.k1 - key);
-        take_rows(kb, k, key, n, t);
-        take_rows(vb, v, key, n, t);
-        for (size_t i = 0; i < count; i += TILE_N) {
-            tiles(s, TILE_N, false, matrix(kb, t.dim), n, qt + i * t.dim, t.dim);
-            softmax_step(s, m + i, sum + i, ot + i * t.dim, c, n, t.dim);
-            tiles(ot + i * t.dim, TILE_N, true, turned(matrix(vb, t.dim)), t.dim, s, n);
-        }
-    }
-    for (size_t i = 0; i < count; i++) {
-        float *column = ot + i / TILE_N * TILE_N * t.dim + i % TILE_N, inverse = 1.0f / sum[i];
-        put_rows(o, turned(matrix(column, TILE_N)), sum[i] == 0.0f ? 0.0f : inverse, t.q0 + i, 1, t);
-        if (lse) lse[(t.q0 + i) * t.heads + t.h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
-    }
-    free(qt);
 }
 
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    size_t queries = (size_t)s->q[s->count];
-    #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int task = 0; task < s->count * heads; task++)
-        for (size_t skip = 0; skip < queries; skip += QUERIES) {
-            Head t = head_of(s, task, heads, head_dim, skip, QUERIES);
-            if (t.q0 < t.q1) attend(o, lse, q.x, k.x, v, t);
-        }
+    size_t most = longest(s->q, s->count), queries = (size_t)s->q[s->count];
+    #pragma omp parallel
+    {
+        float *room = (float *)scratch(4 * QUERIES * longest(s->k, s->count));
+        #pragma omp for collapse(3) schedule(dynamic)
+        for (int i = 0; i < s->count; i++)
+            for (int h = 0; h < heads; h++)
+                for (size_t skip = 0; skip < most; skip += QUERIES) {
+                    Matrix qs = head_of(q.x, s->q + i, h, heads, head_dim);
+                    if (skip >= qs.rows) continue;
+                    attend(slice(head_of(o, s->q + i, h, heads, head_dim), skip, 0, QUERIES, head_dim),
+                           lse ? lse + (s->q[i] + skip) * heads + h : NULL, heads,
+                           slice(qs, skip, 0, QUERIES, head_dim), head_of(k.x, s->k + i, h, heads, head_dim),
+                           head_of(v, s->k + i, h, heads, head_dim), room);
+                }
+        free(room);
+    }
     if (amax) absmax(amax, o, queries * heads * head_dim);
 }
 
-// A block of n queries: transposed, xt[dim, TILE_N], and in ⌈dim/TILE_N⌉ panels xr[TILE_N, TILE_N dims],
-// whose rows from n on the caller has zeroed.
-static void pack_queries(float *xt, float *xr, View x, size_t n, size_t dim) {
-    pack(xt, turned(x), dim, n);
-    for (size_t d = 0; d < dim; d += TILE_N) pack(xr + d * TILE_N, at(x, 0, d), n, least(TILE_N, dim - d));
-}
-
-// s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).
-static void softmax_back(float *s, float *dp, const float *lse2, const float *delta, float c, size_t n) {
-    for (size_t i = 0; i < n; i++, s += TILE_N, dp += TILE_N)
-        for (int j = 0; j < TILE_N; j++) {
-            s[j] = exp2_fast(c * s[j] - lse2[j]);
-            dp[j] = s[j] * (dp[j] - delta[j]);
+// s[keys, n] becomes P, dp becomes dS (names and equations below).
+static void softmax_back(Matrix s, Matrix dp, const float *lse2, const float *delta, float c, float scale) {
+    size_t n = s.columns;
+    for (size_t i = 0; i < s.rows; i++)
+        for (size_t j = 0; j < n; j++) {
+            float p = exp2_fast(c * s.p[i * n + j] - lse2[j]);
+            s.p[i * n + j] = p;
+            dp.p[i * n + j] = p * (dp.p[i * n + j] - delta[j]) * scale;
         }
 }
 
 // The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
 //   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
-// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks.
-static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
-                            const act *v, const act *o, const float *lse, Head t) {
-    size_t count = t.q1 - t.q0, queries = blocks_of(count, TILE_N) * TILE_N;
-    size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, all = queries * wide, keys = KEYS * wide;
-    float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
-    float p[KEYS * TILE_N], ds[KEYS * TILE_N];
-    float *qt = (float *)scratch(4 * (5 * all + 2 * queries + 4 * keys)), *dout_t = qt + all;
-    float *dqt = dout_t + all, *qr = dqt + all, *dout_r = qr + all, *lse2 = dout_r + all;
-    float *delta = lse2 + queries, *kb = delta + queries, *vb = kb + keys, *dkb = vb + keys;
-    float *dvb = dkb + keys;
-    memset(dqt, 0, 4 * (3 * all + 2 * queries));
-    for (size_t i = 0; i < count; i += TILE_N) {
-        size_t n = least(TILE_N, count - i);
-        pack_queries(qt + i * wide, qr + i * wide, head_rows(q, t.q0 + i, t), n, t.dim);
-        pack_queries(dout_t + i * wide, dout_r + i * wide, head_rows(dout, t.q0 + i, t), n, t.dim);
-    }
-    for (size_t i = 0; i < count; i++) {
-        const float *dout_i = head_rows(dout, t.q0 + i, t).p, *o_i = head_rows(o, t.q0 + i, t).p;
-        float sum = 0.0f;
-        #pragma omp simd reduction(+ : sum)
-        for (size_t d = 0; d < t.dim; d++) sum += dout_i[d] * o_i[d];
-        delta[i] = sum;
-        lse2[i] = (float)(LOG2E * lse[(t.q0 + i) * t.heads + t.h]);
-    }
-    for (size_t key = t.k0; key < t.k1; key += KEYS) {
-        size_t n = least(KEYS, t.k1 - key);
-        take_rows(kb, k, key, n, t);
-        take_rows(vb, v, key, n, t);
-        memset(dkb, 0, 4 * 2 * keys);
-        for (size_t i = 0; i < count; i += TILE_N) {
-            tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + i * wide, t.dim);
-            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dout_t + i * wide, t.dim);
-            softmax_back(p, ds, lse2 + i, delta + i, c, n);
-            tiles(dqt + i * wide, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
-            tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + i * wide, TILE_N);
-            tiles(dvb, wide, true, matrix(p, TILE_N), n, dout_r + i * wide, TILE_N);
+// P is computed again for QUERIES queries at a time; dk and dv are gathered over them.
+static void attend_backward(Matrix dq, Matrix dk, Matrix dv, Matrix dout, Matrix q, Matrix k, Matrix v,
+                            Matrix o, const float *lse, size_t heads, float *room) {
+    size_t dim = q.columns, skip = 0;
+    float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(LOG2E / sqrt((double)dim));
+    float lse2[QUERIES], delta[QUERIES];
+    do {
+        Matrix qi = slice(q, skip, 0, QUERIES, dim), di = slice(dout, skip, 0, QUERIES, dim);
+        Matrix p = matrix(room, k.rows, qi.rows), ds = matrix(room + QUERIES * k.rows, k.rows, qi.rows);
+        for (size_t i = 0; i < qi.rows; i++) {
+            const float *dout_i = di.p + i * di.down, *o_i = o.p + (skip + i) * o.down;
+            float sum = 0.0f;
+            #pragma omp simd reduction(+ : sum)
+            for (size_t d = 0; d < dim; d++) sum += dout_i[d] * o_i[d];
+            delta[i] = sum;
+            lse2[i] = (float)(LOG2E * lse[(skip + i) * heads]);
         }
-        put_rows(dk, matrix(dkb, wide), scale, key, n, t);
-        put_rows(dv, matrix(dvb, wide), 1.0f, key, n, t);
-    }
-    for (size_t i = 0; i < count; i += TILE_N)
-        put_rows(dq, turned(matrix(dqt + i * wide, TILE_N)), scale, t.q0 + i, least(TILE_N, count - i), t);
-    free(qt);
+        multiply(p, NOTHING, k, turned(qi));
+        multiply(ds, NOTHING, v, turned(di));
+        softmax_back(p, ds, lse2, delta, c, scale);
+        multiply(slice(dq, skip, 0, QUERIES, dim), NOTHING, turned(ds), k);
+        multiply(dk, skip ? dk : NOTHING, ds, qi);
+        multiply(dv, skip ? dv : NOTHING, p, di);
+    } while ((skip += QUERIES) < q.rows);
 }
 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
-    #pragma omp parallel for schedule(dynamic)
-    for (int task = 0; task < s->count * heads; task++)
-        attend_backward(dq, dk, dv, dout, q, k, v, o, lse,
-                        head_of(s, task, heads, head_dim, 0, SIZE_MAX / 2));
+    #pragma omp parallel
+    {
+        float *room = (float *)scratch(8 * QUERIES * longest(s->k, s->count));
+        #pragma omp for collapse(2) schedule(dynamic)
+        for (int i = 0; i < s->count; i++)
+            for (int h = 0; h < heads; h++) {
+                const int *a = s->q + i, *b = s->k + i;
+                attend_backward(head_of(dq, a, h, heads, head_dim), head_of(dk, b, h, heads, head_dim),
+                                head_of(dv, b, h, heads, head_dim), head_of(dout, a, h, heads, head_dim),
+                                head_of(q, a, h, heads, head_dim), head_of(k, b, h, heads, head_dim),
+                                head_of(v, b, h, heads, head_dim), head_of(o, a, h, heads, head_dim),
+                                lse + *a * heads + h, heads, room);
+            }
+        free(room);
+    }
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
