@@ -1582,7 +1582,8 @@ static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 // ---- matrix products -------------------------------------------------------------------------------------
 // Element [i, j] stands at p[i·down + j·right]: a matrix, a matrix turned, a part of one.
 typedef struct { float *p; size_t rows, columns, down, right; } Matrix;
-static const Matrix NOTHING = {NULL, 0, 0, 0, 0};
+static float ZEROS[TILE_N];
+static const Matrix NOTHING = {ZEROS, 0, 0, 0, 0};      // zeros everywhere
 static Matrix matrix(const float *p, size_t rows, size_t columns) {
     Matrix m = {(float *)p, rows, columns, columns, 1};
     return m;
@@ -1593,37 +1594,28 @@ static Matrix turned(Matrix m) {
 }
 // From [i, j] on, at most rows x columns.
 static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {
-    Matrix b = {m.p ? m.p + i * m.down + j * m.right : NULL, least(rows, m.rows - i),
+    Matrix b = {m.p + i * m.down + j * m.right, least(rows, m.rows - i),
                 least(columns, m.columns - j), m.down, m.right};
     return b;
 }
 
-// c = start + a·b for one tile of c, whose sums stay in registers; b is a packed panel [a.columns, TILE_N].
-// Where c has fewer than TILE_M rows the last of a is repeated, and not stored.
+// c = start + a·b for one tile of c, whose sums stay in registers; b is a packed panel [a.columns, TILE_N] of which
+// `vectors` times LANES columns count. Where c has fewer than TILE_M rows the last of a is repeated, and not stored.
 static inline __attribute__((always_inline))
-void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
+void tile(Matrix c, Matrix start, Matrix a, const float *b, int vectors) {
     const float *row[TILE_M];
-    float sum[TILE_M * TILE_N];
     vec t[TILE_M][2], none = {0};
     for (size_t i = 0; i < TILE_M; i++) {
         row[i] = a.p + least(i, c.rows - 1) * a.down;
         t[i][0] = t[i][1] = none;
     }
-    for (size_t k = 0, step = 0; k < a.columns; k++, step += a.right, b += TILE_N) {
-        vec b0 = load(b), b1 = load(b + LANES);
-        for (int i = 0; i < TILE_M; i++) {
-            t[i][0] += row[i][step] * b0;
-            t[i][1] += row[i][step] * b1;
-        }
-    }
-    for (int i = 0; i < TILE_M; i++) {
-        store(sum + i * TILE_N, t[i][0]);
-        store(sum + i * TILE_N + LANES, t[i][1]);
-    }
-    for (size_t i = 0; i < c.rows; i++) {
-        float *to = c.p + i * c.down, *from = start.p + i * start.down;
-        #pragma omp simd
-        for (size_t j = 0; j < columns; j++) to[j] = start.p ? from[j] + sum[i * TILE_N + j] : sum[i * TILE_N + j];
+    for (size_t k = 0, step = 0; k < a.columns; k++, step += a.right, b += TILE_N)
+        for (int i = 0; i < TILE_M; i++)
+            for (int v = 0; v < vectors; v++) t[i][v] += row[i][step] * load(b + v * LANES);
+    for (size_t i = 0; i < TILE_M; i++) {
+        if (i >= c.rows) break;
+        for (int v = 0; v < vectors; v++)
+            store(c.p + i * c.down + v * LANES, load(start.p + i * start.down + v * LANES) + t[i][v]);
     }
 }
 
@@ -1642,7 +1634,7 @@ static void pack(float *panel, Matrix b) {
 // c[M, N] = start + a[M, K]·b[K, N]: start NOTHING, a bias in every row, or c itself. A sum runs over k from 0 to K−1
 // and is added to c every TILE_K terms.
 static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
-    float panel[TILE_K * TILE_N];
+    float panel[TILE_K * TILE_N], edge[TILE_M * TILE_N];
     for (size_t j = 0; j < c.columns; j += TILE_N) {
         size_t k = 0;
         do {
@@ -1650,8 +1642,13 @@ static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
             pack(panel, part);
             for (size_t i = 0; i < c.rows; i += TILE_M) {
                 Matrix to = slice(c, i, j, TILE_M, TILE_N), ai = slice(a, i, k, TILE_M, TILE_K);
-                if (to.columns == TILE_N) tile(to, slice(from, i, j, 0, 0), ai, panel, TILE_N);
-                else tile(to, slice(from, i, j, 0, 0), ai, panel, to.columns);
+                Matrix fi = slice(from, i, j, 0, 0), e = {edge, to.rows, TILE_N, TILE_N, 1};
+                if (to.columns == TILE_N) { tile(to, fi, ai, panel, 2); continue; }
+                if (to.columns > LANES) tile(e, NOTHING, ai, panel, 2);
+                else tile(e, NOTHING, ai, panel, 1);
+                for (size_t r = 0; r < to.rows; r++)
+                    for (size_t x = 0; x < to.columns; x++)
+                        to.p[r * to.down + x] = fi.p[r * fi.down + x] + edge[r * TILE_N + x];
             }
         } while ((k += TILE_K) < a.columns);
     }
@@ -1689,7 +1686,7 @@ static void column_sums(PerSample sum, const float *a, const float *x, const flo
 
 static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in) {
     Matrix bias = {(float *)b, rows, (size_t)out, 0, 1};
-    matmul(matrix(y, rows, out), bias, matrix(x.x, rows, in), turned(matrix(w.x, out, in)));
+    matmul(matrix(y, rows, out), b ? bias : NOTHING, matrix(x.x, rows, in), turned(matrix(w.x, out, in)));
 }
 
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
