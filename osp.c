@@ -1545,7 +1545,7 @@ enum {
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     TASK_M = 512,           // rows of a product that one task computes with each panel
     SUM_ROWS = 64,          // rows that a sum over rows takes at a time
-    QUERIES = 2 * TILE_N,   // attention: queries that a task takes at a time
+    QUERIES = 128,          // attention: queries that a task takes at a time
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
