@@ -1600,23 +1600,29 @@ static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {
 }
 
 // c = start + a·b for one tile of c, whose sums stay in registers; b is a packed panel [a.columns, TILE_N] of which
-// `vectors` times LANES columns count. Where c has fewer than TILE_M rows the last of a is repeated, and not stored.
+// `columns` count. Where c has fewer than TILE_M rows the last of a is repeated, and not stored.
 static inline __attribute__((always_inline))
-void tile(Matrix c, Matrix start, Matrix a, const float *b, int vectors) {
+void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
     const float *row[TILE_M];
+    float sum[TILE_M * TILE_N];
     vec t[TILE_M][2], none = {0};
     for (size_t i = 0; i < TILE_M; i++) {
         row[i] = a.p + least(i, c.rows - 1) * a.down;
         t[i][0] = t[i][1] = none;
     }
     for (size_t k = 0, step = 0; k < a.columns; k++, step += a.right, b += TILE_N)
-        for (int i = 0; i < TILE_M; i++)
-            for (int v = 0; v < vectors; v++) t[i][v] += row[i][step] * load(b + v * LANES);
-    for (size_t i = 0; i < TILE_M; i++) {
-        if (i >= c.rows) break;
-        for (int v = 0; v < vectors; v++)
-            store(c.p + i * c.down + v * LANES, load(start.p + i * start.down + v * LANES) + t[i][v]);
+        for (int i = 0; i < TILE_M; i++) {
+            t[i][0] += row[i][step] * load(b);
+            if (columns > LANES) t[i][1] += row[i][step] * load(b + LANES);
+        }
+    for (int i = 0; i < TILE_M; i++) {
+        store(sum + i * TILE_N, t[i][0]);
+        store(sum + i * TILE_N + LANES, t[i][1]);
     }
+    for (size_t i = 0; i < c.rows; i++)
+        #pragma omp simd
+        for (size_t j = 0; j < columns; j++)
+            c.p[i * c.down + j] = start.p[i * start.down + j] + sum[i * TILE_N + j];
 }
 
 // panel[rows, TILE_N] = b, at most TILE_N columns; zeros beside them.
@@ -1634,7 +1640,7 @@ static void pack(float *panel, Matrix b) {
 // c[M, N] = start + a[M, K]·b[K, N]: start NOTHING, a bias in every row, or c itself. A sum runs over k from 0 to K−1
 // and is added to c every TILE_K terms.
 static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
-    float panel[TILE_K * TILE_N], edge[TILE_M * TILE_N];
+    float panel[TILE_K * TILE_N];
     for (size_t j = 0; j < c.columns; j += TILE_N) {
         size_t k = 0;
         do {
@@ -1642,13 +1648,10 @@ static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
             pack(panel, part);
             for (size_t i = 0; i < c.rows; i += TILE_M) {
                 Matrix to = slice(c, i, j, TILE_M, TILE_N), ai = slice(a, i, k, TILE_M, TILE_K);
-                Matrix fi = slice(from, i, j, 0, 0), e = {edge, to.rows, TILE_N, TILE_N, 1};
-                if (to.columns == TILE_N) { tile(to, fi, ai, panel, 2); continue; }
-                if (to.columns > LANES) tile(e, NOTHING, ai, panel, 2);
-                else tile(e, NOTHING, ai, panel, 1);
-                for (size_t r = 0; r < to.rows; r++)
-                    for (size_t x = 0; x < to.columns; x++)
-                        to.p[r * to.down + x] = fi.p[r * fi.down + x] + edge[r * TILE_N + x];
+                Matrix fi = slice(from, i, j, 0, 0);
+                if (to.columns == TILE_N) tile(to, fi, ai, panel, TILE_N);
+                else if (to.columns == LANES) tile(to, fi, ai, panel, LANES);
+                else tile(to, fi, ai, panel, to.columns);
             }
         } while ((k += TILE_K) < a.columns);
     }
