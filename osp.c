@@ -1554,7 +1554,13 @@ static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return 
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
-static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
+static inline float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
+static inline float inner(const float *a, const float *b, size_t n) {
+    float sum = 0.0f;
+    #pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
 
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
@@ -1868,131 +1874,94 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
-// A head of a sequence at a time, QUERIES of its queries against all of its keys. Scores stand transposed,
-// s[keys, queries]: maximum, sum and exp run down the keys without crossing lanes.
-// Powers of two: P = 2^(c·S − m), c = log2(e)/√head_dim.
-#define LOG2E 1.44269504088896341
+// A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. The scores stand
+// transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
+// Everything is kept in powers of two: P = 2^(c·(S − max)), c = log2(e)/√head_dim.
 
-// Head h of the sequence whose rows are range[0]..range[1]-1 of x[.., heads·dim].
-static Matrix head_of(const float *x, const int *range, int h, int heads, int dim) {
-    size_t D = (size_t)heads * dim;
-    Matrix m = {(float *)x + range[0] * D + (size_t)h * dim, (size_t)(range[1] - range[0]), (size_t)dim, D, 1};
-    return m;
+// One head of one sequence: what it has of each tensor.
+typedef struct { Matrix q, k, v, o; float *lse; size_t heads; } Head;
+
+static Head head_of(const float *q, const float *k, const float *v, const float *o, const float *lse,
+                    const Sequences *s, size_t task, size_t heads, size_t dim) {
+    size_t i = task / heads, h = task % heads, D = heads * dim, at = h * dim;
+    size_t q0 = (size_t)s->q[i], q1 = (size_t)s->q[i + 1], k0 = (size_t)s->k[i], k1 = (size_t)s->k[i + 1];
+    Head t = {slice(matrix(q, q1, D), q0, at, q1, dim), slice(matrix(k, k1, D), k0, at, k1, dim),
+              slice(matrix(v, k1, D), k0, at, k1, dim), slice(matrix(o, q1, D), q0, at, q1, dim),
+              lse ? (float *)lse + q0 * heads + h : NULL, heads};
+    return t;
 }
 
-static size_t longest(const int *start, int count) {
-    int most = 0;
-    for (int i = 0; i < count; i++) if (start[i + 1] - start[i] > most) most = start[i + 1] - start[i];
-    return (size_t)most;
-}
-
-// s[keys, n] becomes 2^(c·s − m), m[n] = the largest c·s of a query, sum[n] = Σ over the keys.
-static void softmax(Matrix s, float *m, float *sum, float c) {
-    size_t n = s.columns;
-    for (size_t j = 0; j < n; j++) m[j] = -INFINITY, sum[j] = 0.0f;
-    for (size_t i = 0; i < s.rows; i++)
-        for (size_t j = 0; j < n; j++) m[j] = c * s.p[i * n + j] > m[j] ? c * s.p[i * n + j] : m[j];
-    for (size_t i = 0; i < s.rows; i++)
+// o = softmax(q·k^T/√dim)·v for QUERIES queries from `first` on.
+static void attend(Head t, size_t first) {
+    if (first >= t.q.rows) return;
+    size_t dim = t.q.columns, keys = t.k.rows;
+    Matrix q = slice(t.q, first, 0, QUERIES, dim), o = slice(t.o, first, 0, QUERIES, dim);
+    size_t n = q.rows;
+    Matrix s = matrix((float *)scratch(4 * QUERIES * keys), keys, n);
+    float top[QUERIES], sum[QUERIES] = {0}, c = (float)(M_LOG2E / sqrt((double)dim));
+    for (int j = 0; j < QUERIES; j++) top[j] = -INFINITY;
+    multiply(s, NOTHING, t.k, turned(q));
+    for (float *row = s.p; row < s.p + keys * n; row += n)
+        for (size_t j = 0; j < n; j++) top[j] = c * row[j] > top[j] ? c * row[j] : top[j];
+    for (float *row = s.p; row < s.p + keys * n; row += n)
         for (size_t j = 0; j < n; j++) {
-            float p = exp2_fast(c * s.p[i * n + j] - m[j]);
-            s.p[i * n + j] = p;
-            sum[j] += p;
+            row[j] = exp2_fast(c * row[j] - top[j]);
+            sum[j] += row[j];
         }
-}
-
-// o[n, dim] = softmax(q·k^T/√dim)·v.
-static void attend(Matrix o, float *lse, size_t heads, Matrix q, Matrix k, Matrix v, float *room) {
-    float m[QUERIES], sum[QUERIES];
-    Matrix s = matrix(room, k.rows, q.rows);
-    multiply(s, NOTHING, k, turned(q));
-    softmax(s, m, sum, (float)(LOG2E / sqrt((double)q.columns)));
-    multiply(o, NOTHING, turned(s), v);
-    for (size_t i = 0; i < o.rows; i++) {
-        float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
-        for (size_t d = 0; d < o.columns; d++) o.p[i * o.down + d] *= inverse;
-        if (lse) lse[i * heads] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
+    multiply(o, NOTHING, turned(s), t.v);
+    for (size_t i = 0; i < o.rows && keys; i++) {
+        for (size_t d = 0; d < dim; d++) o.p[i * o.down + d] /= sum[i];
+        if (t.lse) t.lse[(first + i) * t.heads] = (float)((top[i] + log2((double)sum[i])) / M_LOG2E);
     }
+    free(s.p);
 }
 
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    size_t most = longest(s->q, s->count), queries = (size_t)s->q[s->count];
-    #pragma omp parallel
-    {
-        float *room = (float *)scratch(4 * QUERIES * longest(s->k, s->count));
-        #pragma omp for collapse(3) schedule(dynamic)
-        for (int i = 0; i < s->count; i++)
-            for (int h = 0; h < heads; h++)
-                for (size_t skip = 0; skip < most; skip += QUERIES) {
-                    Matrix qs = head_of(q.x, s->q + i, h, heads, head_dim);
-                    if (skip >= qs.rows) continue;
-                    attend(slice(head_of(o, s->q + i, h, heads, head_dim), skip, 0, QUERIES, head_dim),
-                           lse ? lse + (s->q[i] + skip) * heads + h : NULL, heads,
-                           slice(qs, skip, 0, QUERIES, head_dim), head_of(k.x, s->k + i, h, heads, head_dim),
-                           head_of(v, s->k + i, h, heads, head_dim), room);
-                }
-        free(room);
-    }
-    if (amax) absmax(amax, o, queries * heads * head_dim);
-}
-
-// s[keys, n] becomes P, dp becomes dS (names and equations below).
-static void softmax_back(Matrix s, Matrix dp, const float *lse2, const float *delta, float c, float scale) {
-    size_t n = s.columns;
-    for (size_t i = 0; i < s.rows; i++)
-        for (size_t j = 0; j < n; j++) {
-            float p = exp2_fast(c * s.p[i * n + j] - lse2[j]);
-            s.p[i * n + j] = p;
-            dp.p[i * n + j] = p * (dp.p[i * n + j] - delta[j]) * scale;
-        }
+    int most = 0;
+    for (int i = 0; i < s->count; i++) if (s->q[i + 1] - s->q[i] > most) most = s->q[i + 1] - s->q[i];
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int task = 0; task < s->count * heads; task++)
+        for (int first = 0; first < most; first += QUERIES)
+            attend(head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim), first);
+    if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
 }
 
 // The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
-//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
-// P is computed again for QUERIES queries at a time; dk and dv are gathered over them.
-static void attend_backward(Matrix dq, Matrix dk, Matrix dv, Matrix dout, Matrix q, Matrix k, Matrix v,
-                            Matrix o, const float *lse, size_t heads, float *room) {
-    size_t dim = q.columns, skip = 0;
-    float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(LOG2E / sqrt((double)dim));
-    float lse2[QUERIES], delta[QUERIES];
+//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√dim,  dq = dS·k,  dk = dS^T·q.
+// P is computed again for QUERIES queries at a time; dk and dv are sums over them.
+static void attend_backward(Head d, Head t) {
+    size_t dim = t.q.columns, keys = t.k.rows, first = 0;
+    float *room = (float *)scratch(8 * QUERIES * keys), lse2[QUERIES], delta[QUERIES];
+    float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(M_LOG2E / sqrt((double)dim));
     do {
-        Matrix qi = slice(q, skip, 0, QUERIES, dim), di = slice(dout, skip, 0, QUERIES, dim);
-        Matrix p = matrix(room, k.rows, qi.rows), ds = matrix(room + QUERIES * k.rows, k.rows, qi.rows);
-        for (size_t i = 0; i < qi.rows; i++) {
-            const float *dout_i = di.p + i * di.down, *o_i = o.p + (skip + i) * o.down;
-            float sum = 0.0f;
-            #pragma omp simd reduction(+ : sum)
-            for (size_t d = 0; d < dim; d++) sum += dout_i[d] * o_i[d];
-            delta[i] = sum;
-            lse2[i] = (float)(LOG2E * lse[(skip + i) * heads]);
+        Matrix q = slice(t.q, first, 0, QUERIES, dim), dout = slice(d.o, first, 0, QUERIES, dim);
+        Matrix p = matrix(room, keys, q.rows), ds = matrix(room + keys * q.rows, keys, q.rows);
+        for (size_t j = 0; j < q.rows; j++) {
+            lse2[j] = (float)(M_LOG2E * t.lse[(first + j) * t.heads]);
+            delta[j] = inner(dout.p + j * dout.down, t.o.p + (first + j) * t.o.down, dim);
         }
-        multiply(p, NOTHING, k, turned(qi));
-        multiply(ds, NOTHING, v, turned(di));
-        softmax_back(p, ds, lse2, delta, c, scale);
-        multiply(slice(dq, skip, 0, QUERIES, dim), NOTHING, turned(ds), k);
-        multiply(dk, skip ? dk : NOTHING, ds, qi);
-        multiply(dv, skip ? dv : NOTHING, p, di);
-    } while ((skip += QUERIES) < q.rows);
+        multiply(p, NOTHING, t.k, turned(q));
+        multiply(ds, NOTHING, t.v, turned(dout));
+        for (size_t i = 0; i < keys; i++)
+            for (size_t j = 0, at = i * q.rows; j < q.rows; j++, at++) {
+                p.p[at] = exp2_fast(c * p.p[at] - lse2[j]);
+                ds.p[at] = p.p[at] * (ds.p[at] - delta[j]) * scale;
+            }
+        multiply(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(ds), t.k);
+        multiply(d.k, first ? d.k : NOTHING, ds, q);
+        multiply(d.v, first ? d.v : NOTHING, p, dout);
+    } while ((first += QUERIES) < t.q.rows);
+    free(room);
 }
 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
-    #pragma omp parallel
-    {
-        float *room = (float *)scratch(8 * QUERIES * longest(s->k, s->count));
-        #pragma omp for collapse(2) schedule(dynamic)
-        for (int i = 0; i < s->count; i++)
-            for (int h = 0; h < heads; h++) {
-                const int *a = s->q + i, *b = s->k + i;
-                attend_backward(head_of(dq, a, h, heads, head_dim), head_of(dk, b, h, heads, head_dim),
-                                head_of(dv, b, h, heads, head_dim), head_of(dout, a, h, heads, head_dim),
-                                head_of(q, a, h, heads, head_dim), head_of(k, b, h, heads, head_dim),
-                                head_of(v, b, h, heads, head_dim), head_of(o, a, h, heads, head_dim),
-                                lse + *a * heads + h, heads, room);
-            }
-        free(room);
-    }
+    #pragma omp parallel for schedule(dynamic)
+    for (int task = 0; task < s->count * heads; task++)
+        attend_backward(head_of(dq, dk, dv, dout, NULL, s, task, heads, head_dim),
+                        head_of(q, k, v, o, lse, s, task, heads, head_dim));
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
