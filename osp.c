@@ -1610,7 +1610,6 @@ static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {
 static inline __attribute__((always_inline))
 void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
     const float *row[TILE_M];
-    float sum[TILE_M * TILE_N];
     vec t[TILE_M][2], none = {0};
     for (size_t i = 0; i < TILE_M; i++) {
         row[i] = a.p + least(i, c.rows - 1) * a.down;
@@ -1621,14 +1620,17 @@ void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
             t[i][0] += row[i][step] * load(b);
             if (columns > LANES) t[i][1] += row[i][step] * load(b + LANES);
         }
-    for (int i = 0; i < TILE_M; i++) {
-        store(sum + i * TILE_N, t[i][0]);
-        store(sum + i * TILE_N + LANES, t[i][1]);
+    for (size_t i = 0; i < TILE_M; i++) {
+        if (i >= c.rows) break;
+        float *to = c.p + i * c.down, *from = start.p + i * start.down, sum[TILE_N];
+        if (columns % LANES == 0)
+            for (size_t j = 0; j < columns; j += LANES) store(to + j, load(from + j) + t[i][j / LANES]);
+        else {
+            store(sum, t[i][0]);
+            store(sum + LANES, t[i][1]);
+            for (size_t j = 0; j < columns; j++) to[j] = from[j] + sum[j];
+        }
     }
-    for (size_t i = 0; i < c.rows; i++)
-        #pragma omp simd
-        for (size_t j = 0; j < columns; j++)
-            c.p[i * c.down + j] = start.p[i * start.down + j] + sum[i * TILE_N + j];
 }
 
 // panel[rows, TILE_N] = b, at most TILE_N columns; zeros beside them.
