@@ -1636,8 +1636,9 @@ void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
 // panel[rows, TILE_N] = b, at most TILE_N columns; zeros beside them.
 static void pack(float *panel, Matrix b) {
     if (b.columns < TILE_N) memset(panel, 0, 4 * b.rows * TILE_N);
-    if (b.right == 1 && b.columns == TILE_N)
-        for (size_t k = 0; k < b.rows; k++) memcpy(panel + k * TILE_N, b.p + k * b.down, 4 * TILE_N);
+    if (b.right == 1)
+        for (size_t k = 0; k < b.rows; k++)
+            for (size_t j = 0; j < b.columns; j++) panel[k * TILE_N + j] = b.p[k * b.down + j];
     else
         for (size_t k0 = 0; k0 < b.rows; k0 += 16)
             for (size_t j = 0; j < b.columns; j++)
