@@ -1586,27 +1586,23 @@ static void   to_act(act *y, const float *x, size_t n) { copy(y, x, 4 * n); }
 static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 
 // ---- matrix products -------------------------------------------------------------------------------------
-// Element [i, j] stands at p[i·down + j·right]: a matrix, a matrix turned, a part of one.
+// Element [i, j] stands at p[i·down + j·right]: a matrix, a turned one, a part of one.
 typedef struct { float *p; size_t rows, columns, down, right; } Matrix;
 static float ZEROS[TILE_N];
-static const Matrix NOTHING = {ZEROS, 0, 0, 0, 0};      // zeros everywhere
+static const Matrix NOTHING = {ZEROS, 0, 0, 0, 0};      // zeros of any size
 static Matrix matrix(const float *p, size_t rows, size_t columns) {
     Matrix m = {(float *)p, rows, columns, columns, 1};
     return m;
 }
-static Matrix turned(Matrix m) {
-    Matrix t = {m.p, m.columns, m.rows, m.right, m.down};
-    return t;
-}
-// From [i, j] on, at most rows x columns.
-static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {
-    Matrix b = {m.p + i * m.down + j * m.right, least(rows, m.rows - i),
-                least(columns, m.columns - j), m.down, m.right};
-    return b;
+static Matrix turned(Matrix m) { Matrix t = {m.p, m.columns, m.rows, m.right, m.down}; return t; }
+static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {         // from [i, j] on
+    m.p += i * m.down + j * m.right;
+    m.rows = least(rows, m.rows - i), m.columns = least(columns, m.columns - j);
+    return m;
 }
 
-// c = start + a·b for one tile of c, whose sums stay in registers; b is a packed panel [a.columns, TILE_N] of which
-// `columns` count. Where c has fewer than TILE_M rows the last of a is repeated, and not stored.
+// One tile: c = start + a·b, at most TILE_M x TILE_N, whose sums stay in registers. b is a packed panel
+// [depth, TILE_N]. Where rows are fewer than TILE_M, the last one is repeated and not stored.
 static inline __attribute__((always_inline))
 void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
     const float *row[TILE_M];
@@ -1646,53 +1642,51 @@ static void pack(float *panel, Matrix b) {
                     panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]: start NOTHING, a bias in every row, or c itself. A sum runs over k from 0 to K−1
-// and is added to c every TILE_K terms.
+// c[M, N] = start + a[M, K]·b[K, N] on this thread; start is NOTHING, or a bias for all rows, or c itself.
+// A sum runs over k from 0 to K−1, TILE_K terms at a time.
 static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
     float panel[TILE_K * TILE_N];
-    for (size_t j = 0; j < c.columns; j += TILE_N) {
-        size_t k = 0;
-        do {
-            Matrix from = k ? c : start, part = slice(b, k, j, TILE_K, TILE_N);
-            pack(panel, part);
+    for (size_t j = 0; j < c.columns; j += TILE_N)
+        for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
+            pack(panel, slice(b, k, j, TILE_K, TILE_N));
             for (size_t i = 0; i < c.rows; i += TILE_M) {
-                Matrix to = slice(c, i, j, TILE_M, TILE_N), ai = slice(a, i, k, TILE_M, TILE_K);
-                Matrix fi = slice(from, i, j, 0, 0);
-                if (to.columns == TILE_N) tile(to, fi, ai, panel, TILE_N);
-                else if (to.columns == LANES) tile(to, fi, ai, panel, LANES);
-                else tile(to, fi, ai, panel, to.columns);
+                Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
+                Matrix left = slice(a, i, k, TILE_M, TILE_K);
+                if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
+                else if (to.columns == LANES) tile(to, from, left, panel, LANES);
+                else tile(to, from, left, panel, to.columns);
             }
-        } while ((k += TILE_K) < a.columns);
-    }
+        }
 }
 
-// The same on all threads.
+// The same on all threads. Views make it the forward product, dx and dw alike.
 static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
     size_t across = blocks_of(c.columns, TILE_N), tasks = across * blocks_of(c.rows, TASK_M);
     #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
     for (size_t task = 0; task < tasks; task++) {
         size_t i = task / across * TASK_M, j = task % across * TILE_N;
-        multiply(slice(c, i, j, TASK_M, TILE_N), slice(start, i, j, 0, 0), slice(a, i, 0, TASK_M, a.columns),
-                slice(b, 0, j, b.rows, TILE_N));
+        multiply(slice(c, i, j, TASK_M, TILE_N), slice(start, i, j, 0, 0), slice(a, i, 0, TASK_M, SIZE_MAX),
+                 slice(b, 0, j, SIZE_MAX, TILE_N));
     }
 }
 
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
 // By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
-    size_t D = r.dim, pieces = blocks_of(r.n, SUM_ROWS);
+    size_t D = r.dim, end;
     if (!sum.p) return;
-    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    #pragma omp parallel for private(end) if (numbers(r) > PARALLEL)
     for (size_t j = 0; j < D; j += TILE_N)
-        for (size_t piece = 0; piece < r.B * pieces; piece++) {
-            float part[TILE_N] = {0};
-            size_t columns = least(TILE_N, D - j), b = piece / pieces, first = piece % pieces * SUM_ROWS;
-            for (size_t row = b * r.n + first; row < b * r.n + least(first + SUM_ROWS, r.n); row++) {
-                float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
-                for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
+        for (size_t row = 0; row < count_of(r); row = end) {
+            float part[TILE_N] = {0}, *to = of_sample(sum, row / r.n) + j;
+            size_t columns = least(TILE_N, D - j);
+            end = least(row + SUM_ROWS, (row / r.n + 1) * r.n);
+            for (size_t k = row; k < end; k++) {
+                float mean = stat ? stat[2 * k] : 0.0f, rstd = stat ? stat[2 * k + 1] : 1.0f;
+                for (size_t i = 0, at = k * D + j; i < columns; i++, at++)
                     part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
             }
-            for (size_t i = 0; i < columns; i++) sum.p[b * sum.stride + j + i] += part[i];
+            for (size_t i = 0; i < columns; i++) to[i] += part[i];
         }
 }
 
@@ -1768,15 +1762,13 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax
     for (size_t i = 0; i < rows; i++) {
         const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n);
         const float *shift = of_sample(a.shift, i / r.n);
-        float mean = 0.0f, var = 0.0f;
+        float *to = h + i * D, mean = 0.0f;
         #pragma omp simd reduction(+ : mean)
         for (size_t d = 0; d < D; d++) mean += row[d];
         mean /= (float)D;
-        #pragma omp simd reduction(+ : var)
-        for (size_t d = 0; d < D; d++) var += (row[d] - mean) * (row[d] - mean);
-        float rstd = 1.0f / sqrtf(var / (float)D + eps);
-        #pragma omp simd
-        for (size_t d = 0; d < D; d++) h[i * D + d] = (row[d] - mean) * rstd * (a.one + scale[d]) + shift[d];
+        for (size_t d = 0; d < D; d++) to[d] = row[d] - mean;
+        float rstd = 1.0f / sqrtf(inner(to, to, D) / (float)D + eps);
+        for (size_t d = 0; d < D; d++) to[d] = to[d] * rstd * (a.one + scale[d]) + shift[d];
         stat[2 * i] = mean;
         stat[2 * i + 1] = rstd;
     }
@@ -1841,11 +1833,7 @@ static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x,
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
         const float *xr = x + i * D;
-        float *yr = y + i * D, squares = 0.0f;
-        #pragma omp simd reduction(+ : squares)
-        for (size_t d = 0; d < D; d++) squares += xr[d] * xr[d];
-        float scale = 1.0f / sqrtf(squares / (float)D + eps);
-        #pragma omp simd
+        float *yr = y + i * D, scale = 1.0f / sqrtf(inner(xr, xr, D) / (float)D + eps);
         for (size_t d = 0; d < D; d++) yr[d] = xr[d] * scale * w[d];
         rstd[i] = scale;
         if (rope) rotate(yr, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
@@ -1867,12 +1855,10 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
     #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t row = 0; row < count_of(r); row++) {
         const float *xr = x + row * D;
-        float *g = dx + row * D, sum = 0.0f;
-        #pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < D; i++) sum += g[i] * w[i] * xr[i];
-        sum *= rstd[row] * rstd[row] / (float)D;
-        #pragma omp simd
-        for (size_t i = 0; i < D; i++) g[i] = g[i] * w[i] - xr[i] * sum;
+        float *g = dx + row * D;
+        for (size_t i = 0; i < D; i++) g[i] *= w[i];
+        float mean = inner(g, xr, D) * rstd[row] * rstd[row] / (float)D;
+        for (size_t i = 0; i < D; i++) g[i] -= xr[i] * mean;
     }
 }
 
@@ -1934,10 +1920,10 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
 //   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√dim,  dq = dS·k,  dk = dS^T·q.
 // P is computed again for QUERIES queries at a time; dk and dv are sums over them.
 static void attend_backward(Head d, Head t) {
-    size_t dim = t.q.columns, keys = t.k.rows, first = 0;
+    size_t dim = t.q.columns, keys = t.k.rows;
     float *room = (float *)scratch(8 * QUERIES * keys), lse2[QUERIES], delta[QUERIES];
     float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(M_LOG2E / sqrt((double)dim));
-    do {
+    for (size_t first = 0; first == 0 || first < t.q.rows; first += QUERIES) {
         Matrix q = slice(t.q, first, 0, QUERIES, dim), dout = slice(d.o, first, 0, QUERIES, dim);
         Matrix p = matrix(room, keys, q.rows), ds = matrix(room + keys * q.rows, keys, q.rows);
         for (size_t j = 0; j < q.rows; j++) {
@@ -1954,7 +1940,7 @@ static void attend_backward(Head d, Head t) {
         multiply(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(ds), t.k);
         multiply(d.k, first ? d.k : NOTHING, ds, q);
         multiply(d.v, first ? d.v : NOTHING, p, dout);
-    } while ((first += QUERIES) < t.q.rows);
+    }
     free(room);
 }
 
