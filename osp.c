@@ -1545,18 +1545,22 @@ enum {
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
     TASK_M = 512,           // rows of a product that one task computes with each panel
     SUM_ROWS = 64,          // rows that a sum over rows takes at a time
-    KEYS = 64,              // attention: keys taken at a time
-    QUERIES = 16 * TILE_N,  // attention forward: queries that one task carries through all keys
+    QUERIES = 128,          // attention: queries that a task takes at a time
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
 
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
-static inline const float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
+static inline float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
+static inline float inner(const float *a, const float *b, size_t n) {
+    float sum = 0.0f;
+    #pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
 
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
@@ -1582,110 +1586,121 @@ static void   to_act(act *y, const float *x, size_t n) { copy(y, x, 4 * n); }
 static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 
 // ---- matrix products -------------------------------------------------------------------------------------
-// A matrix that may lie in memory either way: element [i, k] stands at p + i·row + k·col.
-typedef struct { const float *p; size_t row, col; } View;
-static View matrix(const float *p, size_t columns) { View v = {p, columns, 1}; return v; }
-static View turned(View v) { View w = {v.p, v.col, v.row}; return w; }
-static View at(View v, size_t i, size_t k) { View w = {v.p + i * v.row + k * v.col, v.row, v.col}; return w; }
+// Element [i, j] stands at p[i·down + j·right]: a matrix, a turned one, a part of one.
+typedef struct { float *p; size_t rows, columns, down, right; } Matrix;
+static float ZEROS[TILE_N];
+static const Matrix NOTHING = {ZEROS, 0, 0, 0, 0};      // zeros of any size
+static Matrix matrix(const float *p, size_t rows, size_t columns) {
+    Matrix m = {(float *)p, rows, columns, columns, 1};
+    return m;
+}
+static Matrix turned(Matrix m) { Matrix t = {m.p, m.columns, m.rows, m.right, m.down}; return t; }
+static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {         // from [i, j] on
+    m.p += i * m.down + j * m.right;
+    m.rows = least(rows, m.rows - i), m.columns = least(columns, m.columns - j);
+    return m;
+}
 
-// One tile: c[i, j] = start[i, j] + Σ_k a[i, k]·b[k, j], i < min(rows, TILE_M), j < TILE_N, k < depth;
-// start_row 0: one row for all; start NULL: 0. b is a packed panel [depth, TILE_N]. All sums stay in
-// registers. Where rows are fewer than TILE_M the last one is repeated, and not stored.
-INLINE void tile(float *c, size_t c_row, const float *start, size_t start_row, View a, size_t rows,
-                 const float *b, size_t depth) {
-    const float *p[TILE_M];
+// One tile: c = start + a·b, at most TILE_M x TILE_N, whose sums stay in registers. b is a packed panel
+// [depth, TILE_N]. Where rows are fewer than TILE_M, the last one is repeated and not stored.
+static inline __attribute__((always_inline))
+void tile(Matrix c, Matrix start, Matrix a, const float *b, size_t columns) {
+    const float *row[TILE_M];
     vec t[TILE_M][2], none = {0};
     for (size_t i = 0; i < TILE_M; i++) {
-        size_t row = least(i, rows - 1);
-        p[i] = a.p + row * a.row;
-        for (int half = 0; half < 2; half++)
-            t[i][half] = start ? load(start + row * start_row + half * LANES) : none;
+        row[i] = a.p + least(i, c.rows - 1) * a.down;
+        t[i][0] = t[i][1] = none;
     }
-    for (size_t k = 0, step = 0; k < depth; k++, step += a.col, b += TILE_N) {
-        vec b0 = load(b), b1 = load(b + LANES);
+    for (size_t k = 0, step = 0; k < a.columns; k++, step += a.right, b += TILE_N)
         for (int i = 0; i < TILE_M; i++) {
-            t[i][0] += p[i][step] * b0;
-            t[i][1] += p[i][step] * b1;
+            t[i][0] += row[i][step] * load(b);
+            if (columns > LANES) t[i][1] += row[i][step] * load(b + LANES);
+        }
+    for (size_t i = 0; i < TILE_M; i++) {
+        if (i >= c.rows) break;
+        float *to = c.p + i * c.down, *from = start.p + i * start.down, sum[TILE_N];
+        if (columns % LANES == 0)
+            for (size_t j = 0; j < columns; j += LANES) store(to + j, load(from + j) + t[i][j / LANES]);
+        else {
+            store(sum, t[i][0]);
+            store(sum + LANES, t[i][1]);
+            for (size_t j = 0; j < columns; j++) to[j] = from[j] + sum[j];
         }
     }
-    for (size_t i = 0; i < TILE_M; i++) {
-        if (i >= rows) break;
-        store(c + i * c_row, t[i][0]);
-        store(c + i * c_row + LANES, t[i][1]);
-    }
 }
 
-// panel[depth, TILE_N] = the first `columns` columns of b; zeros beside them.
-static void pack(float *panel, View b, size_t depth, size_t columns) {
-    if (columns < TILE_N) memset(panel, 0, 4 * depth * TILE_N);
-    if (b.col == 1 && columns == TILE_N)
-        for (size_t k = 0; k < depth; k++) memcpy(panel + k * TILE_N, b.p + k * b.row, 4 * TILE_N);
+// panel[rows, TILE_N] = b, at most TILE_N columns; zeros beside them.
+static void pack(float *panel, Matrix b) {
+    if (b.columns < TILE_N) memset(panel, 0, 4 * b.rows * TILE_N);
+    if (b.right == 1)
+        for (size_t k = 0; k < b.rows; k++)
+            for (size_t j = 0; j < b.columns; j++) panel[k * TILE_N + j] = b.p[k * b.down + j];
     else
-        for (size_t k0 = 0; k0 < depth; k0 += 16)
-            for (size_t j = 0; j < columns; j++)
-                for (size_t k = k0, end = least(k0 + 16, depth); k < end; k++)
-                    panel[k * TILE_N + j] = b.p[k * b.row + j * b.col];
+        for (size_t k0 = 0; k0 < b.rows; k0 += 16)
+            for (size_t j = 0; j < b.columns; j++)
+                for (size_t k = k0, end = least(k0 + 16, b.rows); k < end; k++)
+                    panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]; start is bias[N] (may be NULL), or c itself where add. Views make this
-// the forward product, dx and dw alike. A sum runs over k from 0 to K−1, stored in c every TILE_K terms.
-static void matmul(float *c, const float *bias, bool add, View a, View b, size_t M, size_t N, size_t K) {
-    size_t panels = blocks_of(N, TILE_N), tasks = panels * blocks_of(M, TASK_M);
-    #pragma omp parallel for schedule(dynamic) if (M * N * K > 8 * PARALLEL)
-    for (size_t task = 0; task < tasks; task++) {
-        float panel[TILE_K * TILE_N], head[TILE_N] = {0}, edge[TILE_M * TILE_N];
-        size_t first = task / panels * TASK_M, last = least(first + TASK_M, M);
-        size_t j = task % panels * TILE_N, columns = least(TILE_N, N - j);
-        if (bias) memcpy(head, bias + j, 4 * columns);
-        for (size_t k = 0; k < K; k += TILE_K) {
-            size_t depth = least(TILE_K, K - k);
-            pack(panel, at(b, k, j), depth, columns);
-            for (size_t i = first; i < last; i += TILE_M) {
-                size_t rows = least(TILE_M, last - i), row = add || k ? N : 0;
-                float *cij = c + i * N + j;
-                const float *start = row ? cij : head;
-                View ai = at(a, i, k);
-                if (columns == TILE_N) { tile(cij, N, start, row, ai, rows, panel, depth); continue; }
-                for (size_t r = 0; r < rows; r++) memcpy(edge + r * TILE_N, start + r * row, 4 * columns);
-                tile(edge, TILE_N, edge, TILE_N, ai, rows, panel, depth);
-                for (size_t r = 0; r < rows; r++) memcpy(cij + r * N, edge + r * TILE_N, 4 * columns);
+// c[M, N] = start + a[M, K]·b[K, N] on this thread; start is NOTHING, or a bias for all rows, or c itself.
+// A sum runs over k from 0 to K−1, TILE_K terms at a time.
+static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
+    float panel[TILE_K * TILE_N];
+    for (size_t j = 0; j < c.columns; j += TILE_N)
+        for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
+            pack(panel, slice(b, k, j, TILE_K, TILE_N));
+            for (size_t i = 0; i < c.rows; i += TILE_M) {
+                Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
+                Matrix left = slice(a, i, k, TILE_M, TILE_K);
+                if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
+                else if (to.columns == LANES) tile(to, from, left, panel, LANES);
+                else tile(to, from, left, panel, to.columns);
             }
         }
+}
+
+// The same on all threads. Views make it the forward product, dx and dw alike.
+static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
+    size_t across = blocks_of(c.columns, TILE_N), tasks = across * blocks_of(c.rows, TASK_M);
+    #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
+    for (size_t task = 0; task < tasks; task++) {
+        size_t i = task / across * TASK_M, j = task % across * TILE_N;
+        multiply(slice(c, i, j, TASK_M, TILE_N), slice(start, i, j, 0, 0), slice(a, i, 0, TASK_M, SIZE_MAX),
+                 slice(b, 0, j, SIZE_MAX, TILE_N));
     }
 }
 
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
 // By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
-    size_t D = r.dim, pieces = blocks_of(r.n, SUM_ROWS);
+    size_t D = r.dim, end;
     if (!sum.p) return;
-    #pragma omp parallel for if (numbers(r) > PARALLEL)
+    #pragma omp parallel for private(end) if (numbers(r) > PARALLEL)
     for (size_t j = 0; j < D; j += TILE_N)
-        for (size_t piece = 0; piece < r.B * pieces; piece++) {
-            float part[TILE_N] = {0};
-            size_t columns = least(TILE_N, D - j), b = piece / pieces, first = piece % pieces * SUM_ROWS;
-            for (size_t row = b * r.n + first; row < b * r.n + least(first + SUM_ROWS, r.n); row++) {
-                float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
-                for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
+        for (size_t row = 0; row < count_of(r); row = end) {
+            float part[TILE_N] = {0}, *to = of_sample(sum, row / r.n) + j;
+            size_t columns = least(TILE_N, D - j);
+            end = least(row + SUM_ROWS, (row / r.n + 1) * r.n);
+            for (size_t k = row; k < end; k++) {
+                float mean = stat ? stat[2 * k] : 0.0f, rstd = stat ? stat[2 * k + 1] : 1.0f;
+                for (size_t i = 0, at = k * D + j; i < columns; i++, at++)
                     part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
             }
-            for (size_t i = 0; i < columns; i++) sum.p[b * sum.stride + j + i] += part[i];
+            for (size_t i = 0; i < columns; i++) to[i] += part[i];
         }
 }
 
-// With few rows (the timestep's) the bias comes last, which rounds less: e0 may nearly cancel `modulation`.
 static void linear_forward(act *y, Factor x, Factor w, const act *b, size_t rows, int out, int in) {
-    bool after = b && rows < 64;
-    matmul(y, after ? NULL : b, false, matrix(x.x, in), turned(matrix(w.x, in)), rows, out, in);
-    for (size_t i = 0; after && i < rows * out; i++) y[i] += b[i % out];
+    Matrix bias = {(float *)b, rows, (size_t)out, 0, 1};
+    matmul(matrix(y, rows, out), b ? bias : NOTHING, matrix(x.x, rows, in), turned(matrix(w.x, out, in)));
 }
 
 static void linear_backward(act *dx, float *dw, float *db, Factor dy, Factor x, Factor w, size_t rows,
                             int out, int in, bool accumulate) {
-    View dys = matrix(dy.x, out);
+    Matrix to_x = matrix(dx, rows, in), to_w = matrix(dw, out, in), from = matrix(dy.x, rows, out);
     Rows all = {1, rows, out};
-    if (dx) matmul(dx, NULL, accumulate, dys, matrix(w.x, in), rows, in, out);
-    if (dw) matmul(dw, NULL, true, turned(dys), matrix(x.x, in), out, in, rows);
+    if (dx) matmul(to_x, accumulate ? to_x : NOTHING, from, matrix(w.x, out, in));
+    if (dw) matmul(to_w, to_w, turned(from), matrix(x.x, rows, in));
     column_sums(shared(db), dy.x, NULL, NULL, all);
 }
 
@@ -1747,15 +1762,13 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax
     for (size_t i = 0; i < rows; i++) {
         const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n);
         const float *shift = of_sample(a.shift, i / r.n);
-        float mean = 0.0f, var = 0.0f;
+        float *to = h + i * D, mean = 0.0f;
         #pragma omp simd reduction(+ : mean)
         for (size_t d = 0; d < D; d++) mean += row[d];
         mean /= (float)D;
-        #pragma omp simd reduction(+ : var)
-        for (size_t d = 0; d < D; d++) var += (row[d] - mean) * (row[d] - mean);
-        float rstd = 1.0f / sqrtf(var / (float)D + eps);
-        #pragma omp simd
-        for (size_t d = 0; d < D; d++) h[i * D + d] = (row[d] - mean) * rstd * (a.one + scale[d]) + shift[d];
+        for (size_t d = 0; d < D; d++) to[d] = row[d] - mean;
+        float rstd = 1.0f / sqrtf(inner(to, to, D) / (float)D + eps);
+        for (size_t d = 0; d < D; d++) to[d] = to[d] * rstd * (a.one + scale[d]) + shift[d];
         stat[2 * i] = mean;
         stat[2 * i + 1] = rstd;
     }
@@ -1820,11 +1833,7 @@ static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x,
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
         const float *xr = x + i * D;
-        float *yr = y + i * D, squares = 0.0f;
-        #pragma omp simd reduction(+ : squares)
-        for (size_t d = 0; d < D; d++) squares += xr[d] * xr[d];
-        float scale = 1.0f / sqrtf(squares / (float)D + eps);
-        #pragma omp simd
+        float *yr = y + i * D, scale = 1.0f / sqrtf(inner(xr, xr, D) / (float)D + eps);
         for (size_t d = 0; d < D; d++) yr[d] = xr[d] * scale * w[d];
         rstd[i] = scale;
         if (rope) rotate(yr, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
@@ -1846,181 +1855,93 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
     #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t row = 0; row < count_of(r); row++) {
         const float *xr = x + row * D;
-        float *g = dx + row * D, sum = 0.0f;
-        #pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < D; i++) sum += g[i] * w[i] * xr[i];
-        sum *= rstd[row] * rstd[row] / (float)D;
-        #pragma omp simd
-        for (size_t i = 0; i < D; i++) g[i] = g[i] * w[i] - xr[i] * sum;
+        float *g = dx + row * D;
+        for (size_t i = 0; i < D; i++) g[i] *= w[i];
+        float mean = inner(g, xr, D) * rstd[row] * rstd[row] / (float)D;
+        for (size_t i = 0; i < D; i++) g[i] -= xr[i] * mean;
     }
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
-// Scores stand transposed, s[key, query], TILE_N queries side by side in the lanes: maximum, sum and exp run
-// down the keys without crossing lanes, and exp(s) is already the packed panel that the product with v wants.
-// Everything is kept in powers of two: p = 2^(c·s − m), c = log2(e)/√head_dim.
-#define LOG2E 1.44269504088896341
+// A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. The scores stand
+// transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
+// Everything is kept in powers of two: P = 2^(c·(S − max)), c = log2(e)/√head_dim.
 
-// What one task works on: head h of queries q0..q1-1 against keys k0..k1-1.
-typedef struct { size_t q0, q1, k0, k1, h, heads, dim; } Head;
+// One head of one sequence: what it has of each tensor.
+typedef struct { Matrix q, k, v, o; float *lse; size_t heads; } Head;
 
-// A head of a sequence, and `span` of its queries after the first `skip`.
-static Head head_of(const Sequences *s, size_t task, int heads, int head_dim, size_t skip, size_t span) {
-    size_t i = task / heads, end = (size_t)s->q[i + 1], q0 = least(s->q[i] + skip, end);
-    Head t = {q0, least(q0 + span, end), (size_t)s->k[i], (size_t)s->k[i + 1], task % heads, (size_t)heads,
-              (size_t)head_dim};
+static Head head_of(const float *q, const float *k, const float *v, const float *o, const float *lse,
+                    const Sequences *s, size_t task, size_t heads, size_t dim) {
+    size_t i = task / heads, h = task % heads, D = heads * dim, at = h * dim;
+    size_t q0 = (size_t)s->q[i], q1 = (size_t)s->q[i + 1], k0 = (size_t)s->k[i], k1 = (size_t)s->k[i + 1];
+    Head t = {slice(matrix(q, q1, D), q0, at, q1, dim), slice(matrix(k, k1, D), k0, at, k1, dim),
+              slice(matrix(v, k1, D), k0, at, k1, dim), slice(matrix(o, q1, D), q0, at, q1, dim),
+              lse ? (float *)lse + q0 * heads + h : NULL, heads};
     return t;
 }
 
-// The head's columns of x[.., heads·dim], from row `first` on.
-static View head_rows(const float *x, size_t first, Head t) {
-    View v = {x + (first * t.heads + t.h) * t.dim, t.heads * t.dim, 1};
-    return v;
-}
-
-// block[n, dim] = the head's columns of n rows; and back, scaled.
-static void take_rows(float *block, const float *x, size_t first, size_t n, Head t) {
-    for (size_t i = 0; i < n; i++) memcpy(block + i * t.dim, head_rows(x, first + i, t).p, 4 * t.dim);
-}
-INLINE void put_rows(float *x, View block, float scale, size_t first, size_t n, Head t) {
-    for (size_t i = 0; i < n; i++, x += t.heads * t.dim)
-        for (size_t d = 0; d < t.dim; d++)
-            x[(first * t.heads + t.h) * t.dim + d] = scale * block.p[i * block.row + d * block.col];
-}
-
-// c[rows, columns] = a[rows, depth]·b[depth, columns], or += where add; b in panels of TILE_N columns.
-INLINE void tiles(float *c, size_t columns, bool add, View a, size_t rows, const float *b, size_t depth) {
-    for (size_t j = 0; j < columns; j += TILE_N)
-        for (size_t i = 0; i < rows; i += TILE_M) {
-            float *to = c + i * columns + j;
-            tile(to, columns, add ? to : NULL, columns, at(a, i, 0), rows - i, b + j * depth, depth);
+// o = softmax(q·k^T/√dim)·v for QUERIES queries from `first` on.
+static void attend(Head t, size_t first) {
+    if (first >= t.q.rows) return;
+    size_t dim = t.q.columns, keys = t.k.rows;
+    Matrix q = slice(t.q, first, 0, QUERIES, dim), o = slice(t.o, first, 0, QUERIES, dim);
+    size_t n = q.rows;
+    Matrix s = matrix((float *)scratch(4 * QUERIES * keys), keys, n);
+    float top[QUERIES], sum[QUERIES] = {0}, c = (float)(M_LOG2E / sqrt((double)dim));
+    for (int j = 0; j < QUERIES; j++) top[j] = -INFINITY;
+    multiply(s, NOTHING, t.k, turned(q));
+    for (float *row = s.p; row < s.p + keys * n; row += n)
+        for (size_t j = 0; j < n; j++) top[j] = c * row[j] > top[j] ? c * row[j] : top[j];
+    for (float *row = s.p; row < s.p + keys * n; row += n)
+        for (size_t j = 0; j < n; j++) {
+            row[j] = exp2_fast(c * row[j] - top[j]);
+            sum[j] += row[j];
         }
-}
-
-// One step of the running softmax: s[n, query] becomes 2^(c·s − m) under the new maximum m, sum[query] and
-// o[head_dim, query] are scaled from the old maximum to the new one, and sum takes the new terms.
-static void softmax_step(float *s, float *m, float *sum, float *o, float c, size_t n, size_t head_dim) {
-    float top[TILE_N], shrink[TILE_N], part[TILE_N] = {0};
-    memcpy(top, s, sizeof top);
-    for (size_t i = 1; i < n; i++)
-        for (int j = 0; j < TILE_N; j++) top[j] = s[i * TILE_N + j] > top[j] ? s[i * TILE_N + j] : top[j];
-    for (int j = 0; j < TILE_N; j++) {
-        float now = c * top[j] > m[j] ? c * top[j] : m[j];
-        shrink[j] = exp2_fast(m[j] - now);
-        m[j] = now;
+    multiply(o, NOTHING, turned(s), t.v);
+    for (size_t i = 0; i < o.rows && keys; i++) {
+        for (size_t d = 0; d < dim; d++) o.p[i * o.down + d] /= sum[i];
+        if (t.lse) t.lse[(first + i) * t.heads] = (float)((top[i] + log2((double)sum[i])) / M_LOG2E);
     }
-    for (size_t i = 0; i < n; i++)
-        for (int j = 0; j < TILE_N; j++) {
-            float p = exp2_fast(c * s[i * TILE_N + j] - m[j]);
-            s[i * TILE_N + j] = p;
-            part[j] += p;
-        }
-    for (int j = 0; j < TILE_N; j++) sum[j] = sum[j] * shrink[j] + part[j];
-    for (size_t d = 0; d < head_dim; d++)
-        for (int j = 0; j < TILE_N; j++) o[d * TILE_N + j] *= shrink[j];
-}
-
-// One task: its queries, in blocks of TILE_N, through all keys of their sequence.
-static void attend(act *o, float *lse, const act *q, const act *k, const act *v, Head t) {
-    size_t count = t.q1 - t.q0, all = blocks_of(count, TILE_N) * TILE_N * t.dim, keys = KEYS * t.dim;
-    float m[QUERIES], sum[QUERIES] = {0}, s[KEYS * TILE_N], c = (float)(LOG2E / sqrt((double)t.dim));
-    float *qt = (float *)scratch(8 * (all + keys)), *ot = qt + all, *kb = ot + all, *vb = kb + keys;
-    memset(ot, 0, 4 * all);
-    for (int j = 0; j < QUERIES; j++) m[j] = -INFINITY;
-    for (size_t i = 0; i < count; i += TILE_N)
-        pack(qt + i * t.dim, turned(head_rows(q, t.q0 + i, t)), t.dim, least(TILE_N, count - i));
-    for (size_t key = t.k0; key < t.k1; key += KEYS) {
-        size_t n = least(KEYS, t.k1 - key);
-        take_rows(kb, k, key, n, t);
-        take_rows(vb, v, key, n, t);
-        for (size_t i = 0; i < count; i += TILE_N) {
-            tiles(s, TILE_N, false, matrix(kb, t.dim), n, qt + i * t.dim, t.dim);
-            softmax_step(s, m + i, sum + i, ot + i * t.dim, c, n, t.dim);
-            tiles(ot + i * t.dim, TILE_N, true, turned(matrix(vb, t.dim)), t.dim, s, n);
-        }
-    }
-    for (size_t i = 0; i < count; i++) {
-        float *column = ot + i / TILE_N * TILE_N * t.dim + i % TILE_N, inverse = 1.0f / sum[i];
-        put_rows(o, turned(matrix(column, TILE_N)), sum[i] == 0.0f ? 0.0f : inverse, t.q0 + i, 1, t);
-        if (lse) lse[(t.q0 + i) * t.heads + t.h] = (float)((m[i] + log2((double)sum[i])) / LOG2E);
-    }
-    free(qt);
+    free(s.p);
 }
 
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    size_t queries = (size_t)s->q[s->count];
+    int most = 0;
+    for (int i = 0; i < s->count; i++) if (s->q[i + 1] - s->q[i] > most) most = s->q[i + 1] - s->q[i];
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int task = 0; task < s->count * heads; task++)
-        for (size_t skip = 0; skip < queries; skip += QUERIES) {
-            Head t = head_of(s, task, heads, head_dim, skip, QUERIES);
-            if (t.q0 < t.q1) attend(o, lse, q.x, k.x, v, t);
-        }
-    if (amax) absmax(amax, o, queries * heads * head_dim);
-}
-
-// A block of n queries: transposed, xt[dim, TILE_N], and in ⌈dim/TILE_N⌉ panels xr[TILE_N, TILE_N dims],
-// whose rows from n on the caller has zeroed.
-static void pack_queries(float *xt, float *xr, View x, size_t n, size_t dim) {
-    pack(xt, turned(x), dim, n);
-    for (size_t d = 0; d < dim; d += TILE_N) pack(xr + d * TILE_N, at(x, 0, d), n, least(TILE_N, dim - d));
-}
-
-// s[n, query] becomes P, dp becomes dS up to the factor 1/√head_dim (names and equations below).
-static void softmax_back(float *s, float *dp, const float *lse2, const float *delta, float c, size_t n) {
-    for (size_t i = 0; i < n; i++, s += TILE_N, dp += TILE_N)
-        for (int j = 0; j < TILE_N; j++) {
-            s[j] = exp2_fast(c * s[j] - lse2[j]);
-            dp[j] = s[j] * (dp[j] - delta[j]);
-        }
+        for (int first = 0; first < most; first += QUERIES)
+            attend(head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim), first);
+    if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
 }
 
 // The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
-//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
-// P is computed again, one tile at a time; dq is gathered over key blocks, dk and dv over query blocks.
-static void attend_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
-                            const act *v, const act *o, const float *lse, Head t) {
-    size_t count = t.q1 - t.q0, queries = blocks_of(count, TILE_N) * TILE_N;
-    size_t wide = blocks_of(t.dim, TILE_N) * TILE_N, all = queries * wide, keys = KEYS * wide;
-    float scale = (float)(1.0 / sqrt((double)t.dim)), c = (float)(LOG2E / sqrt((double)t.dim));
-    float p[KEYS * TILE_N], ds[KEYS * TILE_N];
-    float *qt = (float *)scratch(4 * (5 * all + 2 * queries + 4 * keys)), *dout_t = qt + all;
-    float *dqt = dout_t + all, *qr = dqt + all, *dout_r = qr + all, *lse2 = dout_r + all;
-    float *delta = lse2 + queries, *kb = delta + queries, *vb = kb + keys, *dkb = vb + keys;
-    float *dvb = dkb + keys;
-    memset(dqt, 0, 4 * (3 * all + 2 * queries));
-    for (size_t i = 0; i < count; i += TILE_N) {
-        size_t n = least(TILE_N, count - i);
-        pack_queries(qt + i * wide, qr + i * wide, head_rows(q, t.q0 + i, t), n, t.dim);
-        pack_queries(dout_t + i * wide, dout_r + i * wide, head_rows(dout, t.q0 + i, t), n, t.dim);
-    }
-    for (size_t i = 0; i < count; i++) {
-        const float *dout_i = head_rows(dout, t.q0 + i, t).p, *o_i = head_rows(o, t.q0 + i, t).p;
-        float sum = 0.0f;
-        #pragma omp simd reduction(+ : sum)
-        for (size_t d = 0; d < t.dim; d++) sum += dout_i[d] * o_i[d];
-        delta[i] = sum;
-        lse2[i] = (float)(LOG2E * lse[(t.q0 + i) * t.heads + t.h]);
-    }
-    for (size_t key = t.k0; key < t.k1; key += KEYS) {
-        size_t n = least(KEYS, t.k1 - key);
-        take_rows(kb, k, key, n, t);
-        take_rows(vb, v, key, n, t);
-        memset(dkb, 0, 4 * 2 * keys);
-        for (size_t i = 0; i < count; i += TILE_N) {
-            tiles(p, TILE_N, false, matrix(kb, t.dim), n, qt + i * wide, t.dim);
-            tiles(ds, TILE_N, false, matrix(vb, t.dim), n, dout_t + i * wide, t.dim);
-            softmax_back(p, ds, lse2 + i, delta + i, c, n);
-            tiles(dqt + i * wide, TILE_N, true, turned(matrix(kb, t.dim)), t.dim, ds, n);
-            tiles(dkb, wide, true, matrix(ds, TILE_N), n, qr + i * wide, TILE_N);
-            tiles(dvb, wide, true, matrix(p, TILE_N), n, dout_r + i * wide, TILE_N);
+//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√dim,  dq = dS·k,  dk = dS^T·q.
+// P is computed again for QUERIES queries at a time; dk and dv are sums over them.
+static void attend_backward(Head d, Head t) {
+    size_t dim = t.q.columns, keys = t.k.rows;
+    float *room = (float *)scratch(8 * QUERIES * keys), lse2[QUERIES], delta[QUERIES];
+    float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(M_LOG2E / sqrt((double)dim));
+    for (size_t first = 0; first == 0 || first < t.q.rows; first += QUERIES) {
+        Matrix q = slice(t.q, first, 0, QUERIES, dim), dout = slice(d.o, first, 0, QUERIES, dim);
+        Matrix p = matrix(room, keys, q.rows), ds = matrix(room + keys * q.rows, keys, q.rows);
+        for (size_t j = 0; j < q.rows; j++) {
+            lse2[j] = (float)(M_LOG2E * t.lse[(first + j) * t.heads]);
+            delta[j] = inner(dout.p + j * dout.down, t.o.p + (first + j) * t.o.down, dim);
         }
-        put_rows(dk, matrix(dkb, wide), scale, key, n, t);
-        put_rows(dv, matrix(dvb, wide), 1.0f, key, n, t);
+        multiply(p, NOTHING, t.k, turned(q));
+        multiply(ds, NOTHING, t.v, turned(dout));
+        for (size_t i = 0; i < keys; i++)
+            for (size_t j = 0, at = i * q.rows; j < q.rows; j++, at++) {
+                p.p[at] = exp2_fast(c * p.p[at] - lse2[j]);
+                ds.p[at] = p.p[at] * (ds.p[at] - delta[j]) * scale;
+            }
+        multiply(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(ds), t.k);
+        multiply(d.k, first ? d.k : NOTHING, ds, q);
+        multiply(d.v, first ? d.v : NOTHING, p, dout);
     }
-    for (size_t i = 0; i < count; i += TILE_N)
-        put_rows(dq, turned(matrix(dqt + i * wide, TILE_N)), scale, t.q0 + i, least(TILE_N, count - i), t);
-    free(qt);
+    free(room);
 }
 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
@@ -2028,8 +1949,8 @@ static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const
                                int head_dim) {
     #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < s->count * heads; task++)
-        attend_backward(dq, dk, dv, dout, q, k, v, o, lse,
-                        head_of(s, task, heads, head_dim, 0, SIZE_MAX / 2));
+        attend_backward(head_of(dq, dk, dv, dout, NULL, s, task, heads, head_dim),
+                        head_of(q, k, v, o, lse, s, task, heads, head_dim));
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
