@@ -473,7 +473,7 @@ static void check_gathers(int D) {
         plain[i] = x.h[r * D + d];
         want[i] = x.h[r * D + d] + gate.h[r / n * D + d] * y.h[r * D + d];
     }
-    int *at = to_device(map, count);
+    int *at = (int *)to_device(map, count);
     residual_gather_forward(got, x.f, y.a, per_sample(gate.h, B, D, true), at, count, rows);
     residual_gather_forward(bare, x.f, NULL, none, at, count, rows);
     gather_rows(copied, x.f, at, count, D * sizeof(float));
@@ -538,7 +538,7 @@ static void check_attention(const char *who, int n, const int *q, const int *k, 
             for (int h = 0; h < heads; h++) attention_formula(&t, a, h, k[i], k[i + 1] - k[i]);
     for (int i = 5 * D; odd && i < 6 * D; i++) x[i] = NAN;
     if (odd) qs = plain(up_act(x, nq));
-    Sequences s = {n, (int *)q, (int *)k, to_device(q, n + 1), to_device(k, n + 1)};
+    Sequences s = {n, (int *)q, (int *)k, (int *)to_device(q, n + 1), (int *)to_device(k, n + 1)};
     act *vs = up_act(v, nk), *o = spoiled_act(nq);
     float *lse = spoiled(nl), *amax = spoiled(1);
     attention_forward(o, lse, amax, qs, ks, vs, &s, heads, hd);
@@ -583,7 +583,7 @@ static void check_patches(bool channels_first) {
 
 static void check_words(void) {
     enum { L = 7, V = 5, D = 4, ROWS = 14 };
-    int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = to_device(ids, ROWS);
+    int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = (int *)to_device(ids, ROWS);
     Given table = given(2, V * D, 1), pos = given(3, L * D, 1), dy = given(4, ROWS * D, 1);
     float *grad = noise(5, V * D, 1), *want = floats(ROWS * D), *dtable = up(grad, V * D);
     act *y = spoiled_act(ROWS * D);
@@ -709,13 +709,12 @@ static Answer ask(Run *r, const Question *q) {
 static Ranks alone = {0, 1, 0, 1, false, {0}, {0}, {0}};     // one rank, one half
 static const TrainOptions SMALL_TRAINING = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
 static Run *run_on(Ranks *k, Model *m, int B, bool training) {
-    return run_new(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
+    return run_new(m, k, B, training);
 }
 static Run *run_of(Model *m, int B, bool training) { return run_on(&alone, m, B, training); }
 
-static void spoil_run(Run *r) {                          // every buffer (of a model without a word table)
-    Run *plan = run_plan(r->m, r->ranks, r->B, r->T, r->H, r->W, r->training);
-    spoil(r->saved[0].x0, run_place(plan, NULL));
+static void spoil_run(Run *r) {                          // every buffer
+    spoil(r->sin, run_place(run_plan(r->m, r->ranks, r->B, r->training), NULL));
 }
 
 // ==== golden/: what a file is, is seen from what it holds =================================================
@@ -1337,7 +1336,7 @@ static void check_one_kind(void) {
     for (int kind = 0; kind <= GROUP_WISE; kind++) {
         Config c = PRESETS[1];
         c.sparse = kind;
-        const Run *r = run_plan(model_layout(&c), &alone, 1, c.T, c.H_l / 2, c.W_l / 2, false);
+        const Run *r = run_plan(model_layout(&c), &alone, 1, false);
         for (int i = 0; i < c.num_layers; i++) {
             int want = i < 2 || i > 9 ? FULL : kind ? kind : i % 2 ? GROUP_WISE : TOKEN_WISE;
             wrong += r->saved[i].pattern != want;
@@ -1424,7 +1423,7 @@ static void check_checkpoint(const char *path, const char *kind) {
     Config stored = config_read(&f);
     model_allocate(read, true), weights_read(read, read->param, read->params, &f);
     for (int i = 0; i < CONFIG_ROWS; i++)
-        note(CONFIG[i], *config_field(&stored, i) != *config_field(&m->c, i));
+        note(CONFIG[i].name, *config_field(&stored, i) != *config_field(&m->c, i));
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i], *back = &read->param[i];
         size_t n = p->count;
@@ -2021,14 +2020,14 @@ static void bench_model(const BenchOptions *o) {
     if (act_size() == sizeof(float) && !o->force && flops_sum(block_flops(&c, FULL, T, H, W)) > 2e12)
         die("a forward takes %.0f TFLOP, too much for a CPU: --force runs it", work / 1e12);
     Model *m = random_model(&c, o->train, 1);
-    printf("memory: weights %.2f GiB, activations %.2f GiB\n", (double)model_bytes(m, o->train) / 0x1p30,
-           (double)run_place(run_plan(m, &alone, 1, T, H, W, o->train), NULL) / 0x1p30);
+    printf("memory: weights %.2f GiB, activations %.2f GiB\n", (double)model_place(model_layout(&c), NULL, o->train) / 0x1p30,
+           (double)run_place(run_plan(m, &alone, 1, o->train), NULL) / 0x1p30);
     if (o->train) optimizer_init(&trial.opt, m->w, m->dw, m->count);
     Run *r = trial_run(m, &alone, false, o->train);
     Timing s[2] = {{{0}, 0, 0}, {{0}, 0, 0}};
     for (int t = 0; t <= o->train; t++) s[t] = model_timing(r, t);
     print_parts(r, &s[0]);
-    device_free(r->saved[0].x0);                             // where the run's one arena begins
+    device_free(r->sin);                                     // where the run's one arena begins
     r = trial_run(m, &alone, true, o->train);
     for (int t = 0; t <= o->train; t++) {
         full[t] = timed(whole_step, r, 0, t);
@@ -2743,7 +2742,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"exchange: forward, have and want exchanged", "s->layout, next)->pack", "next, s->layout)->pack"},
     {"exchange: backward, have and want exchanged", "r->dx, have, want,", "r->dx, want, have,"},
     {"exchange: ranks unpack in order of arrival", "= arrival[holder[unit[i]]]++", "= (int)i"},
-    {"sampling: o not into oq in sparse blocks", "self.oq.x = s->self.o;", "self.oq.x = first->self.y;"},
+    {"sampling: o not into oq", "self->oq.x = self->o,", "self->oq.x = self->y,"},
     {"RoPE: h and w exchanged", "token / W % H, token % W}", "token % W, token / W % H}"},
     {"RoPE: not turned back in backward", "head_dim, -1.0f, heads", "head_dim, 1.0f, heads"},
     {"modulation: shift is scale", "of_row(e, row, rows, D)", "of_row(e, row + 1, rows, D)"},
