@@ -469,7 +469,7 @@ typedef struct {
 // One tensor of weights. w is the master copy; `compute` is what products read: w as act, with a LoRA merged,
 // rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. For codes
 // compute.x is only what they were made from.
-typedef struct {
+typedef struct Param {
     char name[64];
     int rank;
     size_t shape[5], count, offset;          // offset: floats into the arenas
@@ -479,6 +479,7 @@ typedef struct {
     bool exact;                              // the timestep's: float in all products
     bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
+    struct Param *lora;              // its adapter: A[rank, in], B[out, rank]; or NULL
 } Param;
 
 typedef struct { Param *w, *b; } Linear;  // [out, in], [out]
@@ -1105,19 +1106,23 @@ static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text
 
 static void show_progress(const char *what, int step, int steps, double began);
 
-// Noise x[B, C, T, 2H, 2W] becomes data, in place: Euler steps x += (σ_next − σ)·v.
-static void sample(Run *r, float *x, Text cond, Text uncond, int steps, double shift, double guidance) {
+// On the host, noise x[B, C, T, 2H, 2W] becomes data, in place: Euler steps x += (σ_next − σ)·v.
+static void sample(Run *r, float *host, Text cond, Text uncond, int steps, double shift, double guidance) {
     size_t count = r->B * latent_size(r);
     double *sigma = (double *)xalloc(steps + 1, sizeof(double)), began = seconds();
-    float *v = device_floats(count);
+    float *x = (float *)to_device(host, count), *v = device_floats(count);
     schedule(sigma, steps, shift);
     for (int i = 0; i < steps; i++) {
         if (r->show) show_progress("step", i, steps, began);
         guided_velocity(r, v, x, sigma[i], cond, uncond, guidance);
         lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i]), v, count);
     }
-    device_free(v);
-    free(sigma);
+    if (r->show) fputs("\r\033[K", stderr);
+    download(host, x, count * sizeof(float));
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite(host[i]))
+            die("the model made a number that is not finite; broken weights? or try --device-dtype f32");
+    device_free(x), device_free(v), free(sigma);
 }
 
 // ---- learning --------------------------------------------------------------------------------------------
@@ -1185,7 +1190,7 @@ static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *t, 
 struct Lora {
     int rank, count;
     float scale;                           // alpha / rank; 0: the model without its adapter, the reference
-    Param **target, *param;                // target[count]; param[2·count]: A[rank, in], B[out, rank] of each
+    Param *param;                          // [2·count]: A[rank, in], B[out, rank] of each
     float *w, *dw;                         // arenas of all A and B, n floats
     size_t n;
     act *a, *b, *d, *dw_act;  // room for one adapter's products
@@ -1194,22 +1199,21 @@ struct Lora {
 // p->compute.x += scale·B·A, after weights_prepare has cast W into it.
 static void lora_merge(Model *m, Param *p) {
     Lora *l = m->lora;
-    for (int i = 0; i < l->count; i++) {
-        const Param *A = &l->param[2 * i], *B = A + 1;
-        if (l->target[i] != p || l->scale == 0) continue;
-        float *scaled = (float *)l->dw_act;  // room for rank·dim floats (rank <= dim/2)
-        lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
-        to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
-        linear_backward(p->compute.x, NULL, NULL, plain(l->b), plain(NULL), plain(l->a), p->shape[0], l->rank,
-                        (int)p->shape[1], true);
-    }
+    if (!p->lora || l->scale == 0) return;
+    const Param *A = p->lora, *B = A + 1;
+    float *scaled = (float *)l->dw_act;  // room for rank·dim floats (rank <= dim/2)
+    lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
+    to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
+    linear_backward(p->compute.x, NULL, NULL, plain(l->b), plain(NULL), plain(l->a), p->shape[0], l->rank,
+                    (int)p->shape[1], true);
 }
 
 // dW -> dB = scale·dW·Aᵀ, dA = scale·Bᵀ·dW: the chain rule through W + scale·B·A. dW is used up.
 static void lora_backward(Model *m) {
     Lora *l = m->lora;
-    for (int i = 0; i < l->count; i++) {
-        Param *p = l->target[i], *A = &l->param[2 * i], *B = A + 1;
+    for (Param *p = m->param; p < m->param + m->params; p++) {
+        if (!p->lora) continue;
+        Param *A = p->lora, *B = A + 1;
         int in = (int)p->shape[1];
         size_t out = p->shape[0];
         lincomb(p->dw, l->scale, p->dw, 0, NULL, p->count);
@@ -2218,28 +2222,28 @@ static void model_random(Model *m, uint64_t seed) {
     }
 }
 
-// Adapters for q, k, v and o of both attentions.
+// Adapters for q, k, v and o of both attentions: the eight of each block.
 static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
-    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, most = 8 * m->c.num_layers;
+    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, A = act_size();
     float *host = floats(size);
-    l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
-    l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
-    l->w = device_floats(l->n), l->dw = device_floats(l->n);
-    l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
-    l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
-    for (Param *p = m->param, *ab = l->param; p < m->param + m->params; p++) {
+    l->rank = rank, l->scale = (float)(alpha / rank), l->count = 8 * m->c.num_layers;
+    Param *ab = l->param = (Param *)xalloc(2 * l->count, sizeof(Param));
+    l->n = 2 * l->count * step, l->w = device_floats(l->n), l->dw = device_floats(l->n);
+    l->a = (act *)device_alloc(size * A), l->b = (act *)device_alloc(size * A);
+    l->d = (act *)device_alloc(size * A), l->dw_act = (act *)device_alloc(D * D * A);
+    for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
-        for (int k = 0; k < 2; k++, ab++) {
-            snprintf(ab->name, sizeof ab->name, "%.*s.lora_%c.weight", (int)strlen(p->name) - 7, p->name,
-                     "AB"[k]);
-            ab->rank = 2, ab->count = size, ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
-            ab->offset = (ab - l->param) * step, ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
+        p->lora = ab;
+        for (size_t i = ab - l->param; ab < p->lora + 2; i++, ab++) {
+            int length = (int)(strlen(p->name) - strlen("weight"));
+            snprintf(ab->name, sizeof ab->name, "%.*slora_%c.weight", length, p->name, "AB"[i % 2]);
+            ab->rank = 2, ab->count = size, ab->shape[i % 2] = (size_t)rank, ab->shape[1 - i % 2] = D;
+            ab->offset = i * step, ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
+            for (size_t j = 0; j < size; j++)
+                host[j] = i % 2 ? 0 : rng_normal(seed, LORA_STREAM + i / 2, j) / (float)rank;
+            upload(ab->w, host, size * sizeof(float));
         }
-        for (size_t j = 0; j < size; j++)                                        // A; B stays 0
-            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / (float)rank;
-        upload(ab[-2].w, host, size * sizeof(float));
-        l->target[l->count++] = p;
     }
     free(host);
 }
@@ -2427,20 +2431,6 @@ static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
     size_t bytes = r->B * latent_size(r) * sizeof(float);
     Text text = {a->ids, NULL};
     upload(x, a->x, bytes), upload(target, a->target, bytes), text_set(r, text);
-}
-
-// sample() from noise to data on the host.
-static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, double shift,
-                        double guidance) {
-    size_t count = r->B * latent_size(r);
-    float *x = (float *)to_device(host, count);
-    sample(r, x, cond, uncond, steps, shift, guidance);
-    if (r->show) fputs("\r\033[K", stderr);
-    download(host, x, count * sizeof(float));
-    device_free(x);
-    for (size_t i = 0; i < count; i++)
-        if (!isfinite(host[i]))
-            die("the model made a number that is not finite; broken weights? or try --device-dtype f32");
 }
 
 static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const TrainOptions *train) {
@@ -3803,7 +3793,7 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
     for (int i = 0; i < count; i++) {
         x[i] = o->noise ? numbers_of(o->noise, "noise", size) : floats(size);
         if (!o->noise) noise_fill(x[i], size, o->seed, SAMPLE_STREAM, (uint64_t)i * size);
-        sample_host(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
+        sample(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
         if (c->vocab) cond.ids += c->text_len;
     }
 }
@@ -3887,7 +3877,7 @@ static void evaluate(double *mean, double *error, Run *r, int clips, int steps, 
             caption_ids(ids + b * L, L, text);
         }
         noise_fill(x, r->B * size, seed, SAMPLE_STREAM, first * size);
-        sample_host(r, x, cond, uncond, steps, shift, guidance);
+        sample(r, x, cond, uncond, steps, shift, guidance);
         for (int b = 0; b < r->B && first + b < clips; b++) {
             shapes_score(score, x + b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
             for (int s = 0; s < N_SCORES; s++) {

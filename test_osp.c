@@ -942,7 +942,7 @@ static void check_sampler(void) {
     }
     worst_row(1e-6, "sigmas, timesteps, training's shift and sigma,");
     Run *r = golden_run(1, false, false);
-    float *x = up_golden("noise"), *v = spoiled(n), *whole = up_golden("noise");
+    float *x = up_golden("noise"), *v = spoiled(n), *whole = golden("noise");
     Text cond = {NULL, golden("text_cond")}, uncond = {NULL, golden("text_uncond")};
     guided_velocity(r, v, x, sigma[0], cond, uncond, 1), note_float("v.cond", v);
     guided_velocity(r, v, x, sigma[0], cond, uncond, 0), note_float("v.uncond", v);
@@ -952,7 +952,7 @@ static void check_sampler(void) {
         note_float(fmt("x.%d", i + 1), x);
     }
     sample(r, whole, cond, uncond, S, shift, g);
-    note_float(fmt("x.%d", S), whole);
+    note_golden(fmt("x.%d", S), whole);
     worst_row(1e-5, "velocities, x after each step and after sample(),");
 }
 
@@ -982,8 +982,8 @@ static void note_advantages(const char *prefix) {
 static float *golden_adapters(const Lora *l, const char *prefix) {
     float *all = floats(l->n);
     for (int i = 0; i < 2 * l->count; i++) {
-        const char *layer = l->target[i / 2]->name;
-        int length = (int)(strlen(layer) - strlen(".weight"));
+        const char *layer = l->param[i].name;
+        int length = (int)(strlen(layer) - strlen(".lora_A.weight"));
         const float *x = golden(fmt("%s%.*s.%c", prefix, length, layer, "AB"[i % 2]));
         memcpy(all + l->param[i].offset, x, l->param[i].count * sizeof(float));
     }
@@ -3073,9 +3073,9 @@ static void ranks_sample(Ranks *k, const int *grid) {
     Run *one = run_of(m, 1, false);
     Text cond = {NULL, question(&c, 0).rows}, uncond = {NULL, question(&c, 1).rows};
     size_t n = latent_size(one);
-    float *want = up(question(&c, 0).x, n), *got = up(question(&c, 0).x, n);
+    float *want = noise(90, n, 1), *got = noise(90, n, 1);
     sample(one, want, cond, uncond, 50, 7, 5), sample(run_on(k, m, 1, false), got, cond, uncond, 50, 7, 5);
-    near("x", got, down(want, n), n);
+    note("x", relative(got, want, n));
     worst_row(1e-6, fmt("%d x %d ranks, %dx%dx%d, 50 guided steps,", k->halves, k->size, grid[0], grid[1],
                         grid[2]));
 }
