@@ -479,7 +479,7 @@ typedef struct Param {
     bool exact;                              // the timestep's: float in all products
     bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
-    struct Param *lora;              // its adapter: A[rank, in], B[out, rank]; or NULL
+    struct Param *lora;              // its adapter: A, and B after it; NULL: none
 } Param;
 
 typedef struct { Param *w, *b; } Linear;  // [out, in], [out]
@@ -656,7 +656,7 @@ typedef struct {
     float *word_pos;                              // [text_len, text_dim]
     act *patches, *tokens, *h, *y, *y_all;        // h: the head's input; y: its output; y_all: of all ranks
     float *head_stat, *out;                       // out[B, out_dim, T, 2H, 2W]
-    float *dx, *dx2;                              // gradient of the residual stream; the other to exchange
+    float *dx, *dx2;                              // gradient of the residual stream; in sampling that itself
     float *de, *de0, *de_e, *dhead_e, *dt;        // gradients of the modulations; dt[B, dim]
     act *d1, *dout, *dq, *dk, *dv, *dff, *dcontext, *dtext;
     Factor g;                                     // room for codes: of a gradient, of a block's inputs
@@ -1190,39 +1190,35 @@ static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *t, 
 struct Lora {
     int rank, count;
     float scale;                           // alpha / rank; 0: the model without its adapter, the reference
-    Param *param;                          // [2·count]: A[rank, in], B[out, rank] of each
+    Param *param;                          // [2·count]: A[rank, D], B[D, rank] of each
     float *w, *dw;                         // arenas of all A and B, n floats
     size_t n;
-    act *a, *b, *d, *dw_act;  // room for one adapter's products
+    float *d, *sum;                        // room for a B, for a W
 };
 
-// p->compute.x += scale·B·A, after weights_prepare has cast W into it.
+// p->compute.x += scale·B·A, after weights_prepare has cast W into it. Adapters are small: all in float.
 static void lora_merge(Model *m, Param *p) {
     Lora *l = m->lora;
+    int D = m->c.dim;
     if (!p->lora || l->scale == 0) return;
     const Param *A = p->lora, *B = A + 1;
-    float *scaled = (float *)l->dw_act;  // room for rank·dim floats (rank <= dim/2)
-    lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
-    to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
-    linear_backward(p->compute.x, NULL, NULL, plain(l->b), plain(NULL), plain(l->a), p->shape[0], l->rank,
-                    (int)p->shape[1], true);
+    lincomb(l->d, l->scale, B->w, 0, NULL, B->count);
+    to_float(l->sum, p->compute.x, p->count);
+    linear_backward((act *)l->sum, NULL, NULL, exact(l->d), exact(NULL), exact(A->w), D, l->rank, D, true);
+    to_act(p->compute.x, l->sum, p->count);
 }
 
 // dW -> dB = scale·dW·Aᵀ, dA = scale·Bᵀ·dW: the chain rule through W + scale·B·A. dW is used up.
 static void lora_backward(Model *m) {
     Lora *l = m->lora;
+    int D = m->c.dim;
     for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->lora) continue;
         Param *A = p->lora, *B = A + 1;
-        int in = (int)p->shape[1];
-        size_t out = p->shape[0];
         lincomb(p->dw, l->scale, p->dw, 0, NULL, p->count);
-        to_act(l->dw_act, p->dw, p->count), to_act(l->a, A->w, A->count), to_act(l->b, B->w, B->count);
-        linear_forward(l->d, plain(l->dw_act), plain(l->a), NULL, out, l->rank, in);
-        to_float(p->dw, l->d, B->count);
-        lincomb(B->dw, 1, B->dw, 1, p->dw, B->count);
-        linear_backward(NULL, A->dw, NULL, plain(l->b), plain(l->dw_act), plain(NULL), out, l->rank, in,
-                        false);
+        linear_forward((act *)l->d, exact(p->dw), exact(A->w), NULL, D, l->rank, D);
+        lincomb(B->dw, 1, B->dw, 1, l->d, B->count);
+        linear_backward(NULL, A->dw, NULL, exact(B->w), exact(p->dw), exact(NULL), D, l->rank, D, false);
     }
     zero(m->dw, m->count * sizeof(float));
 }
@@ -2124,34 +2120,32 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 }
 #endif
 // ==========================================================================================================
-// Building a model and a run: ranges, weights, index maps, buffers
+// Building a model and a run: ranges, weights, buffers, index maps
 // ==========================================================================================================
-// The numbers of a Config, in its order: names in a checkpoint and ranges. The first 11 must be there.
+// The numbers of a Config, in its order: name in a checkpoint, range. What cannot be 0 must be there.
 static const struct { const char *name; int least, most; } CONFIG[] = {
     {"dim", 1, 65536}, {"ffn_dim", 1, 65536}, {"num_heads", 1, 1024}, {"num_layers", 1, 1024},
     {"num_full_blocks", 0, 1024}, {"sparse_ratio", 1, 64}, {"in_dim", 1, 65536}, {"out_dim", 1, 65536},
     {"text_dim", 1, 65536}, {"text_len", 1, 65536}, {"freq_dim", 1, 65536}, {"vocab", 0, 65536},
     {"quant", 0, 1}, {"quant_attn", 0, 1}, {"T", 0, 65536}, {"H_l", 0, 65536}, {"W_l", 0, 65536},
     {"sparse", 0, GROUP_WISE}};
-enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG, CONFIG_NEEDED = 11 };
+enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG };
 
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + i * sizeof(int)); }
 
 // What numbers in their ranges must satisfy together; `where` names the file or option they came from.
 static void config_check(const Config *c, const char *where) {
     int L = c->num_layers, F = c->num_full_blocks;
-    if (c->dim % c->num_heads || c->dim / c->num_heads % 2)
-        die("%s: dim %d over %d heads must give an even head_dim", where, c->dim, c->num_heads);
-    if (F != L && (F % 4 || F > L / 2 || L % 2))
-        die("%s: num_full_blocks %d of %d layers: want all, or a multiple of 4 up to half of an even number",
-            where, F, L);
+    if (c->dim % (2 * c->num_heads) || (F != L && (F % 4 || F > L / 2 || L % 2)))
+        die("%s: dim %d, %d heads, %d layers, %d of them full: dim / heads must be even; full ones all, or a "
+            "multiple of 4 up to half of an even number", where, c->dim, c->num_heads, L, F);
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------
-// A model or a run lies in one piece of memory. One pass over its buffers places them from `base` on and
-// returns their bytes; with base NULL that is all it is for.
-
-// The next `bytes` from *at on for each pointer whose address is given, up to NULL.
+// All buffers of a model or a run lie in one piece of memory. One pass places them from `base` on and returns
+// their bytes; with base NULL that is all it is for.
+// take: each pointer whose address is given, up to NULL, gets the next `bytes` from *at on.
 static void take(uintptr_t *at, size_t bytes, ...) {
     va_list pointers;
     va_start(pointers, bytes);
@@ -2159,8 +2153,6 @@ static void take(uintptr_t *at, size_t bytes, ...) {
         memcpy(p, at, sizeof *at);
     va_end(pointers);
 }
-
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 static void *to_device(const void *host, size_t count) {
     void *p = device_floats(count);
@@ -2211,10 +2203,9 @@ static void param_set(Model *m, Param *p, const float *host) {
 static void model_random(Model *m, uint64_t seed) {
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
-        bool norm = strstr(p->name, "norm") && strstr(p->name, "weight");
+        bool norm = p->rank == 1 && strstr(p->name, "weight"), none = p->rank == 1 || p == m->head.w;
         size_t in = p == m->words ? 1 : p->product ? p->count / p->shape[0] : (size_t)m->c.dim;
-        float *host = floats(p->count), deviation = (float)(1 / sqrt((double)in));
-        if (p->rank < 2 || p == m->head.w) deviation = 0;
+        float *host = floats(p->count), deviation = none ? 0 : (float)(1 / sqrt((double)in));
         for (size_t j = 0; j < p->count; j++)
             host[j] = norm ? 1.0f : deviation * rng_normal(seed, WEIGHT_STREAM + (uint64_t)i, j);
         param_set(m, p, host);
@@ -2225,13 +2216,12 @@ static void model_random(Model *m, uint64_t seed) {
 // Adapters for q, k, v and o of both attentions: the eight of each block.
 static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
-    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, A = act_size();
+    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15;
     float *host = floats(size);
     l->rank = rank, l->scale = (float)(alpha / rank), l->count = 8 * m->c.num_layers;
     Param *ab = l->param = (Param *)xalloc(2 * l->count, sizeof(Param));
     l->n = 2 * l->count * step, l->w = device_floats(l->n), l->dw = device_floats(l->n);
-    l->a = (act *)device_alloc(size * A), l->b = (act *)device_alloc(size * A);
-    l->d = (act *)device_alloc(size * A), l->dw_act = (act *)device_alloc(D * D * A);
+    l->d = device_floats(size), l->sum = device_floats(D * D);
     for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
         p->lora = ab;
@@ -2249,16 +2239,15 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
 }
 
 // ---- buffers ---------------------------------------------------------------------------------------------
-// A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block:
+// A factor x[rows, D]. Codes, and what they are made from, live no longer than a branch of a block:
 // all share those of `room` (NULL: it has its own). Training keeps the turned ones.
-static void take_factor(uintptr_t *at, const Run *r, Factor *f, const Factor *room, size_t rows,
-                        size_t columns) {
+static void take_factor(uintptr_t *at, const Run *r, Factor *f, const Factor *room, size_t rows, size_t D) {
     bool codes = coded(r->m);
     if (room) *f = *room;
-    if (!room || !codes) take(at, rows * columns * act_size(), &f->x, NULL);
-    if (!room && codes) take(at, rows * columns, &f->code, NULL);
+    if (!room || !codes) take(at, rows * D * act_size(), &f->x, NULL);
+    if (!room && codes) take(at, rows * D, &f->code, NULL);
     if (codes) take(at, sizeof(float), &f->unit, NULL);
-    if (codes && r->training) take(at, columns * (rows + 15), &f->turned, NULL);
+    if (codes && r->training) take(at, D * (rows + 15), &f->turned, NULL);
 }
 
 // Small buffers of several sizes get the largest's.
@@ -2297,7 +2286,8 @@ static size_t run_place(Run *r, void *base) {
     size_t text = B * c->text_len, words = text * larger(D, c->text_dim) * A, both = larger(rows, text);
     size_t modulation = B * larger(6 * D, c->freq_dim) * F, widest = larger(D, c->ffn_dim);
     size_t pixels = B * r->N * 4 * larger(c->in_dim, c->out_dim) * F;
-    take(at, modulation, &r->sin, &r->t1, &r->t1s, &r->e, &r->es, &r->e0, &r->head_e, NULL);
+    take(at, modulation, &r->sin, &r->t1, &r->t1s, &r->e, &r->es, &r->e0, &r->head_e, &r->de, &r->de0,
+         &r->de_e, &r->dhead_e, &r->dt, NULL);
     take(at, words, &r->ids, &r->text, &r->text_h, &r->context, NULL);
     take(at, pixels, &r->patches, &r->y, &r->y_all, &r->out, &r->head_stat, NULL);
     take(at, rows * D * A, &r->tokens, &r->h, NULL);
@@ -2306,11 +2296,8 @@ static size_t run_place(Run *r, void *base) {
     r->context_q = plain(r->context);
     if (c->quant) take_factor(at, r, &r->context_q, NULL, text, D);
     if (coded(r->m)) take_factor(at, r, &r->g, NULL, both, widest);
-    if (r->training) {
-        take(at, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
-        take(at, modulation, &r->de, &r->de0, &r->de_e, &r->dhead_e, &r->dt, NULL);
-        take(at, both * widest * A, &r->d1, &r->dff, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
-    }
+    if (r->training) take(at, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
+    if (r->training) take(at, both * widest * A, &r->d1, &r->dff, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
     uintptr_t begin = here;
     for (int i = 0; i <= c->num_layers; i++) {
         Saved *s = &r->saved[i];
@@ -2323,7 +2310,7 @@ static size_t run_place(Run *r, void *base) {
     return here - (uintptr_t)base;
 }
 
-// ---- index maps ------------------------------------------------------------------------------------------
+// ---- a run -----------------------------------------------------------------------------------------------
 // (cos, sin) for every token this rank holds in a pattern's order: [n, head_dim/2, 2]. A head's pairs are
 // shared out over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m).
 static float *rope_table(const Pattern *p, int rank, int H, int W, int head_dim) {
@@ -2354,7 +2341,6 @@ static Sequences sequences_new(const int *q, const int *k, int count, int B) {
     return s;
 }
 
-// ---- a run -----------------------------------------------------------------------------------------------
 static int pattern_of(const Config *c, int i) {
     int pattern = block_pattern(i, c->num_layers, c->num_full_blocks);
     return pattern != FULL && c->sparse ? c->sparse : pattern;
@@ -2367,11 +2353,9 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, bool training) {
     int R = ranks->size;
     r->m = m, r->ranks = ranks, r->training = training;
     r->B = B, r->T = c->T, r->H = c->H_l / 2, r->W = c->W_l / 2, r->N = (size_t)r->T * r->H * r->W;
-    if (r->N * B > INT_MAX / 2 || (size_t)B * c->text_len > INT_MAX / 2)
-        die("%d samples of %zu tokens and %d words are more than one run can index: use a smaller batch", B,
-            r->N, c->text_len);
-    if (c->num_heads % R || r->N < (size_t)R)
-        die("%d ranks cannot share %d heads and %zu tokens: use fewer", R, c->num_heads, r->N);
+    if (c->num_heads % R || r->N < (size_t)R || larger(r->N, c->text_len) * B > INT_MAX / 2)
+        die("%d ranks cannot share %d heads, or index %d samples of %zu tokens and %d words: use fewer", R,
+            c->num_heads, B, r->N, c->text_len);
     for (int p = 0; p < PATTERNS; p++) {
         skiparse_lengths(&r->pattern[p], p, r->T, r->H, r->W, c->sparse_ratio, R);
         r->n[p] = (size_t)(r->pattern[p].first[ranks->rank + 1] - r->pattern[p].first[ranks->rank]);
@@ -2392,11 +2376,10 @@ static Run *run_new(Model *m, Ranks *ranks, int B, bool training) {
     for (int i = 0; i < PATTERNS; i++) {
         Pattern *p = &r->pattern[i];
         bool all = i == FULL || ranks->ulysses;              // of the pattern's sequences, of some heads
-        int R = all ? 1 : ranks->size, rank = all ? 0 : ranks->rank;
-        int first = p->count * rank / R, end = p->count * (rank + 1) / R;
+        int R = all ? 1 : ranks->size, rank = all ? 0 : ranks->rank, first = p->count * rank / R;
         int *start = p->start + first, n[] = {0, (int)r->n[i]}, words[] = {0, c->text_len};
         skiparse_order(p, i, r->T, r->H, r->W, c->sparse_ratio);
-        r->self[i] = sequences_new(start, start, end - first, B);
+        r->self[i] = sequences_new(start, start, p->count * (rank + 1) / R - first, B);
         r->cross[i] = sequences_new(n, words, 1, B);
         r->rope[i] = rope_table(p, ranks->rank, r->H, r->W, c->dim / c->num_heads);
     }
@@ -2439,9 +2422,8 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
     size_t V = (size_t)o->prompts * o->group;
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
     p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
-    p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int));
-    p->batch_ids = p->ids + V * L, p->no_ids = p->batch_ids + B * L;
-    memset(p->no_ids, -1, B * L * sizeof(int));
+    p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int)), p->batch_ids = p->ids + V * L;
+    p->no_ids = (int *)memset(p->batch_ids + B * L, -1, B * L * sizeof(int));
     p->reward = (double *)xalloc((2 + W) * V + 2 * B + o->steps + 1, sizeof(double));
     p->advantage = p->reward + V, p->logp = p->advantage + V, p->batch_advantage = p->logp + W * V;
     p->batch_logp = p->batch_advantage + B, p->sigma = p->batch_logp + B;
@@ -3274,7 +3256,7 @@ static double meta_number(const File *f, const char *key, const char *standard, 
 static Config config_read(const File *f) {
     Config c;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, i < CONFIG_NEEDED ? NULL : "0",
+        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, CONFIG[i].least ? NULL : "0",
                                                 CONFIG[i].least, CONFIG[i].most);
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
     config_check(&c, f->path);
@@ -3806,8 +3788,7 @@ static const char *save_latents(const Options *o, float **x, int count, const Ru
         Param *p = &param[i];
         snprintf(p->name, sizeof p->name, i ? "latent.%d" : "latent", i);
         memcpy(p->shape, shape, sizeof shape);
-        p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
-        upload(p->w, x[i], p->count * sizeof(float));
+        p->rank = 4, p->count = latent_size(r), p->w = (float *)to_device(x[i], p->count);
     }
     return file_write(o->out, param, count, NULL, "f32", "\"comment\":\"%s\"", o->settings);
 }

@@ -145,11 +145,7 @@ static float *rounded(const double *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = (float)x[i];
     return y;
 }
-static float *up(const float *host, size_t n) {
-    float *p = device_floats(n);
-    upload(p, host, n * sizeof(float));
-    return p;
-}
+static float *up(const float *host, size_t n) { return (float *)to_device(host, n); }
 static act *up_act(const float *host, size_t n) {
     act *p = (act *)device_alloc(n * act_size());
     to_act(p, up(host, n), n);
@@ -2764,7 +2760,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"GRPO: learns from one video for all", "p->x, i + 1, video[b]", "p->x, i + 1, video[0]"},
     {"GRPO: videos without an advantage not dropped", "if (p->advantage[v] != 0) video", "video"},
     {"GRPO: the reference has the adapter", "r->m->lora->scale = 0, weights_prepare", "weights_prepare"},
-    {"LoRA: merged without alpha/rank", "lincomb(scaled, l->scale", "lincomb(scaled, 1"},
+    {"LoRA: merged without alpha/rank", "lincomb(l->d, l->scale", "lincomb(l->d, 1"},
     {"files: the step lost on resuming", "o->step = (int)", "o->step = 0 * (int)"},
     {"files: a HiF8 weight is off by its scale", "(uint8_t)code) / k", "(uint8_t)code) * k"}};
 enum { MUTANT_COUNT = sizeof MUTANTS / sizeof MUTANTS[0] };
