@@ -3788,7 +3788,8 @@ static const char *save_latents(const Options *o, float **x, int count, const Ru
         Param *p = &param[i];
         snprintf(p->name, sizeof p->name, i ? "latent.%d" : "latent", i);
         memcpy(p->shape, shape, sizeof shape);
-        p->rank = 4, p->count = latent_size(r), p->w = (float *)to_device(x[i], p->count);
+        p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
+        upload(p->w, x[i], p->count * sizeof(float));
     }
     return file_write(o->out, param, count, NULL, "f32", "\"comment\":\"%s\"", o->settings);
 }

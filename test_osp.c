@@ -145,7 +145,11 @@ static float *rounded(const double *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = (float)x[i];
     return y;
 }
-static float *up(const float *host, size_t n) { return (float *)to_device(host, n); }
+static float *up(const float *host, size_t n) {
+    float *p = device_floats(n);
+    upload(p, host, n * sizeof(float));
+    return p;
+}
 static act *up_act(const float *host, size_t n) {
     act *p = (act *)device_alloc(n * act_size());
     to_act(p, up(host, n), n);
