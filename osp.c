@@ -266,7 +266,7 @@ typedef struct {
     size_t sent, received;
 } Exchange;
 
-static int *to_device(const int *host, size_t count);
+static void *to_device(const void *host, size_t count);       // `count` ints or floats
 
 static void exchange_init(Exchange *e, const Pattern *pattern, int have, int want, int B, int rank, int R) {
     int shares = deals_heads(have) || deals_heads(want) ? R : 1;
@@ -291,7 +291,7 @@ static void exchange_init(Exchange *e, const Pattern *pattern, int have, int wan
     for (size_t i = 0; i < n; i++) e->receive[holder[unit[i]]]++;
     for (int s = 1; s < R; s++) arrival[s] = arrival[s - 1] + e->receive[s - 1];
     for (size_t i = 0; i < n; i++) unpack[i] = arrival[holder[unit[i]]]++;
-    e->pack = to_device(pack, e->sent), e->unpack = to_device(unpack, n);
+    e->pack = (int *)to_device(pack, e->sent), e->unpack = (int *)to_device(unpack, n);
     free(unit), free(holder), free(arrival), free(pack), free(unpack);
 }
 // ==========================================================================================================
@@ -469,7 +469,7 @@ typedef struct {
 // One tensor of weights. w is the master copy; `compute` is what products read: w as act, with a LoRA merged,
 // rounded to HiF8, whatever the run asks for (weights_prepare); w itself where nothing is asked. For codes
 // compute.x is only what they were made from.
-typedef struct {
+typedef struct Param {
     char name[64];
     int rank;
     size_t shape[5], count, offset;          // offset: floats into the arenas
@@ -479,6 +479,7 @@ typedef struct {
     bool exact;                              // the timestep's: float in all products
     bool block_matrix;               // one of those that HiF8 covers
     bool codes;                      // w was read from HiF8 codes: not rounded again, until training moves it
+    struct Param *lora;              // its adapter: A, and B after it; NULL: none
 } Param;
 
 typedef struct { Param *w, *b; } Linear;  // [out, in], [out]
@@ -496,7 +497,6 @@ typedef struct {
     float *w, *dw;  // ... and, in training, their two arenas of `count` floats
     act *copy;      // in training: w as act, where products read a copy
     size_t count;
-    bool training;
     float *amax;                             // room for one maximum
     Lora *lora;                              // adapters on q, k, v, o; NULL: none
 } Model;
@@ -565,8 +565,6 @@ static Model *model_layout(const Config *c) {
     return m;
 }
 
-// Products read a copy of a weight only where it differs from the master: bfloat16, HiF8 or a LoRA.
-static bool needs_work(const Model *m) { return act_size() != sizeof(float) || m->c.quant || m->lora; }
 // Do the products of this model's blocks read codes?
 static bool coded(const Model *m) { return m->c.quant && codes_multiply(m->c.dim, m->c.ffn_dim); }
 
@@ -658,10 +656,10 @@ typedef struct {
     float *word_pos;                              // [text_len, text_dim]
     act *patches, *tokens, *h, *y, *y_all;        // h: the head's input; y: its output; y_all: of all ranks
     float *head_stat, *out;                       // out[B, out_dim, T, 2H, 2W]
-    float *dx, *dx2;                              // gradient of the residual stream; the other to exchange
+    float *dx, *dx2;                              // gradient of the residual stream; in sampling that itself
     float *de, *de0, *de_e, *dhead_e, *dt;        // gradients of the modulations; dt[B, dim]
     act *d1, *dout, *dq, *dk, *dv, *dff, *dcontext, *dtext;
-    Factor g;                                     // room for the codes of one gradient
+    Factor g;                                     // room for codes: of a gradient, of a block's inputs
     void *packed;                                 // what is sent to other ranks, and what arrives
 } Run;
 
@@ -936,24 +934,26 @@ static void attention_layer_back(Run *r, int i, bool cross) {
 }
 
 // ---- the timestep and the text ---------------------------------------------------------------------------
-// out[2·half] = cos, then sin, of position·10000^(−j/half). The angles need double: float is off by 1e-5 near
-// t = 1000.
-static void sinusoids(float *out, double position, int half) {
-    for (int j = 0; j < half; j++) {
-        double angle = position * pow(10000.0, -(double)j / half);
-        out[j] = (float)cos(angle), out[half + j] = (float)sin(angle);
-    }
+// out[rows, 2·half] = cos, then sin, of position·10000^(−j/half); position[rows], NULL: 0, 1, .. The angles
+// need double: float is off by 1e-5 near t = 1000.
+static void sinusoids(float *out, const double *position, size_t rows, size_t columns) {
+    size_t half = columns / 2;
+    float *host = floats(rows * columns);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < half; j++) {
+            double angle = (position ? position[i] : (double)i) * pow(10000.0, -(double)j / (double)half);
+            host[i * columns + j] = (float)cos(angle), host[i * columns + half + j] = (float)sin(angle);
+        }
+    upload(out, host, rows * columns * sizeof(float));
+    free(host);
 }
 
 // t[B] = 1000σ -> sinusoids -> e[B, dim] -> e0[B, 6, dim], the shifts, scales and gates of all blocks: in
 // float32, as Wan has it, because what is lost here reaches every row.
 static void time_forward(Run *r, const double *t) {
     const Model *m = r->m;
-    size_t B = r->B, D = m->c.dim, freq = m->c.freq_dim;
-    float *host = floats(B * freq);
-    for (size_t b = 0; b < B; b++) sinusoids(host + b * freq, t[b], m->c.freq_dim / 2);
-    upload(r->sin, host, B * freq * sizeof(float));
-    free(host);
+    size_t B = r->B, D = m->c.dim;
+    sinusoids(r->sin, t, B, m->c.freq_dim);
     linear((act *)r->t1, exact(r->sin), &m->time0, B);
     silu_forward(r->t1s, r->t1, B * D);
     linear((act *)r->e, exact(r->t1s), &m->time2, B);
@@ -1019,7 +1019,7 @@ static void forward(Run *r, const float *x, const double *t) {
     residual_norm_forward(NULL, r->h, r->head_stat, NULL, last->x0, NULL, NONE,
                           modulated(r->head_e, 0, 2, c->dim), rows, c->eps);
     linear(r->y, plain(r->h), &r->m->head, count);
-    if (r->y_all != r->y) exchange(r, r->y_all, r->y, FULL, WHOLE, 4 * c->out_dim * act_size());
+    exchange(r, r->y_all, r->y, FULL, WHOLE, 4 * c->out_dim * act_size());
     rows_to_latent(r->out, r->y_all, grid_of(r, c->out_dim), false);
 }
 
@@ -1106,19 +1106,23 @@ static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text
 
 static void show_progress(const char *what, int step, int steps, double began);
 
-// Noise x[B, C, T, 2H, 2W] becomes data, in place: Euler steps x += (σ_next − σ)·v.
-static void sample(Run *r, float *x, Text cond, Text uncond, int steps, double shift, double guidance) {
+// On the host, noise x[B, C, T, 2H, 2W] becomes data, in place: Euler steps x += (σ_next − σ)·v.
+static void sample(Run *r, float *host, Text cond, Text uncond, int steps, double shift, double guidance) {
     size_t count = r->B * latent_size(r);
     double *sigma = (double *)xalloc(steps + 1, sizeof(double)), began = seconds();
-    float *v = device_floats(count);
+    float *x = (float *)to_device(host, count), *v = device_floats(count);
     schedule(sigma, steps, shift);
     for (int i = 0; i < steps; i++) {
         if (r->show) show_progress("step", i, steps, began);
         guided_velocity(r, v, x, sigma[i], cond, uncond, guidance);
         lincomb(x, 1, x, (float)(sigma[i + 1] - sigma[i]), v, count);
     }
-    device_free(v);
-    free(sigma);
+    if (r->show) fputs("\r\033[K", stderr);
+    download(host, x, count * sizeof(float));
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite(host[i]))
+            die("the model made a number that is not finite; broken weights? or try --device-dtype f32");
+    device_free(x), device_free(v), free(sigma);
 }
 
 // ---- learning --------------------------------------------------------------------------------------------
@@ -1186,40 +1190,35 @@ static double optimizer_step(Optimizer *o, Ranks *ranks, const TrainOptions *t, 
 struct Lora {
     int rank, count;
     float scale;                           // alpha / rank; 0: the model without its adapter, the reference
-    Param **target, *param;                // target[count]; param[2·count]: A[rank, in], B[out, rank] of each
+    Param *param;                          // [2·count]: A[rank, D], B[D, rank] of each
     float *w, *dw;                         // arenas of all A and B, n floats
     size_t n;
-    act *a, *b, *d, *dw_act;  // room for one adapter's products
+    float *d, *sum;                        // room for a B, for a W
 };
 
-// p->compute.x += scale·B·A, after weights_prepare has cast W into it.
+// p->compute.x += scale·B·A, after weights_prepare has cast W into it. Adapters are small: all in float.
 static void lora_merge(Model *m, Param *p) {
     Lora *l = m->lora;
-    for (int i = 0; i < l->count; i++) {
-        const Param *A = &l->param[2 * i], *B = A + 1;
-        if (l->target[i] != p || l->scale == 0) continue;
-        float *scaled = (float *)l->dw_act;  // room for rank·dim floats (rank <= dim/2)
-        lincomb(scaled, l->scale, B->w, 0, NULL, B->count);
-        to_act(l->b, scaled, B->count), to_act(l->a, A->w, A->count);
-        linear_backward(p->compute.x, NULL, NULL, plain(l->b), plain(NULL), plain(l->a), p->shape[0], l->rank,
-                        (int)p->shape[1], true);
-    }
+    int D = m->c.dim;
+    if (!p->lora || l->scale == 0) return;
+    const Param *A = p->lora, *B = A + 1;
+    lincomb(l->d, l->scale, B->w, 0, NULL, B->count);
+    to_float(l->sum, p->compute.x, p->count);
+    linear_backward((act *)l->sum, NULL, NULL, exact(l->d), exact(NULL), exact(A->w), D, l->rank, D, true);
+    to_act(p->compute.x, l->sum, p->count);
 }
 
 // dW -> dB = scale·dW·Aᵀ, dA = scale·Bᵀ·dW: the chain rule through W + scale·B·A. dW is used up.
 static void lora_backward(Model *m) {
     Lora *l = m->lora;
-    for (int i = 0; i < l->count; i++) {
-        Param *p = l->target[i], *A = &l->param[2 * i], *B = A + 1;
-        int in = (int)p->shape[1];
-        size_t out = p->shape[0];
+    int D = m->c.dim;
+    for (Param *p = m->param; p < m->param + m->params; p++) {
+        if (!p->lora) continue;
+        Param *A = p->lora, *B = A + 1;
         lincomb(p->dw, l->scale, p->dw, 0, NULL, p->count);
-        to_act(l->dw_act, p->dw, p->count), to_act(l->a, A->w, A->count), to_act(l->b, B->w, B->count);
-        linear_forward(l->d, plain(l->dw_act), plain(l->a), NULL, out, l->rank, in);
-        to_float(p->dw, l->d, B->count);
-        lincomb(B->dw, 1, B->dw, 1, p->dw, B->count);
-        linear_backward(NULL, A->dw, NULL, plain(l->b), plain(l->dw_act), plain(NULL), out, l->rank, in,
-                        false);
+        linear_forward((act *)l->d, exact(p->dw), exact(A->w), NULL, D, l->rank, D);
+        lincomb(B->dw, 1, B->dw, 1, l->d, B->count);
+        linear_backward(NULL, A->dw, NULL, exact(B->w), exact(p->dw), exact(NULL), D, l->rank, D, false);
     }
     zero(m->dw, m->count * sizeof(float));
 }
@@ -2042,76 +2041,74 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 }
 #endif
 // ==========================================================================================================
-// Building a model and a run: ranges, memory, buffers, index maps
+// Building a model and a run: ranges, weights, buffers, index maps
 // ==========================================================================================================
-// The numbers of a Config, in its order, by their names in a checkpoint; the first 11 must be there.
-static const char *const CONFIG[] = {
-    "dim", "ffn_dim", "num_heads", "num_layers", "num_full_blocks", "sparse_ratio", "in_dim", "out_dim",
-    "text_dim", "text_len", "freq_dim", "vocab", "quant", "quant_attn", "T", "H_l", "W_l", "sparse"};
-enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG, CONFIG_NEEDED = 11, CONFIG_MOST = 65536 };
+// The numbers of a Config, in its order: name in a checkpoint, range. What cannot be 0 must be there.
+static const struct { const char *name; int least, most; } CONFIG[] = {
+    {"dim", 1, 65536}, {"ffn_dim", 1, 65536}, {"num_heads", 1, 1024}, {"num_layers", 1, 1024},
+    {"num_full_blocks", 0, 1024}, {"sparse_ratio", 1, 64}, {"in_dim", 1, 65536}, {"out_dim", 1, 65536},
+    {"text_dim", 1, 65536}, {"text_len", 1, 65536}, {"freq_dim", 1, 65536}, {"vocab", 0, 65536},
+    {"quant", 0, 1}, {"quant_attn", 0, 1}, {"T", 0, 65536}, {"H_l", 0, 65536}, {"W_l", 0, 65536},
+    {"sparse", 0, GROUP_WISE}};
+enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG };
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + i * sizeof(int)); }
 
-// What a Config must satisfy; `where` names the file or option it came from. (Each number is 0..CONFIG_MOST.)
+// What numbers in their ranges must satisfy together; `where` names the file or option they came from.
 static void config_check(const Config *c, const char *where) {
     int L = c->num_layers, F = c->num_full_blocks;
-    for (int i = 0; i < CONFIG_NEEDED; i++)
-        if (!*config_field((Config *)c, i) && strcmp(CONFIG[i], "num_full_blocks"))
-            die("%s: %s is 0", where, CONFIG[i]);
-    if (L > 1024 || c->num_heads > 1024 || c->sparse_ratio > 64 || c->quant > 1 || c->quant_attn > 1)
-        die("%s: more than 1024 layers or heads, a sparse ratio above 64, or quant above 1", where);
-    if (c->dim % c->num_heads || c->dim / c->num_heads % 2)
-        die("%s: dim %d over %d heads must give an even head_dim", where, c->dim, c->num_heads);
-    if (c->freq_dim % 2) die("%s: freq_dim %d must be even", where, c->freq_dim);
-    if (F != L && (F % 4 || F > L / 2 || L % 2))
-        die("%s: num_full_blocks %d of %d layers: want all, or a multiple of 4 up to half of an even number",
-            where, F, L);
-    if (c->sparse > GROUP_WISE || (c->sparse && !c->vocab))
-        die("%s: sparse %d: an experiment for models with words: 0 both, 1 token-wise, 2 group-wise", where,
-            c->sparse);
-    if (c->T && (c->H_l % 2 || c->W_l % 2))
-        die("%s: latent %dx%d: height and width must be even", where, c->H_l, c->W_l);
+    if (c->dim % (2 * c->num_heads) || (F != L && (F % 4 || F > L / 2 || L % 2)))
+        die("%s: dim %d, %d heads, %d layers, %d of them full: dim / heads must be even; full ones all, or a "
+            "multiple of 4 up to half of an even number", where, c->dim, c->num_heads, L, F);
 }
 
-// Is this matrix kept as codes? Training makes them from m->copy; sampling makes those of each matrix in one
-// room, of so many numbers.
-static bool is_codes(const Model *m, const Param *p) { return p->block_matrix && coded(m); }
-static size_t room_for_codes(const Model *m, bool training) {
-    return coded(m) && !training ? (size_t)m->c.dim * larger(m->c.dim, m->c.ffn_dim) : 0;
+// ---- memory ----------------------------------------------------------------------------------------------
+// All buffers of a model or a run lie in one piece of memory. One pass places them from `base` on and returns
+// their bytes; with base NULL that is all it is for.
+// take: each pointer whose address is given, up to NULL, gets the next `bytes` from *at on.
+static void take(uintptr_t *at, size_t bytes, ...) {
+    va_list pointers;
+    va_start(pointers, bytes);
+    for (void *p; (p = va_arg(pointers, void *)) != NULL; *at += (bytes + 255) & ~(size_t)255)
+        memcpy(p, at, sizeof *at);
+    va_end(pointers);
 }
 
-// Is there a copy of p as act? In sampling: is there a master in float? (Not of matrices with a copy.)
-static bool copied(const Model *m, const Param *p) { return needs_work(m) && !p->exact; }
-static bool mastered(const Model *m, const Param *p) { return !copied(m, p) || !p->product; }
+static void *to_device(const void *host, size_t count) {
+    void *p = device_floats(count);
+    upload(p, host, count * sizeof(float));
+    return p;
+}
 
-// Bytes of weights on the device.
-static size_t model_bytes(const Model *m, bool training) {
-    size_t F = sizeof(float), A = act_size(), bytes = room_for_codes(m, training) * A;
-    if (training) bytes = m->count * (2 * F + (needs_work(m) ? A : 0));
-    for (const Param *p = m->param; p < m->param + m->params; p++) {
-        if (is_codes(m, p)) bytes += p->count * (training ? 2 : 1);
-        else if (!training) bytes += p->count * ((copied(m, p) ? A : 0) + (mastered(m, p) ? F : 0));
+// ---- weights ---------------------------------------------------------------------------------------------
+// Products read a copy of a weight where it differs from the master: bfloat16, HiF8 or a LoRA. Training has
+// all masters, gradients and copies; sampling no master of a matrix that has a copy. Codes are made from
+// m->copy; in sampling from one room, by one matrix after another.
+static size_t model_place(Model *m, void *base, bool training) {
+    size_t F = sizeof(float), A = act_size(), D = m->c.dim;
+    uintptr_t at = (uintptr_t)base;
+    bool copies = A != F || m->c.quant || m->lora;
+    act *room = NULL;
+    take(&at, F, &m->amax, NULL);
+    if (training) take(&at, m->count * F, &m->w, &m->dw, NULL);
+    if (training && copies) take(&at, m->count * A, &m->copy, NULL);
+    if (!training && coded(m)) take(&at, D * larger(D, m->c.ffn_dim) * A, &room, NULL);
+    for (Param *p = m->param; p < m->param + m->params; p++) {
+        bool copied = copies && !p->exact, codes = coded(m) && p->block_matrix;
+        if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
+        else if (!copied || !p->product) take(&at, p->count * F, &p->w, NULL);
+        p->compute = copied ? plain(room) : exact(p->w);
+        if (copied && training) p->compute.x = (act *)((char *)m->copy + p->offset * A);
+        else if (copied && !codes) take(&at, p->count * A, &p->compute.x, NULL);
+        if (codes) take(&at, p->count, &p->compute.code, training ? &p->compute.turned : NULL, NULL);
+        if (codes) take(&at, F, &p->compute.unit, NULL);
     }
-    return bytes;
+    return at - (uintptr_t)base;
 }
 
 static void model_allocate(Model *m, bool training) {
-    act *room = (act *)device_alloc(room_for_codes(m, training) * act_size());
-    m->training = training;
-    m->amax = device_floats(1);
-    if (training) m->w = device_floats(m->count), m->dw = device_floats(m->count);
-    if (training && needs_work(m)) m->copy = (act *)device_alloc(m->count * act_size());
-    for (Param *p = m->param; p < m->param + m->params; p++) {
-        bool codes = is_codes(m, p);
-        if (training) p->w = m->w + p->offset, p->dw = m->dw + p->offset;
-        else if (mastered(m, p)) p->w = device_floats(p->count);
-        p->compute = copied(m, p) ? plain(room) : exact(p->w);
-        if (training && copied(m, p)) p->compute.x = (act *)((char *)m->copy + p->offset * act_size());
-        else if (copied(m, p) && !codes) p->compute.x = (act *)device_alloc(p->count * act_size());
-        if (codes) p->compute.code = (uint8_t *)device_alloc(p->count), p->compute.unit = device_floats(1);
-        if (codes && training) p->compute.turned = (uint8_t *)device_alloc(p->count);
-    }
+    model_place(m, device_alloc(model_place(m, NULL, training)), training);
 }
 
 // A tensor's values from the host.
@@ -2124,18 +2121,12 @@ static void param_set(Model *m, Param *p, const float *host) {
 
 // First weights: matrices normal with deviation 1/√in, modulation with 1/√dim, words with 1; biases 0, norms
 // 1. The head is zero: an untrained model answers v = 0, the best constant.
-static double first_deviation(const Model *m, const Param *p) {
-    if (strstr(p->name, "modulation")) return 1 / sqrt((double)m->c.dim);
-    if (strstr(p->name, "text_encoder")) return 1;
-    if (p->rank < 2 || !strncmp(p->name, "head.head", 9)) return 0;
-    return 1 / sqrt((double)(p->count / p->shape[0]));
-}
-
 static void model_random(Model *m, uint64_t seed) {
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
-        float *host = floats(p->count), deviation = (float)first_deviation(m, p);
-        bool norm = strstr(p->name, "norm") && strstr(p->name, "weight");
+        bool norm = p->rank == 1 && strstr(p->name, "weight"), none = p->rank == 1 || p == m->head.w;
+        size_t in = p == m->words ? 1 : p->product ? p->count / p->shape[0] : (size_t)m->c.dim;
+        float *host = floats(p->count), deviation = none ? 0 : (float)(1 / sqrt((double)in));
         for (size_t j = 0; j < p->count; j++)
             host[j] = norm ? 1.0f : deviation * rng_normal(seed, WEIGHT_STREAM + (uint64_t)i, j);
         param_set(m, p, host);
@@ -2143,46 +2134,110 @@ static void model_random(Model *m, uint64_t seed) {
     }
 }
 
+// Adapters for q, k, v and o of both attentions: the eight of each block.
 static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     Lora *l = m->lora = (Lora *)xalloc(1, sizeof(Lora));
-    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15, most = 8 * m->c.num_layers;
+    size_t D = m->c.dim, size = rank * D, step = (size + 15) & ~(size_t)15;
     float *host = floats(size);
-    l->rank = rank, l->scale = (float)(alpha / rank), l->n = most * 2 * step;
-    l->target = (Param **)xalloc(most, sizeof(Param *)), l->param = (Param *)xalloc(2 * most, sizeof(Param));
-    l->w = device_floats(l->n), l->dw = device_floats(l->n);
-    l->a = (act *)device_alloc(size * act_size()), l->b = (act *)device_alloc(size * act_size());
-    l->d = (act *)device_alloc(size * act_size()), l->dw_act = (act *)device_alloc(D * D * act_size());
+    l->rank = rank, l->scale = (float)(alpha / rank), l->count = 8 * m->c.num_layers;
+    Param *ab = l->param = (Param *)xalloc(2 * l->count, sizeof(Param));
+    l->n = 2 * l->count * step, l->w = device_floats(l->n), l->dw = device_floats(l->n);
+    l->d = device_floats(size), l->sum = device_floats(D * D);
     for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
-        for (int k = 0; k < 2; k++) {
-            Param *ab = &l->param[2 * l->count + k];
-            snprintf(ab->name, sizeof ab->name, "%.*s.lora_%c.weight", (int)strlen(p->name) - 7, p->name,
-                     "AB"[k]);
-            ab->rank = 2, ab->count = size, ab->offset = (2 * (size_t)l->count + k) * step;
-            ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
-            ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
+        p->lora = ab;
+        for (size_t i = ab - l->param; ab < p->lora + 2; i++, ab++) {
+            int length = (int)(strlen(p->name) - strlen("weight"));
+            snprintf(ab->name, sizeof ab->name, "%.*slora_%c.weight", length, p->name, "AB"[i % 2]);
+            ab->rank = 2, ab->count = size, ab->shape[i % 2] = (size_t)rank, ab->shape[1 - i % 2] = D;
+            ab->offset = i * step, ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
+            for (size_t j = 0; j < size; j++)
+                host[j] = i % 2 ? 0 : rng_normal(seed, LORA_STREAM + i / 2, j) / (float)rank;
+            upload(ab->w, host, size * sizeof(float));
         }
-        for (size_t j = 0; j < size; j++)                                        // A; B stays 0
-            host[j] = rng_normal(seed, LORA_STREAM + (uint64_t)l->count, j) / (float)rank;
-        upload(l->param[2 * l->count].w, host, size * sizeof(float));
-        l->target[l->count++] = p;
     }
     free(host);
 }
 
-// ---- index maps ------------------------------------------------------------------------------------------
-static int *to_device(const int *host, size_t count) {
-    int *p = (int *)device_alloc(count * sizeof(int));
-    upload(p, host, count * sizeof(int));
-    return p;
+// ---- buffers ---------------------------------------------------------------------------------------------
+// A factor x[rows, D]. Codes, and what they are made from, live no longer than a branch of a block:
+// all share those of `room` (NULL: it has its own). Training keeps the turned ones.
+static void take_factor(uintptr_t *at, const Run *r, Factor *f, const Factor *room, size_t rows, size_t D) {
+    bool codes = coded(r->m);
+    if (room) *f = *room;
+    if (!room || !codes) take(at, rows * D * act_size(), &f->x, NULL);
+    if (!room && codes) take(at, rows * D, &f->code, NULL);
+    if (codes) take(at, sizeof(float), &f->unit, NULL);
+    if (codes && r->training) take(at, D * (rows + 15), &f->turned, NULL);
 }
 
+// Small buffers of several sizes get the largest's.
+static void block_place(uintptr_t *at, const Run *r, Saved *s, size_t rows, size_t text) {
+    const Config *c = &r->m->c;
+    SavedAttention *self = &s->self, *cross = &s->cross;
+    size_t D = c->dim, F = sizeof(float), A = act_size(), heads = c->num_heads, both = larger(rows, text);
+    take(at, rows * D * A, &s->y, &self->q_raw, &self->k_raw, &self->q.x, &self->k.x, &self->v, &self->o,
+         &self->y, &cross->q_raw, &cross->q.x, &cross->o, &cross->y, NULL);
+    take(at, text * D * A, &cross->k_raw, &cross->k.x, &cross->v, NULL);
+    take(at, both * larger(2, heads) * F, &s->stat1, &s->stat2, &s->stat3, &self->q_rstd, &self->k_rstd,
+         &self->lse, &cross->q_rstd, &cross->k_rstd, &cross->lse, NULL);
+    take(at, r->B * 6 * D * F, &s->e, NULL);
+    take_factor(at, r, &s->h1, &r->g, rows, D);
+    take_factor(at, r, &s->h2, &r->g, rows, D);
+    take_factor(at, r, &s->h3, &r->g, rows, D);
+    take_factor(at, r, &s->f, &r->g, rows, c->ffn_dim);
+    s->x1 = s->x2 = s->x0, self->oq.x = self->o, cross->oq.x = cross->o;
+    if (r->training) take(at, rows * D * F, &s->x1, &s->x2, NULL);
+    if (r->training) take(at, rows * c->ffn_dim * A, &s->f_pre, NULL);
+    if (c->quant || (r->training && spread(r, s))) take_factor(at, r, &self->oq, &r->g, rows, D);
+    if (c->quant) take_factor(at, r, &cross->oq, &r->g, rows, D);
+    if (!c->quant_attn || r->training || !codes_attend((int)(D / heads))) return;
+    take(at, both * D, &self->q.code, &self->k.code, &cross->q.code, &cross->k.code, NULL);
+    take(at, F, &self->q.unit, &self->k.unit, &cross->q.unit, &cross->k.unit, NULL);
+}
+
+// Every layout gets the rows of the largest: a pattern's, or a share of all tokens where heads are dealt out.
+// Training keeps every block's activations; in sampling all blocks have the same memory, and x goes to and
+// fro between dx and dx2.
+static size_t run_place(Run *r, void *base) {
+    const Config *c = &r->m->c;
+    uintptr_t here = (uintptr_t)base, *at = &here;
+    size_t B = r->B, D = c->dim, R = r->ranks->size, F = sizeof(float), A = act_size();
+    size_t rows = B * larger((r->N + R - 1) / R, larger(r->n[TOKEN_WISE], r->n[GROUP_WISE]));
+    size_t text = B * c->text_len, words = text * larger(D, c->text_dim) * A, both = larger(rows, text);
+    size_t modulation = B * larger(6 * D, c->freq_dim) * F, widest = larger(D, c->ffn_dim);
+    size_t pixels = B * r->N * 4 * larger(c->in_dim, c->out_dim) * F;
+    take(at, modulation, &r->sin, &r->t1, &r->t1s, &r->e, &r->es, &r->e0, &r->head_e, &r->de, &r->de0,
+         &r->de_e, &r->dhead_e, &r->dt, NULL);
+    take(at, words, &r->ids, &r->text, &r->text_h, &r->context, NULL);
+    take(at, pixels, &r->patches, &r->y, &r->y_all, &r->out, &r->head_stat, NULL);
+    take(at, rows * D * A, &r->tokens, &r->h, NULL);
+    take(at, rows * D * F, &r->dx, &r->dx2, NULL);
+    if (R > 1) take(at, larger(2 * both * D * F, (R + 1) * pixels), &r->packed, NULL);
+    r->context_q = plain(r->context);
+    if (c->quant) take_factor(at, r, &r->context_q, NULL, text, D);
+    if (coded(r->m)) take_factor(at, r, &r->g, NULL, both, widest);
+    if (r->training) take(at, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
+    if (r->training) take(at, both * widest * A, &r->d1, &r->dff, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
+    uintptr_t begin = here;
+    for (int i = 0; i <= c->num_layers; i++) {
+        Saved *s = &r->saved[i];
+        s->x0 = i % 2 ? r->dx2 : r->dx;
+        if (r->training) take(at, rows * D * F, &s->x0, NULL);
+        if (i == c->num_layers) break;
+        if (!r->training) here = begin;
+        block_place(at, r, s, rows, text);
+    }
+    return here - (uintptr_t)base;
+}
+
+// ---- a run -----------------------------------------------------------------------------------------------
 // (cos, sin) for every token this rank holds in a pattern's order: [n, head_dim/2, 2]. A head's pairs are
 // shared out over t, h, w; on an axis with m pairs, pair j turns by position · 10000^(−j/m).
 static float *rope_table(const Pattern *p, int rank, int H, int W, int head_dim) {
     int pairs = head_dim / 2, m[3] = {pairs - 2 * (pairs / 3), pairs / 3, pairs / 3};
     size_t count = (size_t)(p->first[rank + 1] - p->first[rank]) * head_dim;
-    float *host = floats(count), *out = host, *table = device_floats(count);
+    float *host = floats(count), *out = host;
     for (int i = p->first[rank]; i < p->first[rank + 1]; i++) {
         int token = p->order[i], position[3] = {token / (H * W), token / W % H, token % W};
         for (int axis = 0; axis < 3; axis++)
@@ -2191,176 +2246,39 @@ static float *rope_table(const Pattern *p, int rank, int H, int W, int head_dim)
                 *out++ = (float)cos(angle), *out++ = (float)sin(angle);
             }
     }
-    upload(table, host, count * sizeof(float));
+    float *table = (float *)to_device(host, count);
     free(host);
     return table;
 }
 
-// The same `count` sequences in every sample, one after another: where each starts, and where the last ends.
-static int *starts_of(const int *start, int count, int B) {
-    int *all = (int *)xalloc((size_t)B * count + 1, sizeof(int)), n = start[count] - start[0];
-    for (int i = 0; i < B * count; i++) all[i] = i / count * n + start[i % count] - start[0];
-    all[B * count] = B * n;
-    return all;
-}
-
+// The same `count` sequences in every sample, one after another: as long as those that q and k bound.
 static Sequences sequences_new(const int *q, const int *k, int count, int B) {
-    int *qs = starts_of(q, count, B), *ks = starts_of(k, count, B), n = B * count;
-    Sequences s = {n, qs, ks, to_device(qs, n + 1), to_device(ks, n + 1)};
+    int n = B * count, *qs = (int *)xalloc(n + 1, sizeof(int)), *ks = (int *)xalloc(n + 1, sizeof(int));
+    for (int i = 0; i < n; i++) {
+        qs[i + 1] = qs[i] + q[i % count + 1] - q[i % count];
+        ks[i + 1] = ks[i] + k[i % count + 1] - k[i % count];
+    }
+    Sequences s = {n, qs, ks, (int *)to_device(qs, n + 1), (int *)to_device(ks, n + 1)};
     return s;
 }
 
-// Orders, rotary tables, sequences, positions of words. (Exchanges are built when they are first needed.)
-static void run_maps(Run *r) {
-    const Config *c = &r->m->c;
-    int rank = r->ranks->rank, R = r->ranks->size, text_dim = c->text_dim;
-    for (int p = 0; p < PATTERNS; p++) skiparse_order(&r->pattern[p], p, r->T, r->H, r->W, c->sparse_ratio);
-    for (int i = 0; i < c->num_layers; i++) {
-        int at = r->saved[i].layout, pattern = r->saved[i].pattern, all = r->pattern[pattern].count;
-        int low = at == FULL ? 0 : all * rank / R, high = at == FULL ? all : all * (rank + 1) / R;
-        int *start = r->pattern[pattern].start + low, n[] = {0, (int)r->n[at]}, words[] = {0, c->text_len};
-        if (!r->self[pattern].q) r->self[pattern] = sequences_new(start, start, high - low, r->B);
-        if (!r->cross[at].q) r->cross[at] = sequences_new(n, words, 1, r->B);
-        if (!r->rope[at]) r->rope[at] = rope_table(&r->pattern[at], rank, r->H, r->W, c->dim / c->num_heads);
-    }
-    if (!c->vocab) return;
-    float *host = floats((size_t)c->text_len * text_dim);
-    for (int l = 0; l < c->text_len; l++) sinusoids(host + (size_t)l * text_dim, l, text_dim / 2);
-    upload(r->word_pos, host, (size_t)c->text_len * text_dim * sizeof(float));
-    free(host);
-}
-
-// ---- buffers ---------------------------------------------------------------------------------------------
-// One pass over every buffer: with base NULL it only adds up the bytes, so that memory is known beforehand.
-typedef struct { char *base; size_t used; } Arena;
-
-// The next `bytes` for each pointer whose address is given, up to NULL.
-static void take(Arena *a, size_t bytes, ...) {
-    va_list fields;
-    va_start(fields, bytes);
-    for (void *field; (field = va_arg(fields, void *)) != NULL; a->used += (bytes + 255) & ~(size_t)255) {
-        void *p = a->base ? a->base + a->used : NULL;
-        memcpy(field, &p, sizeof p);
-    }
-    va_end(fields);
-}
-
-// A factor of rows x columns. Codes, and what they are made from, live no longer than a branch of a block:
-// all share those of `room`. Training keeps the turned ones.
-static void take_factor(Arena *a, const Run *r, Factor *f, const Factor *room, size_t rows, size_t columns) {
-    if (f == room || !coded(r->m)) take(a, rows * columns * act_size(), &f->x, NULL);
-    if (!coded(r->m)) return;
-    if (f == room) take(a, rows * columns, &f->code, NULL);
-    f->x = room->x, f->code = room->code;
-    take(a, sizeof(float), &f->unit, NULL);
-    if (r->training) take(a, columns * (rows + 15), &f->turned, NULL);
-}
-
-static void attention_buffers(Arena *a, const Run *r, SavedAttention *s, const Factor *room, size_t rows,
-                              size_t kv_rows, bool spread) {
-    const Config *c = &r->m->c;
-    size_t D = c->dim, row = D * act_size();
-    take(a, rows * row, &s->q.x, &s->o, &s->q_raw, &s->y, NULL);
-    take(a, kv_rows * row, &s->k.x, &s->v, &s->k_raw, NULL);
-    take(a, larger(rows, kv_rows) * sizeof(float), &s->q_rstd, &s->k_rstd, NULL);
-    if (c->quant_attn && !r->training && codes_attend(c->dim / c->num_heads)) {
-        take(a, larger(rows, kv_rows) * D, &s->q.code, &s->k.code, NULL);
-        take(a, sizeof(float), &s->q.unit, &s->k.unit, NULL);
-    }
-    s->oq.x = s->o;
-    if (c->quant || spread) take_factor(a, r, &s->oq, room, rows, D);
-    if (r->training) take(a, rows * c->num_heads * sizeof(float), &s->lse, NULL);
-}
-
-// Training keeps every block's activations; otherwise all blocks share those of the first, and x0 alternates
-// between two. rows: those of the largest layout.
-static void block_buffers(Arena *a, Run *r, int i, size_t rows) {
-    const Config *c = &r->m->c;
-    Saved *s = &r->saved[i], *first = &r->saved[0], own = *s;
-    size_t B = r->B, D = c->dim, row = D * sizeof(float);
-    if (r->training || i < 2) take(a, rows * row, &s->x0, NULL);
-    else s->x0 = r->saved[i - 2].x0;
-    if (i == c->num_layers) return;
-    if (!r->training && i > 0) {
-        own.x0 = s->x0, *s = *first;
-        s->pattern = own.pattern, s->layout = own.layout, s->x0 = s->x1 = s->x2 = own.x0;
-        if (!c->quant && !spread(r, s)) s->self.oq.x = s->self.o;
-        return;
-    }
-    s->x1 = s->x2 = s->x0;
-    if (r->training) take(a, rows * row, &s->x1, &s->x2, NULL);
-    if (r->training) take(a, rows * c->ffn_dim * act_size(), &s->f_pre, NULL);
-    take(a, rows * 2 * sizeof(float), &s->stat1, &s->stat2, &s->stat3, NULL);
-    take(a, B * 6 * row, &s->e, NULL);
-    take(a, rows * D * act_size(), &s->y, NULL);
-    take_factor(a, r, &s->h1, &first->h1, rows, D);
-    take_factor(a, r, &s->h2, &first->h1, rows, D);
-    take_factor(a, r, &s->h3, &first->h1, rows, D);
-    take_factor(a, r, &s->f, &first->f, rows, c->ffn_dim);
-    attention_buffers(a, r, &s->self, &first->h1, rows, rows, spread(r, s));
-    attention_buffers(a, r, &s->cross, &first->h1, rows, B * c->text_len, false);
-}
-
-// All buffers of a run, and their bytes. base: memory for them, or NULL to only add up. Every layout gets the
-// rows of the largest: a pattern's, or a share of all tokens where heads are dealt out.
-static size_t run_place(Run *r, void *base) {
-    const Config *c = &r->m->c;
-    Arena arena = {(char *)base, 0}, *a = &arena;
-    size_t B = r->B, D = c->dim, R = r->ranks->size, F = sizeof(float), act_bytes = act_size();
-    size_t most = larger(r->n[FULL], larger(r->n[TOKEN_WISE], r->n[GROUP_WISE]));
-    size_t rows = B * larger(most, (r->N + R - 1) / R);
-    size_t text = B * c->text_len, both = larger(rows, text);
-    size_t patch = 4 * larger(c->in_dim, c->out_dim) * act_bytes;
-    size_t modulation = B * larger(6 * D, c->freq_dim) * F, words = text * larger(D, c->text_dim) * act_bytes;
-    for (int i = 0; i <= c->num_layers; i++) block_buffers(a, r, i, rows);
-    take(a, modulation, &r->sin, &r->t1, &r->t1s, &r->e, &r->es, &r->e0, &r->head_e, NULL);
-    take(a, words, &r->text, &r->text_h, &r->context, NULL);
-    r->context_q = plain(r->context);
-    if (c->quant) take_factor(a, r, &r->context_q, &r->context_q, text, D);
-    take(a, text * sizeof(int), &r->ids, NULL);
-    take(a, (size_t)c->text_len * c->text_dim * F, &r->word_pos, NULL);
-    take(a, rows * patch, &r->patches, &r->y, NULL);
-    take(a, rows * D * act_bytes, &r->tokens, &r->h, NULL);
-    take(a, rows * 2 * F, &r->head_stat, NULL);
-    take(a, B * c->out_dim * r->N * 4 * F, &r->out, NULL);
-    take(a, rows * D * F, &r->dx2, NULL);
-    r->y_all = r->y;
-    if (R > 1) {
-        take(a, larger(2 * both * D * F, (R * rows + B * r->N) * patch), &r->packed, NULL);
-        take(a, B * r->N * patch, &r->y_all, NULL);
-    }
-    if (!r->training) return a->used;
-    take(a, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
-    take(a, rows * D * F, &r->dx, NULL);
-    take(a, modulation, &r->de, &r->de0, &r->de_e, &r->dhead_e, &r->dt, NULL);
-    take(a, both * D * act_bytes, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
-    take(a, rows * c->ffn_dim * act_bytes, &r->dff, NULL);
-    if (!coded(r->m)) return a->used;
-    take(a, (both + 15) * larger(D, c->ffn_dim), &r->g.code, &r->g.turned, NULL);
-    take(a, F, &r->g.unit, NULL);
-    return a->used;
-}
-
-// ---- a run -----------------------------------------------------------------------------------------------
 static int pattern_of(const Config *c, int i) {
     int pattern = block_pattern(i, c->num_layers, c->num_full_blocks);
     return pattern != FULL && c->sparse ? c->sparse : pattern;
 }
 
-// Sizes and patterns of a batch of B samples on a grid of T x H x W tokens; no buffers and no maps yet.
-static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool training) {
+// Sizes and patterns of a batch of B samples; no buffers and no maps yet.
+static Run *run_plan(Model *m, Ranks *ranks, int B, bool training) {
     const Config *c = &m->c;
     Run *r = (Run *)xalloc(1, sizeof(Run));
     int R = ranks->size;
-    r->m = m, r->ranks = ranks, r->B = B, r->T = T, r->H = H, r->W = W, r->training = training;
-    r->N = (size_t)T * H * W;
-    if (r->N * B > INT_MAX / 2 || (size_t)B * c->text_len > INT_MAX / 2)
-        die("%d samples of %zu tokens and %d words are more than one run can index: use a smaller batch", B,
-            r->N, c->text_len);
-    if (c->num_heads % R || r->N < (size_t)R)
-        die("%d ranks cannot share %d heads and %zu tokens: use fewer", R, c->num_heads, r->N);
+    r->m = m, r->ranks = ranks, r->training = training;
+    r->B = B, r->T = c->T, r->H = c->H_l / 2, r->W = c->W_l / 2, r->N = (size_t)r->T * r->H * r->W;
+    if (c->num_heads % R || r->N < (size_t)R || larger(r->N, c->text_len) * B > INT_MAX / 2)
+        die("%d ranks cannot share %d heads, or index %d samples of %zu tokens and %d words: use fewer", R,
+            c->num_heads, B, r->N, c->text_len);
     for (int p = 0; p < PATTERNS; p++) {
-        skiparse_lengths(&r->pattern[p], p, T, H, W, c->sparse_ratio, R);
+        skiparse_lengths(&r->pattern[p], p, r->T, r->H, r->W, c->sparse_ratio, R);
         r->n[p] = (size_t)(r->pattern[p].first[ranks->rank + 1] - r->pattern[p].first[ranks->rank]);
     }
     r->saved = (Saved *)xalloc(c->num_layers + 1, sizeof(Saved));
@@ -2371,10 +2289,23 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tr
     return r;
 }
 
-static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool training) {
-    Run *r = run_plan(m, ranks, B, T, H, W, training);
+// Its buffers, orders, sequences, rotary tables, positions of words. (Exchanges are built when first needed.)
+static Run *run_new(Model *m, Ranks *ranks, int B, bool training) {
+    const Config *c = &m->c;
+    Run *r = run_plan(m, ranks, B, training);
     run_place(r, device_alloc(run_place(r, NULL)));
-    run_maps(r);
+    for (int i = 0; i < PATTERNS; i++) {
+        Pattern *p = &r->pattern[i];
+        bool all = i == FULL || ranks->ulysses;              // of the pattern's sequences, of some heads
+        int R = all ? 1 : ranks->size, rank = all ? 0 : ranks->rank, first = p->count * rank / R;
+        int *start = p->start + first, n[] = {0, (int)r->n[i]}, words[] = {0, c->text_len};
+        skiparse_order(p, i, r->T, r->H, r->W, c->sparse_ratio);
+        r->self[i] = sequences_new(start, start, p->count * (rank + 1) / R - first, B);
+        r->cross[i] = sequences_new(n, words, 1, B);
+        r->rope[i] = rope_table(p, ranks->rank, r->H, r->W, c->dim / c->num_heads);
+    }
+    r->word_pos = device_floats((size_t)c->text_len * c->text_dim);
+    sinusoids(r->word_pos, NULL, c->text_len, c->text_dim);
     return r;
 }
 
@@ -2382,8 +2313,7 @@ static Run *run_new(Model *m, Ranks *ranks, int B, int T, int H, int W, bool tra
 static void text_set(Run *r, Text text) {
     size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
     if (r->m->c.vocab) { upload(r->ids, text.ids, rows * sizeof(int)); return; }
-    float *room = device_floats(count);
-    upload(room, text.rows, count * sizeof(float));
+    float *room = (float *)to_device(text.rows, count);
     to_act(r->text, room, count);
     device_free(room);
 }
@@ -2395,45 +2325,26 @@ static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
 }
 
 static void batch_new(Batch *a, const Run *r) {
-    size_t count = r->B * latent_size(r);
+    size_t B = r->B, count = B * latent_size(r);
     a->x = floats(count), a->target = floats(count);
-    a->ids = (int *)xalloc((size_t)r->B * r->m->c.text_len, sizeof(int));
-    a->t = (double *)xalloc(r->B, sizeof(double));
+    a->ids = (int *)xalloc(B * r->m->c.text_len, sizeof(int)), a->t = (double *)xalloc(B, sizeof(double));
 }
 
 // To the device: as soon as the last step's backward is asked for, so that a GPU never waits for it.
 static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
-    size_t count = r->B * latent_size(r);
+    size_t bytes = r->B * latent_size(r) * sizeof(float);
     Text text = {a->ids, NULL};
-    upload(x, a->x, count * sizeof(float));
-    upload(target, a->target, count * sizeof(float));
-    text_set(r, text);
-}
-
-// sample() from noise to data on the host.
-static void sample_host(Run *r, float *host, Text cond, Text uncond, int steps, double shift,
-                        double guidance) {
-    size_t count = r->B * latent_size(r);
-    float *x = device_floats(count);
-    upload(x, host, count * sizeof(float));
-    sample(r, x, cond, uncond, steps, shift, guidance);
-    if (r->show) fputs("\r\033[K", stderr);
-    download(host, x, count * sizeof(float));
-    device_free(x);
-    for (size_t i = 0; i < count; i++)
-        if (!isfinite(host[i]))
-            die("the model made a number that is not finite; broken weights? or try --device-dtype f32");
+    upload(x, a->x, bytes), upload(target, a->target, bytes), text_set(r, text);
 }
 
 static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const TrainOptions *train) {
     Policy *p = (Policy *)xalloc(1, sizeof(Policy));
-    size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window;
-    size_t V = (size_t)o->prompts * o->group, one = latent_size(make);
+    size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window, one = latent_size(make);
+    size_t V = (size_t)o->prompts * o->group;
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
     p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
-    p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int));
-    p->batch_ids = p->ids + V * L, p->no_ids = p->batch_ids + B * L;
-    for (size_t i = 0; i < B * L; i++) p->no_ids[i] = -1;
+    p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int)), p->batch_ids = p->ids + V * L;
+    p->no_ids = (int *)memset(p->batch_ids + B * L, -1, B * L * sizeof(int));
     p->reward = (double *)xalloc((2 + W) * V + 2 * B + o->steps + 1, sizeof(double));
     p->advantage = p->reward + V, p->logp = p->advantage + V, p->batch_advantage = p->logp + W * V;
     p->batch_logp = p->batch_advantage + B, p->sigma = p->batch_logp + B;
@@ -3266,7 +3177,8 @@ static double meta_number(const File *f, const char *key, const char *standard, 
 static Config config_read(const File *f) {
     Config c;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        *config_field(&c, i) = (int)meta_number(f, CONFIG[i], i < CONFIG_NEEDED ? NULL : "0", 0, CONFIG_MOST);
+        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, CONFIG[i].least ? NULL : "0",
+                                                CONFIG[i].least, CONFIG[i].most);
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
     config_check(&c, f->path);
     if (c.in_dim != c.out_dim || (c.vocab && (c.vocab < VOCAB || c.in_dim != 3)))
@@ -3305,7 +3217,7 @@ static void weights_read(Model *m, Param *param, int count, const File *f) {    
 static const char *model_save(const char *path, const Model *m, const float *weights, const char *dtype) {
     char text[1024], *end = text;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i], *config_field((Config *)&m->c, i));
+        end += sprintf(end, "\"%s\":\"%d\",", CONFIG[i].name, *config_field((Config *)&m->c, i));
     return file_write(path, m->param, m->params, weights, dtype, "%s\"eps\":\"%.9g\"", text, m->c.eps);
 }
 
@@ -3677,11 +3589,10 @@ static void config_override(Config *c, const Options *o) {
 // What a run of B samples will take, and beside it one that samples `beside` (0: none): said and refused
 // before any of it is asked for.
 static void plan_memory(Model *m, Ranks *k, int B, int beside, bool training) {
-    Run *plan = run_plan(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
+    Run *plan = run_plan(m, k, B, training);
     double machine = device_memory() / ranks_here, GiB = 0x1p30;
-    double weights = (double)model_bytes(m, training), run = (double)run_place(plan, NULL);
-    if (beside)
-        run += (double)run_place(run_plan(m, k, beside, plan->T, plan->H, plan->W, false), NULL);
+    double weights = (double)model_place(m, NULL, training), run = (double)run_place(plan, NULL);
+    if (beside) run += (double)run_place(run_plan(m, k, beside, false), NULL);
     struct rlimit limit;
     if (training) weights += m->lora ? 20.0 * m->lora->n : 12.0 * m->count;      // moments, average; adapter
     if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
@@ -3712,7 +3623,7 @@ static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
     model_allocate(m, o->training);
     if (o->weights) weights_read(m, m->param, m->params, &f), file_close(&f);
     else model_random(m, o->seed);
-    Run *r = run_new(m, k, B, c.T, c.H_l / 2, c.W_l / 2, o->training);
+    Run *r = run_new(m, k, B, o->training);
     r->show = !o->training && speaks(k) && isatty(2);
     return r;
 }
@@ -3785,7 +3696,7 @@ static void sample_clips(float **x, Run *r, const Options *o, int count) {
     for (int i = 0; i < count; i++) {
         x[i] = o->noise ? numbers_of(o->noise, "noise", size) : floats(size);
         if (!o->noise) noise_fill(x[i], size, o->seed, SAMPLE_STREAM, (uint64_t)i * size);
-        sample_host(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
+        sample(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
         if (c->vocab) cond.ids += c->text_len;
     }
 }
@@ -3869,7 +3780,7 @@ static void evaluate(double *mean, double *error, Run *r, int clips, int steps, 
             caption_ids(ids + b * L, L, text);
         }
         noise_fill(x, r->B * size, seed, SAMPLE_STREAM, first * size);
-        sample_host(r, x, cond, uncond, steps, shift, guidance);
+        sample(r, x, cond, uncond, steps, shift, guidance);
         for (int b = 0; b < r->B && first + b < clips; b++) {
             shapes_score(score, x + b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
             for (int s = 0; s < N_SCORES; s++) {
@@ -3985,7 +3896,7 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     while (together > 32 || V % together) together--;             // videos made at a time
     Run *learn = run_open(o, k, p->micro, together);
     Model *m = learn->m;
-    Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
+    Run *make = run_new(m, k, together, false);
     learning_start(&opt, o, k, m->lora->w, m->lora->dw, m->lora->n);
     Policy *policy = policy_new(make, learn, p, &o->train);
     weights_prepare(m);

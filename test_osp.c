@@ -331,7 +331,7 @@ static void check_norm(int n, int D, bool modulated, bool gated) {
     float *stat = spoiled(2 * B * n), *amax = spoiled(1);
     for (int i = 0; i < count; i++) map[i] = i * 7 % (B * n);
     for (int i = 0; i < count * D; i++) left.wide[i] = x.wide[map[i / D] * D + i % D];
-    int *at = to_device(map, count);
+    int *at = (int *)to_device(map, count);
     residual_gather_forward(moved.f, x.f, y.a, g, at, count, rows);
     residual_gather_forward(left.f, x.f, NULL, none, at, count, rows);
     gather_rows(copied.f, x.f, at, count, D * sizeof(float)), judge("x moved", left), judge("rows", copied);
@@ -447,7 +447,7 @@ static void check_attention(const char *sequences, int heads, int hd, int kind) 
     Attended t = {given_of(x, nq), given_of(y, nk), given_of(v, nk), given(nq), blank(nq),
                   blank(nq), blank(nk), blank(nk), blank(q[n] * heads), heads, hd};
     Factor qs = factor(&t.q, D, codes ? 15 : 0), ks = factor(&t.k, D, codes ? 15 : 0);
-    Sequences s = {n, q, k, to_device(q, n + 1), to_device(k, n + 1)};
+    Sequences s = {n, q, k, (int *)to_device(q, n + 1), (int *)to_device(k, n + 1)};
     attention_forward(t.o.a, t.lse.f, amax, qs, ks, t.v.a, &s, heads, hd);
     for (int i = 0; i < n; i++)
         for (int a = q[i]; a < q[i + 1]; a++)
@@ -483,7 +483,7 @@ static void check_patches(bool channels_first) {
 
 static void check_words(void) {
     enum { L = 7, V = 5, D = 4, ROWS = 14, N = ROWS * D };
-    int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = to_device(ids, ROWS);
+    int ids[ROWS] = {1, 4, 4, -1, 0, 2, 2, 4, 1, -1, -1, 2, 0, 4}, *at = (int *)to_device(ids, ROWS);
     Given table = given(V * D), pos = given(L * D), dy = given(N), y = blank(N), dtable = given(V * D);
     for (int i = 0; i < N; i++) {
         int word = ids[i / D] * D + i % D;
@@ -594,12 +594,11 @@ static Answer ask(Run *r, const Question *q) {
 static Ranks alone = {0, 1, 0, 1, false, {0}, {0}, {0}};     // one rank, one half
 static const TrainOptions SMALL_TRAINING = {6, 2, 2, 2e-3, 0.9, 0.99, 1e-8, 0.01, 1, 0.99, 0.1, 1, 4};
 static Run *run_on(Ranks *k, Model *m, int B, bool training) {
-    return run_new(m, k, B, m->c.T, m->c.H_l / 2, m->c.W_l / 2, training);
+    return run_new(m, k, B, training);
 }
 static Run *run_of(Model *m, int B, bool training) { return run_on(&alone, m, B, training); }
-static void spoil_run(Run *r) {                          // every buffer (of a model without a word table)
-    Run *plan = run_plan(r->m, r->ranks, r->B, r->T, r->H, r->W, r->training);
-    spoil(r->saved[0].x0, run_place(plan, NULL));
+static void spoil_run(Run *r) {                          // every buffer
+    spoil(r->sin, run_place(run_plan(r->m, r->ranks, r->B, r->training), NULL));
 }
 
 // ==== golden/: what a file is, is seen from what it holds =================================================
@@ -795,7 +794,7 @@ static void check_sampler(void) {
     }
     worst_row(1e-6, "sigmas, timesteps, training's shift and sigma,");
     Run *r = golden_run(1, false, false);
-    float *x = up_golden("noise"), *v = spoiled(n), *whole = up_golden("noise");
+    float *x = up_golden("noise"), *v = spoiled(n), *whole = golden("noise");
     Text cond = {NULL, golden("text_cond")}, uncond = {NULL, golden("text_uncond")};
     guided_velocity(r, v, x, sigma[0], cond, uncond, 1), note_float("v.cond", v);
     guided_velocity(r, v, x, sigma[0], cond, uncond, 0), note_float("v.uncond", v);
@@ -805,7 +804,7 @@ static void check_sampler(void) {
         note_float(fmt("x.%d", i + 1), x);
     }
     sample(r, whole, cond, uncond, S, shift, g);
-    note_float(fmt("x.%d", S), whole);
+    note_golden(fmt("x.%d", S), whole);
     worst_row(1e-5, "velocities, x after each step and after sample(),");
 }
 
@@ -1106,7 +1105,7 @@ static void check_one_kind(void) {
     for (int kind = 0; kind < 3; kind++) {
         Config c = PRESETS[1];
         c.sparse = kind;
-        const Run *r = run_plan(model_layout(&c), &alone, 1, c.T, c.H_l / 2, c.W_l / 2, false);
+        const Run *r = run_plan(model_layout(&c), &alone, 1, false);
         for (int i = 0; i < c.num_layers; i++)
             note(WANT[kind], PATTERN_LETTER[r->saved[i].pattern] != WANT[kind][i]);
     }
@@ -1184,7 +1183,7 @@ static void check_checkpoint(const char *path, const char *kind) {
     Config stored = config_read(&f);
     model_allocate(read, true), weights_read(read, read->param, read->params, &f);
     for (int i = 0; i < CONFIG_ROWS; i++)
-        note(CONFIG[i], *config_field(&stored, i) != *config_field(&m->c, i));
+        note(CONFIG[i].name, *config_field(&stored, i) != *config_field(&m->c, i));
     for (int i = 0; i < m->params; i++) {
         Param *p = &m->param[i];
         bool codes = p->block_matrix && !strcmp(kind, "hif8"), half = p->product && strcmp(kind, "f32");
@@ -1465,7 +1464,7 @@ static void verify_hif8(void) {
 static Run *first_rank(const Config *c, int R, bool ulysses) {
     Ranks *k = (Ranks *)xalloc(1, sizeof(Ranks));
     k->size = R, k->ulysses = ulysses;
-    Run *r = run_plan(model_layout(c), k, 1, c->T, c->H_l / 2, c->W_l / 2, false);
+    Run *r = run_plan(model_layout(c), k, 1, false);
     memcpy(r->pattern, config_patterns(c, R), sizeof r->pattern);
     return r;
 }
@@ -1657,16 +1656,16 @@ static void bench_model(const char *shape, int layers, int frames, bool train, b
     double all[2][2], ms[2][3] = {{0}};                      // [training][hybrid], [training][block]
     const Ranks fresh = *k;
     Model *m = random_model(&c, train, 1);
-    Run *r = run_plan(m, k, 1, c.T, c.H_l / 2, c.W_l / 2, train);
+    Run *r = run_plan(m, k, 1, train);
     printf("%s: %zu tokens, dim %d, heads %d, ffn %d; %d layers run of %d; by FLOPs %.2fx\n", shape, r->N,
            c.dim, c.num_heads, c.ffn_dim, L, whole.num_layers,
            model_flops(whole, false, false) / model_flops(whole, true, false));
-    printf("memory: weights %.2f GiB, activations %.2f GiB\n", (double)model_bytes(m, train) / 0x1p30,
-           (double)run_place(r, NULL) / 0x1p30);
+    printf("memory: weights %.2f GiB, activations %.2f GiB\n",
+           (double)model_place(model_layout(&c), NULL, train) / 0x1p30, (double)run_place(r, NULL) / 0x1p30);
     if (train) optimizer_init(&trial.opt, m->w, m->dw, m->count);
     trial.x = given(latent_size(r)).f, trial.dout = spoiled(latent_size(r));
     for (int hybrid = 0; hybrid < 2; hybrid++) {
-        if (hybrid) device_free(r->saved[0].x0);             // where the run's one arena begins
+        if (hybrid) device_free(r->sin);                     // where the run's one arena begins
         m->c.num_full_blocks = hybrid ? F : L;
         r = run_on(k, m, 1, train), *k = fresh;
         for (int t = 0; t <= train; t++) all[t][hybrid] = timed(r, 0, WHOLE_FORWARD + t);
@@ -2263,7 +2262,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"exchange: forward, have and want exchanged", "s->layout, next)->pack", "next, s->layout)->pack"},
     {"exchange: backward, have and want exchanged", "r->dx, have, want,", "r->dx, want, have,"},
     {"exchange: ranks unpack in order of arrival", "= arrival[holder[unit[i]]]++", "= (int)i"},
-    {"sampling: o not into oq in sparse blocks", "self.oq.x = s->self.o;", "self.oq.x = first->self.y;"},
+    {"sampling: o not into oq", "self->oq.x = self->o,", "self->oq.x = self->y,"},
     {"RoPE: h and w exchanged", "token / W % H, token % W}", "token % W, token / W % H}"},
     {"RoPE: not turned back in backward", "head_dim, -1.0f, heads", "head_dim, 1.0f, heads"},
     {"modulation: shift is scale", "of_row(e, row, rows, D)", "of_row(e, row + 1, rows, D)"},
@@ -2285,7 +2284,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"GRPO: learns from one video for all", "p->x, i + 1, video[b]", "p->x, i + 1, video[0]"},
     {"GRPO: videos without an advantage not dropped", "if (p->advantage[v] != 0) video", "video"},
     {"GRPO: the reference has the adapter", "r->m->lora->scale = 0, weights_prepare", "weights_prepare"},
-    {"LoRA: merged without alpha/rank", "lincomb(scaled, l->scale", "lincomb(scaled, 1"},
+    {"LoRA: merged without alpha/rank", "lincomb(l->d, l->scale", "lincomb(l->d, 1"},
     {"files: the step lost on resuming", "o->step = (int)", "o->step = 0 * (int)"},
     {"files: a HiF8 weight is off by its scale", "(uint8_t)code) / k", "(uint8_t)code) * k"}};
 
@@ -2477,10 +2476,10 @@ static void ranks_against_one(Ranks *k, const int *grid, int quant, bool sampled
     k->ulysses = false;
     if (!sampled) return;
     Text cond = {NULL, q.rows}, uncond = {NULL, question(&c, 1).rows};
-    float *one = up(q.x, n), *all = up(q.x, n);
+    float *one = noise(90, n, 1), *all = noise(90, n, 1);
     sample(run_of(m, 1, false), one, cond, uncond, 50, 7, 5);
     sample(run_on(k, m, 1, false), all, cond, uncond, 50, 7, 5);
-    near("x", all, down(one, n), n), worst_row(1e-6, fmt("%s 50 guided steps,", what));
+    note("x", relative(all, one, n)), worst_row(1e-6, fmt("%s 50 guided steps,", what));
 }
 
 static int run_ranks(Ranks *world, bool small) {         // small: under the sanitizers
