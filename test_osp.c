@@ -2718,9 +2718,10 @@ static int show(int argc, char **argv) {
     else if (count < 1 || count > MOST_LOGS) die("show %s: 1 to %d logs, here %d", kind, MOST_LOGS, count);
     else show_logs(logs, count, !strcmp(kind, "reward"));
     fputs("</svg>\n", svg), fclose(svg);
+    check_writable(o.out);
     Output *out = output_open(o.out);
     output_bytes(out, text, size);
-    if ((why = output_close(out))) die("%s", why);
+    if ((why = output_close(out, NULL))) die("%s", why);
     printf("wrote %s: %zu bytes\n", o.out, size);
     return 0;
 }
