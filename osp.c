@@ -3044,8 +3044,9 @@ static Output *output_open(const char *path) {
     snprintf(o->path, sizeof o->path, "%s", path);
     if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays
     snprintf(o->temp, sizeof o->temp, "%s.tmp", o->target);
-    bool exists = !lstat(o->target, &old), plain = exists && S_ISREG(old.st_mode) && (old.st_mode & 0222);
-    if (!*path || (exists && (!plain || access(path, W_OK)))) return output_fail(path, "no file, or read-only");
+    bool exists = !lstat(o->target, &old);
+    bool fit = exists ? S_ISREG(old.st_mode) && (old.st_mode & 0222) && !access(path, W_OK) : *path;
+    if (!fit) return output_fail(path, "no plain file, or read-only");
     int fd = open(o->temp, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0666);
     if (fd < 0) return output_fail(path, strerror(errno));
     bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
@@ -3086,7 +3087,6 @@ static const char *output_close(Output *o, const char *why) {
 enum Dtype { F32, BF16, I32, U8, DTYPE_COUNT };
 static const char *const DTYPE_NAME[] = {"F32", "BF16", "I32", "U8"};
 static const size_t DTYPE_BYTES[] = {4, 2, 4, 1};
-enum { MOST_ENTRIES = 10000 };
 
 typedef struct {
     const char *name, *text;                      // text: a string of __metadata__; NULL: a tensor
@@ -3116,7 +3116,7 @@ static const char *file_meta(const File *f, const char *key) {
 }
 
 // Steps over `form` where it comes next: $ is a string, # a number, all else itself; white space may stand
-// between. A string is taken as it is written, escapes and all. The 0 at the header's end stops every step.
+// between. A string stays as it is written. The 0 at the header's end stops every step.
 static bool json(File *f, const char *form, ...) {
     char *at = f->at;
     va_list args;
@@ -3133,27 +3133,24 @@ static bool json(File *f, const char *form, ...) {
         *at++ = 0;
     }
     va_end(args);
-    if (*form) return false;
-    f->at = at;
-    return true;
+    if (!*form) f->at = at;
+    return !*form;
 }
 
 static bool json_tensor(File *f, Entry *t) {
     size_t at[2];
     const char *dtype;
-    double bytes = 1;                             // a double holds any product
+    double size = 1;                              // a double holds any product
     int d = 0;
     if (!json(f, "{\"dtype\":$,\"shape\":[", &dtype)) return false;
-    for (; !json(f, "]") && t->rank < 8; json(f, ",")) {
-        json(f, "#", &t->shape[t->rank]);
-        bytes *= (double)t->shape[t->rank++];
-    }
+    for (; !json(f, "]") && t->rank < 8; json(f, ",")) json(f, "#", &t->shape[t->rank++]);
     if (!json(f, ",\"data_offsets\":[#,#]}", &at[0], &at[1])) return false;
     while (d < DTYPE_COUNT && strcmp(dtype, DTYPE_NAME[d])) d++;
     if (d == DTYPE_COUNT || at[0] > at[1] || at[1] > f->bytes) return false;
+    for (int i = 0; i < t->rank; i++) size *= (double)t->shape[i];
     t->dtype = (enum Dtype)d, t->data = f->data + at[0], t->bytes = at[1] - at[0];
     t->count = t->bytes / DTYPE_BYTES[d];
-    return (double)t->bytes == bytes * (double)DTYPE_BYTES[d];
+    return (double)t->bytes == size * (double)DTYPE_BYTES[d];
 }
 
 // The header, and in it __metadata__.
@@ -3164,7 +3161,7 @@ static bool json_object(File *f, bool metadata) {
         Entry *e = &f->entry[f->count];
         if (!json(f, "$:", &e->name)) return false;
         bool inner = !metadata && !strcmp(e->name, "__metadata__");
-        if (!inner && (file_find(f, e->name) || f->count++ == MOST_ENTRIES)) return false;
+        if (!inner && (file_find(f, e->name) || f->count++ == 10000)) return false;
         if (!(inner ? json_object(f, true) : metadata ? json(f, "$", &e->text) : json_tensor(f, e))) return false;
     } while (json(f, ","));
     return json(f, "}");
@@ -3188,7 +3185,7 @@ static void file_open(File *f, const char *path) {
         die("%s: not a safetensors file, or cut short to %zu bytes; copy it again", path, f->size);
     f->data = f->map + 8 + n, f->bytes = f->size - 8 - n;
     f->header = f->at = (char *)xalloc(n + 1, 1);
-    f->entry = (Entry *)xalloc(MOST_ENTRIES + 1, sizeof(Entry));
+    f->entry = (Entry *)xalloc(n / 5 + 1, sizeof(Entry));            // one takes at least 5 characters: "":""
     memcpy(f->header, f->map + 8, n);
     bool good = json_object(f, false);
     for (int i = 0; i < f->count; i++) n += f->entry[i].bytes;
@@ -3309,34 +3306,24 @@ static Config config_read(const File *f) {
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
     config_check(&c, f->path);
     if (c.in_dim != c.out_dim || (c.vocab && (c.vocab < VOCAB || c.in_dim != 3)))
-        die("%s: in_dim %d, out_dim %d, vocab %d: expected equal channels; with a vocab 3 channels, %d words",
-            f->path, c.in_dim, c.out_dim, c.vocab, VOCAB);
+        die("%s: want in_dim = out_dim, and with a vocab 3 of them and %d words", f->path, VOCAB);
     return c;
 }
 
-// param[count], of a model, of its adapters or of a run's state, must be all that the file holds.
-static void weights_check(const Param *param, int count, const File *f) {
+// param[count], of a model, of its adapters or (m NULL) of a run's state: all that the file holds.
+static void weights_read(Model *m, Param *param, int count, const File *f) {
     size_t used = 0;
-    char want[200];
-    for (const Param *p = param; p < param + count; p++) {
-        const Entry *t = file_find(f, p->name);
-        if (!t || t->rank != p->rank || memcmp(t->shape, p->shape, p->rank * sizeof(size_t)))
-            die("%s: tensor %s is missing, or not %s; export it again", f->path, p->name,
-                shape_text(want, p->rank, p->shape));
-        used += t->bytes + (t->dtype == U8 ? 4 : 0);                 // codes have a scale
-    }
-    if (used != f->bytes) die("%s: holds other tensors, too; export it again", f->path);
-}
-
-static void weights_read(Model *m, Param *param, int count, const File *f) {         // m NULL: a run's state
-    weights_check(param, count, f);
     for (Param *p = param; p < param + count; p++) {
         const Entry *t = file_find(f, p->name);
+        if (!t || t->rank != p->rank || memcmp(t->shape, p->shape, p->rank * sizeof(size_t)))
+            die("%s: tensor %s is missing or has another shape; export it again", f->path, p->name);
         float *host = file_read(f, t);
         p->codes = t->dtype == U8;
         param_set(m, p, host);
         free(host);
+        used += t->bytes + (p->codes ? 4 : 0);                      // codes have a scale
     }
+    if (used != f->bytes) die("%s: other tensors are there, too; export it again", f->path);
 }
 
 // weights: m->w, or their moving average.
@@ -3743,7 +3730,6 @@ static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
-    if (o->weights) weights_check(m->param, m->params, &f);              // before anything is allocated
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     plan_memory(m, k, B, beside, o->training);
