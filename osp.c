@@ -3058,10 +3058,7 @@ static Output *output_open(const char *path) {
     return o;
 }
 
-// Before work starts.
 static void check_writable(const char *path) { if (!output_open(path)) die("%s", output_error); }
-
-// An error is kept by the stream.
 static void output_bytes(Output *o, const void *data, size_t size) { fwrite(data, 1, size, o->file); }
 
 // why: what is wrong with the content, or NULL. Returns NULL, or why the old file still stands there.
@@ -3162,7 +3159,8 @@ static bool json_object(File *f, bool metadata) {
         if (!json(f, "$:", &e->name)) return false;
         bool inner = !metadata && !strcmp(e->name, "__metadata__");
         if (!inner && (file_find(f, e->name) || f->count++ == 10000)) return false;
-        if (!(inner ? json_object(f, true) : metadata ? json(f, "$", &e->text) : json_tensor(f, e))) return false;
+        bool good = inner ? json_object(f, true) : metadata ? json(f, "$", &e->text) : json_tensor(f, e);
+        if (!good) return false;
     } while (json(f, ","));
     return json(f, "}");
 }
@@ -3252,8 +3250,9 @@ static bool write_values(Output *o, const Param *p, const float *values, enum Dt
 static const char *file_write(const char *path, const Param *param, int count, const float *arena,
                               const char *dtype, const char *metadata, ...) {
     Output *o = output_open(path);
+    static const char FORM[] = ",\n\"%s%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}";
     va_list args;
-    uint64_t n = 0, at = 0;
+    size_t n = 0, at = 0;
     char shape[200];
     bool finite = true;
     if (!o) return output_error;
@@ -3266,15 +3265,12 @@ static const char *file_write(const char *path, const Param *param, int count, c
     for (const Param *p = param; p < param + count; p++) {
         enum Dtype d = stored_as(p, dtype);
         size_t end = at + p->count * DTYPE_BYTES[d];
-        fprintf(o->file, ",\n\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", p->name,
-                DTYPE_NAME[d], shape_text(shape, p->rank, p->shape), at, end);
+        fprintf(o->file, FORM, p->name, "", DTYPE_NAME[d], shape_text(shape, p->rank, p->shape), at, end);
+        if (d == U8) fprintf(o->file, FORM, p->name, ".scale", "F32", "[1]", end, end + 4);
         at = d == U8 ? end + 4 : end;
-        if (d == U8)
-            fprintf(o->file, ",\n\"%s.scale\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[%zu,%zu]}",
-                    p->name, end, at);
     }
     fprintf(o->file, "}%*s", (int)(7 - ftell(o->file) % 8), "");     // the data begins at a multiple of 8
-    n = (uint64_t)ftell(o->file) - 8;
+    n = (size_t)ftell(o->file) - 8;
     for (const Param *p = param; p < param + count; p++)
         finite &= write_values(o, p, arena ? arena + p->offset : p->w, stored_as(p, dtype));
     fseek(o->file, 0, SEEK_SET);
