@@ -2947,9 +2947,9 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t h) {
 }
 
 // All ranks must read the same bytes and have the same settings, or stop as one.
-static void ranks_agree(uint64_t hash) {
+static void ranks_agree(const Ranks *k, uint64_t hash) {
     double mine = (double)(hash >> 11);                                 // 53 bits: exact
-    if (max_of_ranks(mine) != -max_of_ranks(-mine))
+    if (k->size > 1 && max_of_ranks(mine) != -max_of_ranks(-mine))
         die("ranks have different settings or files: start all alike on the same files");
 }
 // ==========================================================================================================
@@ -2991,11 +2991,11 @@ static double seconds(void) {
 
 static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream * 0xD1B54A32D192ED03ull + 0x8CB92BA72F3D8DD7ull;
-    for (int round = 0; round < 2; round++) {                // splitmix64's finaliser, once for the names ...
+    for (uint64_t round = 0; round < 2; round++) {           // splitmix64's finaliser, without the index and with
+        z += round * (index + 1) * 0x9E3779B97F4A7C15ull;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
         z ^= z >> 31;
-        if (round == 0) z += (index + 1) * 0x9E3779B97F4A7C15ull; // ... and once with the index
     }
     return z;
 }
@@ -3079,8 +3079,8 @@ static const char *output_close(Output *o, const char *why) {
 //    {"__metadata__":{"dim":"64",..}, "NAME":{"dtype":"BF16","shape":[64,64],"data_offsets":[0,8192]}, ..}
 //
 // Whoever wrote the file, nothing outside it is read: each tensor lies in the data, together they have its
-// size. HiF8 is a U8 tensor of codes and NAME.scale = k, an F32: a value is hif8(code)/k, exactly Q(x; 15).
-// Data may start at any byte: it is copied out. Little-endian machines only.
+// size, and may begin at any byte. HiF8 is a U8 tensor of codes and an F32 NAME.scale = k: a value is
+// hif8(code)/k, exactly Q(x; 15). Little-endian machines only.
 enum Dtype { F32, BF16, I32, U8, DTYPE_COUNT };
 static const char *const DTYPE_NAME[] = {"F32", "BF16", "I32", "U8"};
 static const size_t DTYPE_BYTES[] = {4, 2, 4, 1};
@@ -3200,15 +3200,14 @@ static float *file_read(const File *f, const Entry *t) {
     char name[320];
     snprintf(name, sizeof name, "%.300s.scale", t->name);
     const Entry *scale = file_find(f, name);
-    if (t->dtype == U8 && scale && scale->dtype == F32 && scale->count == 1) memcpy(&k, scale->data, 4);
+    if (t->dtype == U8 && scale && scale->bytes == 4) memcpy(&k, scale->data, 4);
     if (t->dtype == I32 || !(k > 0 && isfinite(k)))
         die("%s: tensor %.99s: found I32, or U8 without a .scale above 0; export it again", f->path, t->name);
     for (int code = 0; code < 256; code++) value[code] = hif8_decode((uint8_t)code) / k;
     for (size_t i = 0; i < t->count; i++) {
-        uint16_t half;                            // a bfloat16 is the upper half of a float
         if (t->dtype == U8) out[i] = value[t->data[i]];
         else if (t->dtype == F32) memcpy(&out[i], t->data + 4 * i, 4);
-        else memcpy(&half, t->data + 2 * i, 2), out[i] = bits_float((uint32_t)half << 16);
+        else memcpy((char *)&out[i] + 2, t->data + 2 * i, 2);        // the upper half of a float
         if (!isfinite(out[i]))
             die("%s: tensor %.99s: value %zu is %g; use an earlier file", f->path, t->name, i, out[i]);
     }
@@ -3669,7 +3668,7 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
     uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
     for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
-    ranks_agree(hash);
+    ranks_agree(k, hash);
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
     int halves = P2 % k->size && guided ? 2 : 1;
     if (k->size % halves || P2 % (k->size / halves))
