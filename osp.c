@@ -2967,8 +2967,7 @@ static void die(const char *format, ...) {
     fflush(stdout);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    for (char *c = line; *c; c++)
-        if ((unsigned char)*c < ' ') *c = ' ';               // one line, whatever an argument holds
+    for (char *c = line; *c; c++) if (iscntrl((uint8_t)*c)) *c = ' ';      // one line, whatever is in it
     fprintf(stderr, "osp: %s\n", line);
     ranks_end(2);
     exit(2);
@@ -2991,7 +2990,7 @@ static double seconds(void) {
 
 static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream * 0xD1B54A32D192ED03ull + 0x8CB92BA72F3D8DD7ull;
-    for (uint64_t round = 0; round < 2; round++) {           // splitmix64's finaliser, without the index and with
+    for (uint64_t round = 0; round < 2; round++) {           // splitmix64's finaliser; the index comes second
         z += round * (index + 1) * 0x9E3779B97F4A7C15ull;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
@@ -3124,8 +3123,7 @@ static bool json(File *f, const char *form, ...) {
         else if (*at++ != (*form == '$' ? '"' : *form)) break;
         if (*form != '$') continue;
         *va_arg(args, const char **) = at;
-        for (; *at != '"' && !iscntrl((uint8_t)*at); at++)
-            if (*at == '\\' && !iscntrl((uint8_t)at[1])) at++;
+        for (; *at != '"' && !iscntrl((uint8_t)*at); at++) if (*at == '\\' && !iscntrl((uint8_t)at[1])) at++;
         if (*at != '"') break;
         *at++ = 0;
     }
@@ -3166,6 +3164,7 @@ static bool json_object(File *f, bool metadata) {
 }
 
 static void file_lost(int n) { die("a file became shorter while it was read (signal %d); copy it again", n); }
+static void file_close(File *f) { free(f->header), free(f->entry), munmap(f->map, f->size); }
 
 static void file_open(File *f, const char *path) {
     struct stat s;
@@ -3188,11 +3187,8 @@ static void file_open(File *f, const char *path) {
     bool good = json_object(f, false);
     for (int i = 0; i < f->count; i++) n += f->entry[i].bytes;
     if (!good || n != f->size - 8)
-        die("%s, byte %zd: want a header whose tensors of F32, BF16, I32 and U8 fill the file; copy it again",
-            path, f->at - f->header + 8);
+        die("%s, byte %zd: want F32, BF16, I32 and U8 that fill the file", path, f->at - f->header + 8);
 }
-
-static void file_close(File *f) { free(f->header), free(f->entry), munmap(f->map, f->size); }
 
 // The values of t, which the caller frees. NaN and Inf are refused.
 static float *file_read(const File *f, const Entry *t) {
@@ -3208,8 +3204,7 @@ static float *file_read(const File *f, const Entry *t) {
         if (t->dtype == U8) out[i] = value[t->data[i]];
         else if (t->dtype == F32) memcpy(&out[i], t->data + 4 * i, 4);
         else memcpy((char *)&out[i] + 2, t->data + 2 * i, 2);        // the upper half of a float
-        if (!isfinite(out[i]))
-            die("%s: tensor %.99s: value %zu is %g; use an earlier file", f->path, t->name, i, out[i]);
+        if (!isfinite(out[i])) die("%s: tensor %.99s has %g; use an earlier file", f->path, t->name, out[i]);
     }
     return out;
 }
