@@ -607,7 +607,7 @@ typedef struct {
     double time[PURPOSES];
 } Ranks;
 
-// Every transfer is this one. Rank s gets the next send[s] rows of `from` (`same`: every rank gets the same
+// Every transfer but that of a maximum. Rank s gets the next send[s] rows of `from` (`same`: all get the same
 // rows); the receive[s] rows of rank s follow those of rank s−1 in `to`. Rows are row_bytes long, pointers
 // the device's.
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
@@ -2845,8 +2845,8 @@ static void mpi_all_to_all(void *to, const void *from, const int *receive, const
 }
 
 // The largest of all ranks' numbers.
-static double max_of_ranks(double x) {
-    MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_MAX, sample_ranks);
+static uint64_t max_of_ranks(uint64_t x) {
+    MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_UINT64_T, MPI_MAX, sample_ranks);
     return x;
 }
 
@@ -2877,7 +2877,7 @@ static void ranks_end(int error) {
 }
 #else
 static void mpi_all_to_all(void *to, ...) { (void)to; }              // one rank has no one to call it for
-static double max_of_ranks(double x) { return x; }
+static uint64_t max_of_ranks(uint64_t x) { return x; }
 static void ranks_start(Ranks *k) { k->size = k->halves = 1; }
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
 static void ranks_end(int error) { (void)error; }
@@ -2917,11 +2917,11 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
 }
 
 static void max_over_ranks(Ranks *k, float *m) {
-    float most;
+    uint32_t most;                               // floats from 0 on are ordered as their bits are
     if (k->size == 1) return;
     download(&most, m, sizeof most);
     double begin = seconds();
-    most = (float)max_of_ranks(most);
+    most = (uint32_t)max_of_ranks(most);
     k->time[MAXIMA] += seconds() - begin;
     k->calls[MAXIMA]++;
     upload(m, &most, sizeof most);
@@ -2948,8 +2948,7 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t h) {
 
 // All ranks must read the same bytes and have the same settings, or stop as one.
 static void ranks_agree(const Ranks *k, uint64_t hash) {
-    double mine = (double)(hash >> 11);                                 // 53 bits: exact
-    if (k->size > 1 && max_of_ranks(mine) != -max_of_ranks(-mine))
+    if (k->size > 1 && max_of_ranks(hash) != ~max_of_ranks(~hash))      // the largest and the smallest
         die("ranks have different settings or files: start all alike on the same files");
 }
 // ==========================================================================================================
@@ -3753,7 +3752,7 @@ static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w,
 
 // After each step but the last: saves the state now and then, and when any rank is asked to stop.
 static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
-    int asked = (int)max_of_ranks(stopped);
+    int asked = (int)max_of_ranks((uint64_t)stopped);
     if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
         const char *why = state_save(o->state, opt, o->settings);
         if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
