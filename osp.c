@@ -605,13 +605,11 @@ typedef struct {
     double time[PURPOSES];
 } Ranks;
 
-// Every transfer is this one. Rank s gets the next send[s] rows of `from` (`same`: every rank gets the same
+// Every transfer but that of a maximum. Rank s gets the next send[s] rows of `from` (`same`: all get the same
 // rows); the receive[s] rows of rank s follow those of rank s−1 in `to`. Rows are row_bytes long, pointers
 // the device's.
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
                        size_t row_bytes, int purpose);
-// Everyone's `count` rows, in rank order.
-static void all_gather(Ranks *k, void *to, const void *from, int count, size_t row_bytes, int purpose);
 // x[n] = Σ over ranks, in rank order. only_first: the other ranks end with zeros instead.
 static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first);
 static void max_over_ranks(Ranks *k, float *m);
@@ -1095,8 +1093,9 @@ static void guided_velocity(Run *r, float *v, const float *x, double sigma, Text
     text_set(r, halves && r->ranks->half ? uncond : cond);
     forward(r, x, t);
     if (halves) {
+        const int each[] = {(int)count, (int)count};
         float *both = device_floats(2 * count);
-        all_gather(r->ranks, both, r->out, (int)count, sizeof(float), GUIDANCE);
+        all_to_all(r->ranks, both, r->out, each, each, true, sizeof(float), GUIDANCE);
         lincomb(v, (float)(1 - g), both + count, (float)g, both, count);
         device_free(both);
     } else if (g != 1) lincomb(v, (float)(1 - g), v, (float)g, r->out, count);
@@ -2665,16 +2664,22 @@ static MPI_Comm ranks_of(int purpose) { return purpose == GUIDANCE ? guidance_pa
 static void mpi_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
                            size_t row_bytes, int R, int purpose) {
     int *send_at = (int *)xalloc(2 * R, sizeof(int)), *receive_at = send_at + R;
+    MPI_Datatype row;
     for (int s = 1; s < R; s++) {
         send_at[s] = same ? 0 : send_at[s - 1] + send[s - 1];
         receive_at[s] = receive_at[s - 1] + receive[s - 1];
     }
-    MPI_Datatype row;
     MPI_Type_contiguous((int)row_bytes, MPI_BYTE, &row);
     MPI_Type_commit(&row);
     MPI_Alltoallv(from, send, send_at, row, to, receive, receive_at, row, ranks_of(purpose));
     MPI_Type_free(&row);
     free(send_at);
+}
+
+// The largest of all ranks' numbers.
+static uint64_t max_of_ranks(uint64_t x) {
+    MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_UINT64_T, MPI_MAX, sample_ranks);
+    return x;
 }
 
 static void ranks_start(Ranks *k) {
@@ -2704,17 +2709,14 @@ static void ranks_end(int error) {
 }
 #else
 static void mpi_all_to_all(void *to, ...) { (void)to; }              // one rank has no one to call it for
+static uint64_t max_of_ranks(uint64_t x) { return x; }
 static void ranks_start(Ranks *k) { k->size = k->halves = 1; }
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
 static void ranks_end(int error) { (void)error; }
 #endif
 
-// From device memory to device memory: straight through MPI on the CPU; osp_cuda.cu stages or uses NCCL.
-#ifdef OSP_CUDA
-static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
-                              size_t row_bytes, int R, int purpose);
-#else
-#define device_all_to_all mpi_all_to_all
+#ifndef OSP_CUDA
+#define device_all_to_all mpi_all_to_all     // osp_cuda.cu has its own between cards' memories
 #endif
 
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
@@ -2729,53 +2731,32 @@ static void all_to_all(Ranks *k, void *to, const void *from, const int *receive,
         if (s != me) k->bytes[purpose] += send[s] * row_bytes;
 }
 
-static void all_gather(Ranks *k, void *to, const void *from, int count, size_t row_bytes, int purpose) {
-    int R = purpose == GUIDANCE ? k->halves : k->size;
-    int *counts = (int *)xalloc(R, sizeof(int));
-    for (int s = 0; s < R; s++) counts[s] = count;
-    all_to_all(k, to, from, counts, counts, true, row_bytes, purpose);
-    free(counts);
-}
-
 // Each rank adds up one slice, in rank order: every run gives the same bytes. Then all gather the slices.
 static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     size_t R = k->size;
     if (R == 1) return;
     if (n > INT_MAX) die("%zu gradients are more than MPI's counts hold: train fewer, or on one rank", n);
-    int *send = (int *)xalloc(2 * R, sizeof(int)), *receive = send + R;
+    int *slice = (int *)xalloc(2 * R, sizeof(int)), *mine = slice + R;        // mine: R times this rank's
     float *parts = device_floats(n + R);
-    for (size_t s = 0; s < R; s++) send[s] = (int)(n * (s + 1) / R - n * s / R);
-    size_t mine = (size_t)send[k->rank];
-    for (size_t s = 0; s < R; s++) receive[s] = (int)mine;
-    all_to_all(k, parts, x, receive, send, false, sizeof(float), GRADIENTS);
-    for (size_t s = 1; s < R; s++) lincomb(parts, 1, parts, 1, parts + s * mine, mine);
-    all_to_all(k, x, parts, send, receive, true, sizeof(float), GRADIENTS);      // now everyone gets my slice
+    for (size_t s = 0; s < R; s++) slice[s] = (int)(n * (s + 1) / R - n * s / R);
+    for (size_t s = 0; s < R; s++) mine[s] = slice[k->rank];
+    all_to_all(k, parts, x, mine, slice, false, sizeof(float), GRADIENTS);
+    for (size_t s = 1; s < R; s++) lincomb(parts, 1, parts, 1, parts + s * mine[s], mine[s]);
+    all_to_all(k, x, parts, slice, mine, true, sizeof(float), GRADIENTS);
     if (only_first && k->rank > 0) zero(x, n * sizeof(float));
     device_free(parts);
-    free(send);
-}
-
-// Every rank's `mine`, in rank order, on the host.
-static void *gather_host(Ranks *k, const void *mine, size_t bytes, int purpose) {
-    void *all = xalloc(k->size, bytes);
-    memcpy(all, mine, bytes);
-    if (k->size == 1) return all;
-    void *device = device_alloc(bytes), *gathered = device_alloc(bytes * k->size);
-    upload(device, mine, bytes);
-    all_gather(k, gathered, device, 1, bytes, purpose);
-    download(all, gathered, bytes * k->size);
-    device_free(device), device_free(gathered);
-    return all;
+    free(slice);
 }
 
 static void max_over_ranks(Ranks *k, float *m) {
+    uint32_t most;                               // floats from 0 on are ordered as their bits are
     if (k->size == 1) return;
-    float most;
     download(&most, m, sizeof most);
-    float *all = (float *)gather_host(k, &most, sizeof most, MAXIMA);
-    for (int s = 0; s < k->size; s++) most = fmaxf(most, all[s]);
+    double begin = seconds();
+    most = (uint32_t)max_of_ranks(most);
+    k->time[MAXIMA] += seconds() - begin;
+    k->calls[MAXIMA]++;
     upload(m, &most, sizeof most);
-    free(all);
 }
 
 // A line for each purpose that was used: what this rank sent to others.
@@ -2786,9 +2767,8 @@ static void ranks_report(const Ranks *k) {
                     k->calls[p], (double)k->bytes[p] / 1e6, k->time[p]);
 }
 
-// A hash of bytes, eight at a time; `seed` chains several.
-static uint64_t hash_bytes(const void *data, size_t size, uint64_t seed) {
-    uint64_t h = seed ^ size;
+// Chained onto h, eight bytes at a time.
+static uint64_t hash_bytes(const void *data, size_t size, uint64_t h) {
     for (size_t i = 0; i < size; i += 8) {
         uint64_t word = 0;
         memcpy(&word, (const uint8_t *)data + i, size - i < 8 ? size - i : 8);
@@ -2798,13 +2778,10 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t seed) {
     return h;
 }
 
-// All ranks must read the same bytes and have the same settings: they compare hashes and stop as one.
-static void ranks_agree(Ranks *k, uint64_t hash) {
-    uint64_t *all = (uint64_t *)gather_host(k, &hash, sizeof hash, OUTPUT);
-    for (int s = 1; s < k->size; s++)
-        if (all[s] != all[0])
-            die("rank %d has another setting or file than rank 0: start all alike on the same files", s);
-    free(all);
+// All ranks must read the same bytes and have the same settings, or stop as one.
+static void ranks_agree(const Ranks *k, uint64_t hash) {
+    if (k->size > 1 && max_of_ranks(hash) != ~max_of_ranks(~hash))      // the largest and the smallest
+        die("ranks have different settings or files: start all alike on the same files");
 }
 // ==========================================================================================================
 // Tools: errors, memory, random numbers, time
@@ -2821,8 +2798,7 @@ static void die(const char *format, ...) {
     fflush(stdout);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    for (char *c = line; *c; c++)
-        if ((unsigned char)*c < ' ') *c = ' ';               // one line, whatever an argument holds
+    for (char *c = line; *c; c++) if (iscntrl((uint8_t)*c)) *c = ' ';      // one line, whatever is in it
     fprintf(stderr, "osp: %s\n", line);
     ranks_end(2);
     exit(2);
@@ -2845,11 +2821,11 @@ static double seconds(void) {
 
 static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream * 0xD1B54A32D192ED03ull + 0x8CB92BA72F3D8DD7ull;
-    for (int round = 0; round < 2; round++) {                // splitmix64's finaliser, once for the names ...
+    for (uint64_t round = 0; round < 2; round++) {           // splitmix64's finaliser; the index comes second
+        z += round * (index + 1) * 0x9E3779B97F4A7C15ull;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
         z ^= z >> 31;
-        if (round == 0) z += (index + 1) * 0x9E3779B97F4A7C15ull; // ... and once with the index
     }
     return z;
 }
@@ -2872,25 +2848,25 @@ static void show_progress(const char *what, int step, int steps, double began) {
 // ==========================================================================================================
 
 // An output grows in PATH.tmp, locked against a second run, and takes PATH's place when all of it is on the
-// disk: a stopped program leaves the old file or the new one. After the first error nothing is written.
+// disk: a stopped program leaves the old file or the new one.
 typedef struct {
-    char path[PATH_MAX], target[PATH_MAX], temp[PATH_MAX + 4], error[PATH_MAX + 200];
+    char path[PATH_MAX], target[PATH_MAX], temp[PATH_MAX + 4];
     FILE *file;                                   // NULL: not open
 } Output;
 static Output outputs[4];                         // no run has more open at a time
-
-static Output *output_fail(Output *o, const char *why) {
-    snprintf(o->error, sizeof o->error, "cannot write '%.4000s': %.99s; choose another path", o->path, why);
-    if (o->file) unlink(o->temp), fclose(o->file);
-    o->file = NULL;
-    return o;
-}
+static char output_error[PATH_MAX + 200];         // what the last failure was
 
 static void output_abandon(void) {                // for who ends a run early, the handler of a signal too
     for (Output *o = outputs; o < outputs + 4; o++) if (o->file) unlink(o->temp);
 }
 
-static Output *output_open(const char *path) {    // file stays NULL where it cannot be written
+static Output *output_fail(const char *path, const char *why) {
+    snprintf(output_error, sizeof output_error, "cannot write '%s': %.99s; choose another path", path, why);
+    return NULL;
+}
+
+// Claims path until output_close; NULL where it cannot be written. What stands there is not touched.
+static Output *output_open(const char *path) {
     struct stat old, opened, named;
     Output *o = outputs;
     for (int i = 0; i < 4; i++) if (outputs[i].file && !strcmp(outputs[i].path, path)) return &outputs[i];
@@ -2898,38 +2874,33 @@ static Output *output_open(const char *path) {    // file stays NULL where it ca
     snprintf(o->path, sizeof o->path, "%s", path);
     if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays
     snprintf(o->temp, sizeof o->temp, "%s.tmp", o->target);
-    bool exists = !stat(path, &old);
-    if (exists ? !S_ISREG(old.st_mode) : !*path || !lstat(path, &old)) return output_fail(o, "no plain file");
-    if (exists && (access(path, W_OK) || !(old.st_mode & 0222))) return output_fail(o, "it is read-only");
-    int fd = open(o->temp, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
-    if (fd < 0) return output_fail(o, strerror(errno));
+    bool exists = !lstat(o->target, &old);
+    bool fit = exists ? S_ISREG(old.st_mode) && (old.st_mode & 0222) && !access(path, W_OK) : *path;
+    if (!fit) return output_fail(path, "no plain file, or read-only");
+    int fd = open(o->temp, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0666);
+    if (fd < 0) return output_fail(path, strerror(errno));
     bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
     bool gone = fstat(fd, &opened) || lstat(o->temp, &named) || opened.st_ino != named.st_ino;
-    if (busy || gone || ftruncate(fd, 0)) return close(fd), output_fail(o, "another run is writing it");
+    if (busy || gone || ftruncate(fd, 0)) return close(fd), output_fail(path, "another run is writing it");
     if (exists) fchmod(fd, old.st_mode & 0777);
-    o->file = fdopen(fd, "wb");
     signal(SIGXFSZ, SIG_IGN);                     // beyond a limit on file sizes fwrite fails
+    o->file = fdopen(fd, "wb");
     return o;
 }
 
-// Before work starts: claims path until the run ends, or dies. What stands there is not touched.
-static void check_writable(const char *path) {
-    const Output *o = output_open(path);
-    if (!o->file) die("%s", o->error);
-}
+static void check_writable(const char *path) { if (!output_open(path)) die("%s", output_error); }
+static void output_bytes(Output *o, const void *data, size_t size) { fwrite(data, 1, size, o->file); }
 
-static void output_bytes(Output *o, const void *data, size_t size) {
-    if (o->file && fwrite(data, 1, size, o->file) != size) output_fail(o, strerror(errno));
-}
-
-static const char *output_close(Output *o) {      // NULL, or why the old file still stands there
-    if (!o->file) return o->error;
-    if (fflush(o->file) || ferror(o->file) || fsync(fileno(o->file)) || rename(o->temp, o->target))
-        return output_fail(o, strerror(errno))->error;
-    fclose(o->file), o->file = NULL;
-    int folder = open(dirname(o->temp), O_RDONLY | O_CLOEXEC);       // it must remember the new name
+// why: what is wrong with the content, or NULL. Returns NULL, or why the old file still stands there.
+static const char *output_close(Output *o, const char *why) {
+    FILE *f = o->file;
+    if (!why && (fflush(f) || ferror(f) || fsync(fileno(f)) || rename(o->temp, o->target)))
+        why = strerror(errno);
+    if (why) output_fail(o->path, why), unlink(o->temp);
+    fclose(f), o->file = NULL;
+    int folder = open(dirname(o->temp), O_RDONLY);                   // it must remember the new name
     fsync(folder), close(folder);
-    return NULL;
+    return why ? output_error : NULL;
 }
 
 // ---- safetensors -----------------------------------------------------------------------------------------
@@ -2938,8 +2909,8 @@ static const char *output_close(Output *o) {      // NULL, or why the old file s
 //    {"__metadata__":{"dim":"64",..}, "NAME":{"dtype":"BF16","shape":[64,64],"data_offsets":[0,8192]}, ..}
 //
 // Whoever wrote the file, nothing outside it is read: each tensor lies in the data, together they have its
-// size. HiF8 is a U8 tensor of codes and NAME.scale = k, an F32: a value is hif8(code)/k, exactly Q(x; 15).
-// Data may start at any byte: it is copied out. Little-endian machines only.
+// size, and may begin at any byte. HiF8 is a U8 tensor of codes and an F32 NAME.scale = k: a value is
+// hif8(code)/k, exactly Q(x; 15). Little-endian machines only.
 enum Dtype { F32, BF16, I32, U8, DTYPE_COUNT };
 static const char *const DTYPE_NAME[] = {"F32", "BF16", "I32", "U8"};
 static const size_t DTYPE_BYTES[] = {4, 2, 4, 1};
@@ -2957,7 +2928,7 @@ typedef struct {
     uint8_t *map, *data;                          // map[size] is the file, data[bytes] its end
     size_t size, bytes;
     Entry *entry;
-    int count, tensors;                           // of all entries; of those that are tensors
+    int count;
     char *header, *at;                            // a copy in which strings end in 0; its reader's place
 } File;
 
@@ -2971,82 +2942,67 @@ static const char *file_meta(const File *f, const char *key) {
     return e ? e->text : NULL;
 }
 
-__attribute__((noreturn)) static void expected(const File *f, const char *what) {
-    const char *name = f->count ? f->entry[f->count - 1].name : "header";
-    die("%s: %.100s, byte %zd: expected %s; copy the file again", f->path, name, f->at - f->header + 8, what);
-}
-
-// Steps over text where it comes next. The 0 at the header's end is never expected: no step leaves it.
-static bool json_try(File *f, const char *text) {
+// Steps over `form` where it comes next: $ is a string, # a number, all else itself; white space may stand
+// between. A string stays as it is written. The 0 at the header's end stops every step.
+static bool json(File *f, const char *form, ...) {
     char *at = f->at;
-    for (; *text; text++) {
+    va_list args;
+    va_start(args, form);
+    for (; *form; form++) {
         at += strspn(at, " \t\n\r");
-        if (*at++ != *text) return false;
+        if (*form == '#') *va_arg(args, size_t *) = strtoull(at, &at, 10);
+        else if (*at++ != (*form == '$' ? '"' : *form)) break;
+        if (*form != '$') continue;
+        *va_arg(args, const char **) = at;
+        for (; *at != '"' && !iscntrl((uint8_t)*at); at++) if (*at == '\\' && !iscntrl((uint8_t)at[1])) at++;
+        if (*at != '"') break;
+        *at++ = 0;
     }
-    f->at = at;
-    return true;
+    va_end(args);
+    if (!*form) f->at = at;
+    return !*form;
 }
 
-static void json_take(File *f, const char *text) { if (!json_try(f, text)) expected(f, text); }
-
-static const char *json_string(File *f) {         // as it is written: an escape must not end it, and stays
-    json_take(f, "\"");
-    const char *start = f->at;
-    for (; *f->at != '"'; f->at++) {
-        if (*f->at == '\\') f->at++;
-        if ((unsigned char)*f->at < ' ') expected(f, "a plain character");
-    }
-    *f->at++ = 0;
-    return start;
-}
-
-static void parse_tensor(File *f, Entry *t) {
+static bool json_tensor(File *f, Entry *t) {
     size_t at[2];
-    double count = 1;                             // a double holds any product
+    const char *dtype;
+    double size = 1;                              // a double holds any product
     int d = 0;
-    json_take(f, "{\"dtype\":");
-    const char *dtype = json_string(f);
+    if (!json(f, "{\"dtype\":$,\"shape\":[", &dtype)) return false;
+    for (; !json(f, "]") && t->rank < 8; json(f, ",")) json(f, "#", &t->shape[t->rank++]);
+    if (!json(f, ",\"data_offsets\":[#,#]}", &at[0], &at[1])) return false;
     while (d < DTYPE_COUNT && strcmp(dtype, DTYPE_NAME[d])) d++;
-    if (d == DTYPE_COUNT) expected(f, "F32, BF16, I32 or U8 before this");
-    json_take(f, ",\"shape\":[");
-    for (; !json_try(f, "]") && t->rank < 8; json_try(f, ","))
-        count *= (double)(t->shape[t->rank++] = strtoull(f->at, &f->at, 10));
-    json_take(f, ",\"data_offsets\":[");
-    for (int i = 0; i < 2; i++) at[i] = strtoull(f->at, &f->at, 10), json_take(f, i ? "]}" : ",");
-    if (at[0] > at[1] || at[1] > f->bytes || (double)(at[1] - at[0]) != count * (double)DTYPE_BYTES[d])
-        expected(f, "data_offsets in the file, as far apart as the shape needs");
-    t->dtype = (enum Dtype)d, t->count = (size_t)count;
-    t->data = f->data + at[0], t->bytes = at[1] - at[0];
+    if (d == DTYPE_COUNT || at[0] > at[1] || at[1] > f->bytes) return false;
+    for (int i = 0; i < t->rank; i++) size *= (double)t->shape[i];
+    t->dtype = (enum Dtype)d, t->data = f->data + at[0], t->bytes = at[1] - at[0];
+    t->count = t->bytes / DTYPE_BYTES[d];
+    return (double)t->bytes == size * (double)DTYPE_BYTES[d];
 }
 
-static void parse_header(File *f) {
-    size_t used = 0;
-    bool metadata = false;
-    json_take(f, "{");
+// The header, and in it __metadata__.
+static bool json_object(File *f, bool metadata) {
+    if (!json(f, "{")) return false;
+    if (json(f, "}")) return true;
     do {
         Entry *e = &f->entry[f->count];
-        if (json_try(f, "\"__metadata__\":{}")) continue;
-        metadata |= json_try(f, "\"__metadata__\":{");
-        e->name = json_string(f);
-        if (file_find(f, e->name) || f->count++ == 10000) expected(f, "a new name, one of at most 10000");
-        json_take(f, ":");
-        if (metadata) e->text = json_string(f);
-        else parse_tensor(f, e), f->tensors++;
-        used += e->bytes;
-        if (metadata && json_try(f, "}")) metadata = false;
-    } while (json_try(f, ","));
-    json_take(f, "}");
-    if (used != f->bytes) expected(f, "tensors that fill the data");
+        if (!json(f, "$:", &e->name)) return false;
+        bool inner = !metadata && !strcmp(e->name, "__metadata__");
+        if (!inner && (file_find(f, e->name) || f->count++ == 10000)) return false;
+        bool good = inner ? json_object(f, true) : metadata ? json(f, "$", &e->text) : json_tensor(f, e);
+        if (!good) return false;
+    } while (json(f, ","));
+    return json(f, "}");
 }
 
 static void file_lost(int n) { die("a file became shorter while it was read (signal %d); copy it again", n); }
+static void file_close(File *f) { free(f->header), free(f->entry), munmap(f->map, f->size); }
 
 static void file_open(File *f, const char *path) {
     struct stat s;
     uint64_t n = 0;
     memset(f, 0, sizeof *f);
     f->path = path;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);          // a pipe must not stop it
+    int fd = open(path, O_RDONLY | O_NONBLOCK);                      // a pipe must not stop it
     if (fd < 0 || fstat(fd, &s)) die("%s: %s; check the path", path, strerror(errno));
     f->size = S_ISREG(s.st_mode) ? (size_t)s.st_size : 0;
     f->map = (uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -3059,12 +3015,10 @@ static void file_open(File *f, const char *path) {
     f->header = f->at = (char *)xalloc(n + 1, 1);
     f->entry = (Entry *)xalloc(n / 5 + 1, sizeof(Entry));            // one takes at least 5 characters: "":""
     memcpy(f->header, f->map + 8, n);
-    parse_header(f);
-}
-
-static void file_close(File *f) {
-    free(f->header), free(f->entry);
-    munmap(f->map, f->size);
+    bool good = json_object(f, false);
+    for (int i = 0; i < f->count; i++) n += f->entry[i].bytes;
+    if (!good || n != f->size - 8)
+        die("%s, byte %zd: want F32, BF16, I32 and U8 that fill the file", path, f->at - f->header + 8);
 }
 
 // The values of t, which the caller frees. NaN and Inf are refused.
@@ -3073,17 +3027,15 @@ static float *file_read(const File *f, const Entry *t) {
     char name[320];
     snprintf(name, sizeof name, "%.300s.scale", t->name);
     const Entry *scale = file_find(f, name);
-    if (t->dtype == U8 && scale && scale->dtype == F32 && scale->count == 1) memcpy(&k, scale->data, 4);
+    if (t->dtype == U8 && scale && scale->bytes == 4) memcpy(&k, scale->data, 4);
     if (t->dtype == I32 || !(k > 0 && isfinite(k)))
         die("%s: tensor %.99s: found I32, or U8 without a .scale above 0; export it again", f->path, t->name);
     for (int code = 0; code < 256; code++) value[code] = hif8_decode((uint8_t)code) / k;
     for (size_t i = 0; i < t->count; i++) {
-        uint16_t half;                            // a bfloat16 is the upper half of a float
         if (t->dtype == U8) out[i] = value[t->data[i]];
         else if (t->dtype == F32) memcpy(&out[i], t->data + 4 * i, 4);
-        else memcpy(&half, t->data + 2 * i, 2), out[i] = bits_float((uint32_t)half << 16);
-        if (!isfinite(out[i]))
-            die("%s: tensor %.99s: value %zu is %g; use an earlier file", f->path, t->name, i, out[i]);
+        else memcpy((char *)&out[i] + 2, t->data + 2 * i, 2);        // the upper half of a float
+        if (!isfinite(out[i])) die("%s: tensor %.99s has %g; use an earlier file", f->path, t->name, out[i]);
     }
     return out;
 }
@@ -3100,27 +3052,22 @@ static enum Dtype stored_as(const Param *p, const char *dtype) {
     return strcmp(dtype, "f32") && p->product ? BF16 : F32;
 }
 
-// The data of p from the device; bytes take the place of values. What file_read would refuse is refused here.
-static void write_values(Output *o, const Param *p, const float *values, enum Dtype dtype) {
-    size_t width = DTYPE_BYTES[dtype];
-    char why[150];
-    float *x = floats(p->count), amax = 0;
+// The data of p; false where file_read would refuse a value. Bytes take the place of floats.
+static bool write_values(Output *o, const Param *p, const float *values, enum Dtype dtype) {
+    float *x = floats(p->count), amax = 0, most = bits_float(dtype == BF16 ? 0x7F7F7FFF : 0x7F7FFFFF);
     download(x, values, p->count * sizeof(float));
-    for (size_t i = 0; i < p->count; i++) amax = fmaxf(amax, fabsf(x[i]));
+    for (size_t i = 0; i < p->count; i++) amax = fabsf(x[i]) <= most ? fmaxf(amax, fabsf(x[i])) : INFINITY;
     float k = hif8_scale(15.0f, amax);
     for (size_t i = 0; i < p->count; i++) {
-        uint32_t u = float_bits(x[i]), half = (u + 0x7FFF + (u >> 16 & 1)) >> 16;        // ties to even
-        if (!isfinite(x[i]) || (dtype == BF16 && !isfinite(bits_float(half << 16)))) {
-            snprintf(why, sizeof why, "%s[%zu] is %g: lower --lr or write f32", p->name, i, (double)x[i]);
-            output_fail(o, why);
-            break;
-        }
-        u = dtype == U8 ? hif8_encode(x[i] * k) : dtype == BF16 ? half : u;
-        memcpy((uint8_t *)x + width * i, &u, 4);
+        uint32_t u = float_bits(x[i]);
+        if (dtype == BF16) u = (u + 0x7FFF + (u >> 16 & 1)) >> 16;   // ties to even
+        if (dtype == U8) u = hif8_encode(x[i] * k);
+        memcpy((uint8_t *)x + DTYPE_BYTES[dtype] * i, &u, 4);
     }
-    output_bytes(o, x, p->count * width);
+    output_bytes(o, x, p->count * DTYPE_BYTES[dtype]);
     if (dtype == U8) output_bytes(o, &k, 4);
     free(x);
+    return amax <= most;
 }
 
 // A file of param[count], whose values lie in an arena (NULL: where each w points), and of metadata, printed
@@ -3128,11 +3075,13 @@ static void write_values(Output *o, const Param *p, const float *values, enum Dt
 static const char *file_write(const char *path, const Param *param, int count, const float *arena,
                               const char *dtype, const char *metadata, ...) {
     Output *o = output_open(path);
+    static const char FORM[] = ",\n\"%s%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}";
     va_list args;
-    uint64_t n = 0, at = 0;
+    size_t n = 0, at = 0;
     char shape[200];
+    bool finite = true;
+    if (!o) return output_error;
     output_bytes(o, &n, 8);                       // not known yet
-    if (!o->file) return o->error;
     fprintf(o->file, "{\"__metadata__\":{");
     va_start(args, metadata);
     vfprintf(o->file, metadata, args);
@@ -3141,20 +3090,17 @@ static const char *file_write(const char *path, const Param *param, int count, c
     for (const Param *p = param; p < param + count; p++) {
         enum Dtype d = stored_as(p, dtype);
         size_t end = at + p->count * DTYPE_BYTES[d];
-        fprintf(o->file, ",\n\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", p->name,
-                DTYPE_NAME[d], shape_text(shape, p->rank, p->shape), at, end);
+        fprintf(o->file, FORM, p->name, "", DTYPE_NAME[d], shape_text(shape, p->rank, p->shape), at, end);
+        if (d == U8) fprintf(o->file, FORM, p->name, ".scale", "F32", "[1]", end, end + 4);
         at = d == U8 ? end + 4 : end;
-        if (d == U8)
-            fprintf(o->file, ",\n\"%s.scale\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[%zu,%zu]}",
-                    p->name, end, at);
     }
     fprintf(o->file, "}%*s", (int)(7 - ftell(o->file) % 8), "");     // the data begins at a multiple of 8
-    n = (uint64_t)ftell(o->file) - 8;
-    for (const Param *p = param; p < param + count && o->file; p++)
-        write_values(o, p, arena ? arena + p->offset : p->w, stored_as(p, dtype));
-    if (o->file) fseek(o->file, 0, SEEK_SET);
+    n = (size_t)ftell(o->file) - 8;
+    for (const Param *p = param; p < param + count; p++)
+        finite &= write_values(o, p, arena ? arena + p->offset : p->w, stored_as(p, dtype));
+    fseek(o->file, 0, SEEK_SET);
     output_bytes(o, &n, 8);
-    return output_close(o);
+    return output_close(o, finite ? NULL : "a value is NaN or too large: lower --lr or write f32");
 }
 
 // ---- checkpoints: tensors under the names of spec §2, the config in the metadata -------------------------
@@ -3168,49 +3114,38 @@ static double number_in(const char *where, const char *name, const char *text, d
     return v;
 }
 
-// standard: where the key is missing; NULL: it must be there. A range from a whole number on asks for one.
+// standard: where the key is missing; "": it must be there. A range from a whole number on asks for one.
 static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
-    const char *text = file_meta(f, key) ? file_meta(f, key) : standard ? standard : "";
-    return number_in(f->path, key, text, least, most, least == floor(least));
+    const char *text = file_meta(f, key);
+    return number_in(f->path, key, text ? text : standard, least, most, least == floor(least));
 }
 
 static Config config_read(const File *f) {
     Config c;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, CONFIG[i].least ? NULL : "0",
-                                                CONFIG[i].least, CONFIG[i].most);
+        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, i < CONFIG_NEEDED ? "" : "0", CONFIG[i].least,
+                                                CONFIG[i].most);
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
     config_check(&c, f->path);
     if (c.in_dim != c.out_dim || (c.vocab && (c.vocab < VOCAB || c.in_dim != 3)))
-        die("%s: in_dim %d, out_dim %d, vocab %d: expected equal channels; with a vocab 3 channels, %d words",
-            f->path, c.in_dim, c.out_dim, c.vocab, VOCAB);
+        die("%s: want in_dim = out_dim, and with a vocab 3 of them and %d words", f->path, VOCAB);
     return c;
 }
 
-// param[count], of a model, of its adapters or of a run's state, must be all that the file holds.
-static void weights_check(const Param *param, int count, const File *f) {
-    int expected = count;
-    for (const Param *p = param; p < param + count; p++) {
-        char want[200], have[200] = "missing";
-        const Entry *t = file_find(f, p->name);
-        if (t) shape_text(have, t->rank, t->shape);
-        if (strcmp(shape_text(want, p->rank, p->shape), have))
-            die("%s: tensor %s is %s, expected %s; export it again", f->path, p->name, have, want);
-        expected += t->dtype == U8;               // a scale belongs to codes
-    }
-    if (expected != f->tensors)
-        die("%s: %d tensors, expected %d; export it again", f->path, f->tensors, expected);
-}
-
-static void weights_read(Model *m, Param *param, int count, const File *f) {         // m NULL: a run's state
-    weights_check(param, count, f);
+// param[count], of a model, of its adapters or (m NULL) of a run's state: all that the file holds.
+static void weights_read(Model *m, Param *param, int count, const File *f) {
+    size_t used = 0;
     for (Param *p = param; p < param + count; p++) {
         const Entry *t = file_find(f, p->name);
+        if (!t || t->rank != p->rank || memcmp(t->shape, p->shape, p->rank * sizeof(size_t)))
+            die("%s: tensor %s is missing or has another shape; export it again", f->path, p->name);
         float *host = file_read(f, t);
         p->codes = t->dtype == U8;
         param_set(m, p, host);
         free(host);
+        used += t->bytes + (p->codes ? 4 : 0);                      // codes have a scale
     }
+    if (used != f->bytes) die("%s: other tensors are there, too; export it again", f->path);
 }
 
 // weights: m->w, or their moving average.
@@ -3230,10 +3165,10 @@ static const char *lora_save(const char *path, const Lora *l, const float *weigh
 static void lora_load(Model *m, const char *path) {
     File f;
     file_open(&f, path);
-    int rank = (int)meta_number(&f, "lora_rank", NULL, 1, m->c.dim / 2);
-    if (f.bytes / 16 / (size_t)rank < (size_t)m->c.num_layers * (size_t)m->c.dim)
+    int rank = (int)meta_number(&f, "lora_rank", "", 1, m->c.dim / 2);
+    if (f.bytes < (size_t)16 * rank * m->c.num_layers * m->c.dim)
         die("%s: too small for rank %d on this model; give an adapter of this model", path, rank);
-    lora_new(m, rank, meta_number(&f, "lora_alpha", NULL, 1e-6, 1e6), 0);
+    lora_new(m, rank, meta_number(&f, "lora_alpha", "", 1e-6, 1e6), 0);
     weights_read(m, m->lora->param, 2 * m->lora->count, &f);
     file_close(&f);
 }
@@ -3263,8 +3198,8 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
     const char *of = file_meta(&f, "run");
     if (!of || strcmp(of, run))
         die("%s: of a run with other settings (%.300s); remove it or choose another -o", path, of ? of : "");
-    o->step = (int)meta_number(&f, "step", NULL, 0, INT_MAX);
-    o->update = (int)meta_number(&f, "update", NULL, 0, INT_MAX);
+    o->step = (int)meta_number(&f, "step", "", 0, INT_MAX);
+    o->update = (int)meta_number(&f, "update", "", 0, INT_MAX);
     weights_read(NULL, state_params(o), 4, &f);
     file_close(&f);
     return true;
@@ -3381,7 +3316,7 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
     }
     png_chunk(o, "IEND", -1, "", 0);
     free(p.rows);
-    return output_close(o);
+    return output_close(o, NULL);
 }
 // ==========================================================================================================
 // Commands
@@ -3616,7 +3551,6 @@ static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
-    if (o->weights) weights_check(m->param, m->params, &f);              // before anything is allocated
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     plan_memory(m, k, B, beside, o->training);
@@ -3650,9 +3584,7 @@ static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w,
 
 // After each step but the last: saves the state now and then, and when any rank is asked to stop.
 static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
-    int asked = stopped, *all = (int *)gather_host(k, &asked, sizeof asked, OUTPUT);
-    for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
-    free(all);
+    int asked = (int)max_of_ranks((uint64_t)stopped);
     if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
         const char *why = state_save(o->state, opt, o->settings);
         if (why && asked) die("%s; %s may hold an earlier step", why, o->state);

@@ -13,6 +13,9 @@
 //   - sum in a fixed order: a block sums its own rows into a line of a table, a second kernel adds up the
 //     lines (fold_kernel). No atomic float addition anywhere: the same input gives the same bytes always.
 #define OSP_CUDA
+#include <stddef.h>
+static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
+                              size_t row_bytes, int R, int purpose);
 #include "osp.c"
 #include <cublasLt.h>
 #include <cuda.h>
