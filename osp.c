@@ -2049,7 +2049,7 @@ static const struct { const char *name; int least, most; } CONFIG[] = {
     {"text_dim", 1, 65536}, {"text_len", 1, 65536}, {"freq_dim", 1, 65536}, {"vocab", 0, 65536},
     {"quant", 0, 1}, {"quant_attn", 0, 1}, {"T", 0, 65536}, {"H_l", 0, 65536}, {"W_l", 0, 65536},
     {"sparse", 0, GROUP_WISE}};
-enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG };
+enum { CONFIG_ROWS = sizeof CONFIG / sizeof *CONFIG, CONFIG_NEEDED = 11 };
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + i * sizeof(int)); }
@@ -3123,8 +3123,8 @@ static double meta_number(const File *f, const char *key, const char *standard, 
 static Config config_read(const File *f) {
     Config c;
     for (int i = 0; i < CONFIG_ROWS; i++)
-        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, i < CONFIG_NEEDED ? "" : "0", CONFIG[i].least,
-                                                CONFIG[i].most);
+        *config_field(&c, i) = (int)meta_number(f, CONFIG[i].name, i < CONFIG_NEEDED ? "" : "0",
+                                                CONFIG[i].least, CONFIG[i].most);
     c.eps = meta_number(f, "eps", "1e-6", 1e-12, 0.1);
     config_check(&c, f->path);
     if (c.in_dim != c.out_dim || (c.vocab && (c.vocab < VOCAB || c.in_dim != 3)))
