@@ -3555,23 +3555,21 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
 // ==========================================================================================================
 // ---- options: one table says which commands take what, its default, range and help -----------------------
 typedef struct {
-    const char *commands, *name;             // first letters of those; plain arguments have no dash
-    char kind;                               // i int, d double, b switch, s text, c choice, m captions
+    const char *commands, *name;             // first letters of those; T: train --preset toy
+    char kind;                               // i int, d double, b switch, s text, f file, c choice, m captions
     size_t field;                            // in the struct that is filled
-    const char *standard;                    // where nothing is said; NULL: no text; a/b: tiny's, toy's
+    const char *standard;                    // where nothing is said; a/b: for each of the commands in turn
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
 
-enum { MOST_OPTIONS = 64, MOST_CAPTIONS = 16 };
+enum { MOST_CAPTIONS = 16 };
 typedef struct { const char *text[MOST_CAPTIONS]; int count; } Captions;
 typedef struct {                             // what a command is told
     char command;
     bool training;
-    const char *text[MOST_OPTIONS];          // what each row of the table says
     const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
-    char state[PATH_MAX + 16];               // the file that a stopped run resumes from ...
-    char settings[4096];                     // ... if it has these in common with it
+    char state[PATH_MAX + 16], *settings;    // a stopped run resumes from this file, if these are the same
     Captions captions;
     int seed, steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, json;
     double guidance, shift, alpha, save;
@@ -3579,70 +3577,55 @@ typedef struct {                             // what a command is told
     PolicyOptions policy;
 } Options;
 
+// A command's first row takes arguments without a name, too.
 #define AT(field) offsetof(Options, field)
 static const Option OPTIONS[] = {
-    {"i", "FILE", 's', AT(weights), NULL, 0, 0, "checkpoint, adapter, latent or state"},
-    {"s", "CAPTION", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
-    {"s", "-p", 'm', AT(captions), NULL, 0, 0, "the same"},
-    {"tg", "--init", 's', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
-    {"tg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
-    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"tg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
-    {"tg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"},
-    // from here on the settings, which a resumed run must have in common with the stopped one
-    {"se", "-w", 's', AT(weights), NULL, 0, 0, "checkpoint"},
-    {"t", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
-    {"se", "--lora", 's', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
-    {"s", "--text", 's', AT(embeddings), NULL, 0, 0, "for a model without words: of weights_export.py text"},
-    {"s", "--noise", 's', AT(noise), NULL, 0, 0, "start from tensor `noise` of this file"},
-    {"s", "-n", 'i', AT(steps), "20", 1, 1000, "Euler steps (paper: 50)"},
+    {"s", "-p", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
+    {"ise", "-w", 'f', AT(weights), NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
+    {"tTg", "--init", 'f', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
+    {"tT", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
+    {"se", "--lora", 'f', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
+    {"s", "--text", 'f', AT(embeddings), NULL, 0, 0, "for a model without words: of weights_export.py text"},
+    {"s", "--noise", 'f', AT(noise), NULL, 0, 0, "start from tensor `noise` of this file"},
+    {"sg", "-n", 'i', AT(steps), "20/8", 1, 1000, "sampling steps (paper: 50; grpo: 25)"},
     {"e", "-n", 'i', AT(clips), "96", 1, 100000, "clips"},
-    {"e", "--steps", 'i', AT(steps), "20", 1, 1000, "Euler steps"},
-    {"t", "--steps", 'i', AT(train.steps), "1300/5000", 0, 1e8, "AdamW steps; 0: write the first weights"},
-    {"g", "--steps", 'i', AT(policy.updates), "40", 1, 1e6, "updates"},
-    {"te", "--batch", 'i', AT(train.batch), "8/64", 1, 65536, "clips at a time"},
+    {"e", "--steps", 'i', AT(steps), "20", 1, 1000, "sampling steps"},
+    {"tTg", "--steps", 'i', AT(train.steps), "1300/5000/40", 0, 1e8, "AdamW steps, or GRPO's updates"},
+    {"etT", "--batch", 'i', AT(train.batch), "8/8/64", 1, 65536, "clips at a time"},
     {"g", "--prompts", 'i', AT(policy.prompts), "8", 1, 1024, "captions an update (released recipe: 2)"},
     {"g", "--group", 'i', AT(policy.group), "8", 2, 1024, "videos of a caption (paper: 4)"},
     {"g", "--micro", 'i', AT(policy.micro), "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
-    {"g", "-n", 'i', AT(policy.steps), "8", 3, 255, "sampling steps (paper: 25)"},
     {"g", "--window", 'i', AT(policy.window), "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
-    {"se", "-g", 'd', AT(guidance), "4", 0, 100, "guidance (paper: 5); 1: none"},
-    {"g", "-g", 'd', AT(policy.guidance), "3", 0, 100, "guidance (paper: 5)"},
-    {"se", "--shift", 'd', AT(shift), "3", 0.01, 100, "shift of the schedule (paper: 7)"},
-    {"g", "--shift", 'd', AT(policy.shift), "1", 0.01, 100, "shift of the schedule (paper: 1)"},
+    {"seg", "-g", 'd', AT(guidance), "4/4/3", 0, 100, "guidance (paper: 5); 1: none"},
+    {"seg", "--shift", 'd', AT(shift), "3/3/1", 0.01, 100, "shift of the schedule (paper: 7; grpo: 1)"},
     {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
     {"g", "--beta", 'd', AT(policy.beta), "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
     {"g", "--reward", 'c', AT(policy.reward), "all", 0, 0,
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
     {"g", "--rank", 'i', AT(rank), "8", 1, 1024, "of the LoRA (paper: 32)"},
     {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"t", "--lr", 'd', AT(train.lr), "3e-3/2e-3", 0, 10, "learning rate"},
-    {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate at first, cosine (paper: 2e-5)"},
-    {"t", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
-    {"t", "--ema", 'd', AT(train.ema), "0.99/0.999", 0, 1, "decay of the weights' average, which is written"},
-    {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
-    {"t", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
-    {"stge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
-    {"st", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
-    {"st", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"st", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
-    {"stge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"t", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
-    {"stge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
-    {"stge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
-    {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
-};
+    {"tTg", "--lr", 'd', AT(train.lr), "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper's GRPO: 2e-5)"},
+    {"tT", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
+    {"tTg", "--ema", 'd', AT(train.ema), "0.99/0.999/0.9", 0, 1, "decay of the weights' average, the result"},
+    {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
+    {"stTge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
+    {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
+    {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stTge", "--full", 'b', AT(full), NULL, 0, 0, "full attention in every block"},
+    {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
+    {"tT", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
+    {"stTge", "--hif8", 'b', AT(hif8), NULL, 0, 0, "8 bits: HiF8 linear layers and attention"},
+    {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
+    {"e", "--soft", 'b', AT(soft), NULL, 0, 0, "the continuous scores that GRPO is rewarded with"},
+    // up to here the settings, which a resumed run must have in common with the stopped one
+    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
+    {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
+    {"tT", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
+    {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
+    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
+    {"se", "--json", 'b', AT(json), NULL, 0, 0, "figures as one JSON object on the last line"}, {}};
 #undef AT
-enum { OPTION_ROWS = sizeof OPTIONS / sizeof *OPTIONS };
-
-// Does a command (0: any; T: train --preset toy) take the option, and the argument (NULL: any) name it?
-static bool takes(const Option *o, char command, const char *argument) {
-    bool named = !argument || (*argument == '-' ? !strcmp(argument, o->name) : *o->name != '-');
-    return named && strchr(o->commands, tolower(command));
-}
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
     size_t n = strlen(value), end = strcspn(choices, ":");
@@ -3653,19 +3636,13 @@ static void one_of(const char *name, const char *value, const char *choices) {  
 
 static void option_store(const Option *o, void *values, const char *text) {
     void *field = (char *)values + o->field;
-    if (strchr("idb", o->kind)) {
-        double v = number_in("option", o->name, text, o->least, o->most, o->kind != 'd');
-        if (o->kind == 'd') *(double *)field = v;
-        else *(int *)field = (int)v;
-    } else if (o->kind == 'm') {
-        Captions *captions = (Captions *)field;
-        if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
-        if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
-        captions->text[captions->count++] = text;
-    } else {
-        if (o->kind == 'c') one_of(o->name, text, o->help);
-        *(const char **)field = text;
-    }
+    Captions *captions = (Captions *)field;
+    if (o->kind == 'd') *(double *)field = atof(text);
+    else if (strchr("ib", o->kind)) *(int *)field = (int)atof(text);
+    else if (o->kind != 'm') *(const char **)field = text;
+    else if (captions->count == MOST_CAPTIONS || !text[strspn(text, " ")])
+        die("%s: at most %d captions, none empty; say what to draw", o->name, MOST_CAPTIONS);
+    else captions->text[captions->count++] = text;
 }
 
 __attribute__((noreturn)) static void finish(int code) {
@@ -3674,33 +3651,35 @@ __attribute__((noreturn)) static void finish(int code) {
     exit(code);
 }
 
-// argv after the command's name -> values, and text[rows]: what each row says.
-static void parse_options(int argc, char **argv, const char *example, const Option *table, int rows,
-                          char command, void *values, const char **text) {
+static bool asks_help(const char *text) { return !strcmp(text, "-h") || !strcmp(text, "--help"); }
+
+// The defaults, then argv from after the command's name on -> values.
+static void parse_options(int argc, char **argv, const char *example, const Option *table, char command,
+                          void *values) {
     bool help = false;
-    for (int i = 0; i < argc; i++) help |= !strcmp(argv[i], "-h") || !strcmp(argv[i], "--help");
+    int plains = 0;
+    for (int i = 0; i < argc; i++) help |= asks_help(argv[i]);
     if (help) printf("example: %s\n", example);
-    for (int r = 0; r < rows; r++) {
-        const Option *o = &table[r];
-        const char *toy = o->standard ? strchr(o->standard, '/') : NULL;
-        text[r] = NULL;
-        if (!takes(o, command, NULL)) continue;
-        text[r] = command == 'T' && toy ? toy + 1 : o->standard;
-        if (command != 'T' && toy) text[r] = strndup(o->standard, toy - o->standard);
-        if (text[r]) option_store(o, values, text[r]);
-        if (help) printf(text[r] ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, text[r]);
+    for (const Option *o = table; o->name; o++) {
+        const char *letter = strchr(o->commands, command), *text = o->standard;
+        for (const char *c = o->commands; c < letter && text && strchr(text, '/'); c++)
+            text = strchr(text, '/') + 1;
+        int size = text ? (int)strcspn(text, "/") : 0;
+        if (letter && text) option_store(o, values, text);
+        if (letter && help) printf(text ? "  %-15s %s [%.*s]\n" : "  %-15s %s\n", o->name, o->help, size, text);
     }
     if (help) finish(0);
     for (int i = 0; i < argc; i++) {
-        int r = 0;
-        while (r < rows && !takes(&table[r], command, argv[i])) r++;
-        if (r == rows) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
-        bool value = *argv[i] == '-' && table[r].kind != 'b';
-        if (value && ++i == argc) die("%s needs a value; -h lists the options", table[r].name);
-        if (!value && table[r].kind == 's' && text[r] != table[r].standard)
-            die("\"%.60s\": only one %s is taken; -h lists the options", argv[i], table[r].name);
-        text[r] = table[r].kind == 'b' ? "1" : argv[i];
-        option_store(&table[r], values, text[r]);
+        bool plain = *argv[i] != '-';
+        const Option *o = table;
+        while (o->name && !(strchr(o->commands, command) && (plain || !strcmp(o->name, argv[i])))) o++;
+        if (!o->name) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
+        if (plain && o->kind != 'm' && plains++) die("\"%.60s\": only one %s is taken", argv[i], o->name);
+        const char *text = plain ? argv[i] : o->kind == 'b' ? "1" : argv[++i];
+        if (!text) die("%s needs a value; -h lists the options", o->name);
+        if (strchr("id", o->kind)) number_in("option", o->name, text, o->least, o->most, o->kind == 'i');
+        if (o->kind == 'c') one_of(o->name, text, o->help);
+        option_store(o, values, text);
     }
 }
 
@@ -3713,23 +3692,34 @@ static const Config PRESETS[] = {
 
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
 
-static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing one changes nothing
-    File f;
-    if (!path || access(path, F_OK)) return seed;
-    file_open(&f, path);
-    seed = hash_bytes(f.map, f.size, seed);
-    file_close(&f);
-    return seed;
+// o->settings; of files also a hash, where another run or other ranks must find the same.
+static void settings_print(Options *o, bool hashed) {
+    size_t size;
+    FILE *f = open_memstream(&o->settings, &size);
+    for (const Option *row = OPTIONS; strcmp(row->name, "-o"); row++) {
+        const void *field = (const char *)o + row->field;
+        const char *text = strchr("sfc", row->kind) ? *(const char *const *)field : NULL;
+        if (!strchr(row->commands, o->command)) continue;
+        if (row->kind == 'd') fprintf(f, "%s %.9g ", row->name, *(const double *)field);
+        if (strchr("ib", row->kind)) fprintf(f, "%s %d ", row->name, *(const int *)field);
+        if (text) fprintf(f, "%s %s ", row->name, text);
+        if (!text || !hashed || row->kind != 'f') continue;
+        File file;
+        file_open(&file, text);
+        fprintf(f, "%016llx ", (unsigned long long)hash_bytes(file.map, file.size, 0));
+        file_close(&file);
+    }
+    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
+    fclose(f);
+    for (char *c = o->settings; *c; c++)                          // what JSON must escape
+        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
 // All ranks must be told and read the same. Then their groups: all on one sample, or two guidance halves.
 static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
-    const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
-    uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
-    for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
-    ranks_agree(k, hash);
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
     int halves = P2 % k->size && guided ? 2 : 1;
+    ranks_agree(k, hash_bytes(o->settings, strlen(o->settings), 0));
     if (k->size % halves || P2 % (k->size / halves))
         die("%d ranks: want a divisor of P^2 = %d, or (guidance, not training) twice one", k->size, P2);
     ranks_split(k, halves);
@@ -3738,14 +3728,14 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
 // The model as asked; its size as asked, or as it was trained. A model with words makes pixels; the others
 // make Wan's VAE latents, a quarter of the frames (plus one) and an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int per_frame = c->vocab ? 1 : 4, per_pixel = c->vocab ? 1 : 8;
-    int frames = o->frames ? o->frames : c->T ? (c->T - 1) * per_frame + 1 : 81;
-    int height = o->height ? o->height : c->T ? c->H_l * per_pixel : 720;
-    int width = o->width ? o->width : c->T ? c->W_l * per_pixel : 1280;
-    if ((frames - 1) % per_frame || height % (2 * per_pixel) || width % (2 * per_pixel))
-        die("%d frames of %dx%d: sides must be multiples of %d, frames less 1 one of %d", frames, height,
-            width, 2 * per_pixel, per_frame);
-    c->T = (frames - 1) / per_frame + 1, c->H_l = height / per_pixel, c->W_l = width / per_pixel;
+    int per_frame = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;
+    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                         // 81 frames of 1280x720
+    if (o->frames) c->T = (o->frames - 1) / per_frame + 1;
+    if (o->height) c->H_l = o->height / side;
+    if (o->width) c->W_l = o->width / side;
+    if (o->height % (2 * side) || o->width % (2 * side) || (o->frames && (o->frames - 1) % per_frame))
+        die("--frames %d --height %d --width %d: want 1 more than a multiple of %d, and multiples of %d",
+            o->frames, o->height, o->width, per_frame, 2 * side);
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
@@ -3801,17 +3791,15 @@ static volatile sig_atomic_t learning, stopped;      // to be ended after a step
 static double began_at, saved_at;                     // when learning began; when the state was saved last
 
 static void stop(int number) {                        // a second one ends the program at once
-    bool wait = learning && !stopped;
+    if (!learning || stopped) output_abandon(), _exit(128 + number);
     stopped = number;
-    if (wait) return;
-    output_abandon();
-    _exit(128 + number);
 }
 
 static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w, float *dw, size_t count) {
     optimizer_init(opt, w, dw, count);
     if (state_load(o->state, opt, o->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
+    ranks_agree(k, (uint64_t)opt->step);
     began_at = saved_at = seconds();
     learning = 1;
 }
@@ -4112,34 +4100,24 @@ static const Command COMMANDS[] = {
     {"train", cmd_train, "osp train --preset tiny -o tiny.safetensors"},
     {"grpo", cmd_grpo, "osp grpo --init tiny.safetensors -o lora.safetensors"},
     {"eval", cmd_eval, "osp eval -w tiny.safetensors --lora lora.safetensors"},
-    {"info", cmd_info, "osp info tiny.safetensors"},
-};
-enum { COMMAND_ROWS = sizeof COMMANDS / sizeof *COMMANDS };
+    {"info", cmd_info, "osp info tiny.safetensors"}, {}};
 
 static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
+    TrainOptions *t = &o->train;
+    PolicyOptions *p = &o->policy;
     o->command = *command->name;
     for (int i = 1; i < argc && o->command == 't'; i++)
         if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o->command = 'T';
-    parse_options(argc, argv, command->example, OPTIONS, OPTION_ROWS, o->command, o, o->text);
+    parse_options(argc, argv, command->example, OPTIONS, o->command, o);
     o->training = strchr("tTg", o->command);
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
-    if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
     if (o->out && k->rank == 0) check_writable(o->out);
-    if (o->training) snprintf(o->state, sizeof o->state, "%.*s.resume", PATH_MAX, o->out);
-    TrainOptions *t = &o->train;
-    t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
-    t->weight_decay = o->command == 'g' ? 0 : 0.01, t->ema_warmup = o->command != 'g';
-    if (o->command == 'g') t->beta2 = 0.999, t->steps = o->policy.updates;
-    // The settings: the options from -w on, the captions, and of --init a hash of what the file holds.
-    FILE *f = fmemopen(o->settings, sizeof o->settings - 1, "w");                // what is longer is cut off
-    int row = 0;
-    while (strcmp(OPTIONS[row].name, "-w")) row++;
-    for (; row < OPTION_ROWS; row++) if (o->text[row]) fprintf(f, "%s %s ", OPTIONS[row].name, o->text[row]);
-    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
-    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
-    fclose(f);
-    for (char *c = o->settings; *c; c++)                          // what JSON must escape
-        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
+    if (o->training) snprintf(o->state, sizeof o->state, "%s.resume", o->out);
+    settings_print(o, o->training || k->size > 1);
+    bool grpo = o->command == 'g';
+    t->seed = o->seed, t->clip = 1, t->eps = 1e-8, t->beta1 = 0.9, t->beta2 = grpo ? 0.999 : 0.99;
+    t->weight_decay = grpo ? 0 : 0.01, t->ema_warmup = !grpo;
+    p->updates = t->steps, p->steps = o->steps, p->guidance = o->guidance, p->shift = o->shift;
 }
 
 static int osp_main(int argc, char **argv) {
@@ -4150,17 +4128,16 @@ static int osp_main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
-    for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) {
+    for (const Command *c = COMMANDS; c->name; c++) {
         if (strcmp(name, c->name)) continue;
         options_read(&options, argc - 2, argv + 2, c, &ranks);
         c->run(&options, &ranks);
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (*name && strcmp(name, "-h") && strcmp(name, "--help"))
-        die("\"%.40s\" is no command; osp -h shows all", name);
+    if (*name && !asks_help(name)) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
-    for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
+    for (const Command *c = COMMANDS; c->name; c++) printf("  %s\n", c->example);
     finish(*name ? 0 : 2);
 }
 

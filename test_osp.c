@@ -2127,11 +2127,10 @@ static int bench(int argc, char **argv, Ranks *ranks) {
         {"", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits"},
         {"", "--force", 'b', AT(force), "0", 0, 1, "run Wan's shapes on a CPU, for as long as it takes"},
         {"", "--blas", 's', AT(blas), "libopenblas.so.0", 0, 0, "what bench linear compares with"},
-        {"", "--json", 'b', AT(json), "0", 0, 1, "seconds as one JSON object on the last line"}};
+        {"", "--json", 'b', AT(json), "0", 0, 1, "seconds as one JSON object on the last line"}, {}};
     #undef AT
     BenchOptions o;
-    const char *text[10];
-    parse_options(argc, argv, "test_osp bench --shape toy --train", OPTION, 10, 0, &o, text);
+    parse_options(argc, argv, "test_osp bench --shape toy --train", OPTION, 0, &o);
     one_of("bench", o.what, "model|linear|hif8|comm:");
     if (*o.what == 'c') bench_comm(o.shape, ranks);
     else if (ranks->rank) return 0;
@@ -2694,14 +2693,14 @@ static int show(int argc, char **argv) {
          "skiparse, model, hif8, flow, ranks, grpo; gradients FILE; cost, loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
         {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
-        {"", "--preset", 's', AT(preset), "toy", 0, 0, "of model and ranks: tiny, toy, .., 14b-768p"}};
+        {"", "--preset", 's', AT(preset), "toy", 0, 0, "of model and ranks: tiny, toy, .., 14b-768p"}, {}};
     #undef AT
-    const char *said[4], *why;
+    const char *why;
     char *text;
     size_t size;
     ShowOptions o;
     memset(&o, 0, sizeof o);
-    parse_options(argc, argv, "test_osp show ranks -R 4 -o ranks.svg", OPTION, 4, 0, &o, said);
+    parse_options(argc, argv, "test_osp show ranks -R 4 -o ranks.svg", OPTION, 0, &o);
     const char *kind = o.words.count ? o.words.text[0] : "nothing", *const *logs = o.words.text + 1;
     int count = o.words.count - 1;
     Config c = shape_config(o.preset);
