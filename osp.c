@@ -3558,7 +3558,7 @@ typedef struct {
     const char *commands, *name;             // first letters of those; T: train --preset toy
     char kind;                               // i int, d double, b switch, s text, f file, c choice, m captions
     size_t field;                            // in the struct that is filled
-    const char *standard;                    // where nothing is said; a/b: for each of the commands in turn
+    const char *text;                        // what is said; first the default, a/b: of each command in turn
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
@@ -3579,7 +3579,7 @@ typedef struct {                             // what a command is told
 
 // A command's first row takes arguments without a name, too.
 #define AT(field) offsetof(Options, field)
-static const Option OPTIONS[] = {
+static Option OPTIONS[] = {
     {"s", "-p", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
     {"ise", "-w", 'f', AT(weights), NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
     {"tTg", "--init", 'f', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
@@ -3604,7 +3604,7 @@ static const Option OPTIONS[] = {
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
     {"g", "--rank", 'i', AT(rank), "8", 1, 1024, "of the LoRA (paper: 32)"},
     {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"tTg", "--lr", 'd', AT(train.lr), "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper's GRPO: 2e-5)"},
+    {"tTg", "--lr", 'd', AT(train.lr), "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper: 2e-5)"},
     {"tT", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
     {"tTg", "--ema", 'd', AT(train.ema), "0.99/0.999/0.9", 0, 1, "decay of the weights' average, the result"},
     {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
@@ -3612,19 +3612,19 @@ static const Option OPTIONS[] = {
     {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
     {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
     {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stTge", "--full", 'b', AT(full), NULL, 0, 0, "full attention in every block"},
+    {"stTge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
     {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
     {"tT", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
-    {"stTge", "--hif8", 'b', AT(hif8), NULL, 0, 0, "8 bits: HiF8 linear layers and attention"},
+    {"stTge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
     {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
-    {"e", "--soft", 'b', AT(soft), NULL, 0, 0, "the continuous scores that GRPO is rewarded with"},
+    {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
     // up to here the settings, which a resumed run must have in common with the stopped one
     {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
     {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
     {"tT", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
     {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"se", "--json", 'b', AT(json), NULL, 0, 0, "figures as one JSON object on the last line"}, {}};
+    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"}, {}};
 #undef AT
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
@@ -3634,15 +3634,19 @@ static void one_of(const char *name, const char *value, const char *choices) {  
     die("%s: \"%.40s\" is none of %.*s", name, value, (int)end, choices);
 }
 
-static void option_store(const Option *o, void *values, const char *text) {
+static void option_store(Option *o, void *values, const char *text) {
     void *field = (char *)values + o->field;
     Captions *captions = (Captions *)field;
-    if (o->kind == 'd') *(double *)field = atof(text);
-    else if (strchr("ib", o->kind)) *(int *)field = (int)atof(text);
+    bool number = strchr("idb", o->kind);
+    double v = number ? number_in("option", o->name, text, o->least, o->most, o->kind != 'd') : 0;
+    if (o->kind == 'c') one_of(o->name, text, o->help);
+    if (o->kind == 'd') *(double *)field = v;
+    else if (number) *(int *)field = (int)v;
     else if (o->kind != 'm') *(const char **)field = text;
     else if (captions->count == MOST_CAPTIONS || !text[strspn(text, " ")])
         die("%s: at most %d captions, none empty; say what to draw", o->name, MOST_CAPTIONS);
     else captions->text[captions->count++] = text;
+    o->text = text;
 }
 
 __attribute__((noreturn)) static void finish(int code) {
@@ -3653,32 +3657,32 @@ __attribute__((noreturn)) static void finish(int code) {
 
 static bool asks_help(const char *text) { return !strcmp(text, "-h") || !strcmp(text, "--help"); }
 
-// The defaults, then argv from after the command's name on -> values.
-static void parse_options(int argc, char **argv, const char *example, const Option *table, char command,
+// argv after the command's name -> values. The command's rows come to the table's front.
+static void parse_options(int argc, char **argv, const char *example, Option *table, char command,
                           void *values) {
     bool help = false;
     int plains = 0;
+    Option *o, *end = table;
     for (int i = 0; i < argc; i++) help |= asks_help(argv[i]);
     if (help) printf("example: %s\n", example);
-    for (const Option *o = table; o->name; o++) {
-        const char *letter = strchr(o->commands, command), *text = o->standard;
-        for (const char *c = o->commands; c < letter && text && strchr(text, '/'); c++)
-            text = strchr(text, '/') + 1;
-        int size = text ? (int)strcspn(text, "/") : 0;
-        if (letter && text) option_store(o, values, text);
-        if (letter && help) printf(text ? "  %-15s %s [%.*s]\n" : "  %-15s %s\n", o->name, o->help, size, text);
+    for (o = table; o->name; o++) {
+        const char *letter = strchr(o->commands, command);
+        char *rest = o->text ? strdup(o->text) : NULL;
+        for (const char *c = o->commands; c <= letter && rest; c++) o->text = strsep(&rest, "/");
+        if (!letter) continue;
+        if (help) printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
+        if (o->text) option_store(o, values, o->text);
+        *end++ = *o;
     }
     if (help) finish(0);
+    end->name = NULL;
     for (int i = 0; i < argc; i++) {
         bool plain = *argv[i] != '-';
-        const Option *o = table;
-        while (o->name && !(strchr(o->commands, command) && (plain || !strcmp(o->name, argv[i])))) o++;
+        for (o = table; o->name && !plain && strcmp(o->name, argv[i]);) o++;
         if (!o->name) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
         if (plain && o->kind != 'm' && plains++) die("\"%.60s\": only one %s is taken", argv[i], o->name);
         const char *text = plain ? argv[i] : o->kind == 'b' ? "1" : argv[++i];
         if (!text) die("%s needs a value; -h lists the options", o->name);
-        if (strchr("id", o->kind)) number_in("option", o->name, text, o->least, o->most, o->kind == 'i');
-        if (o->kind == 'c') one_of(o->name, text, o->help);
         option_store(o, values, text);
     }
 }
@@ -3696,16 +3700,11 @@ static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
 static void settings_print(Options *o, bool hashed) {
     size_t size;
     FILE *f = open_memstream(&o->settings, &size);
-    for (const Option *row = OPTIONS; strcmp(row->name, "-o"); row++) {
-        const void *field = (const char *)o + row->field;
-        const char *text = strchr("sfc", row->kind) ? *(const char *const *)field : NULL;
-        if (!strchr(row->commands, o->command)) continue;
-        if (row->kind == 'd') fprintf(f, "%s %.9g ", row->name, *(const double *)field);
-        if (strchr("ib", row->kind)) fprintf(f, "%s %d ", row->name, *(const int *)field);
-        if (text) fprintf(f, "%s %s ", row->name, text);
-        if (!text || !hashed || row->kind != 'f') continue;
+    for (const Option *row = OPTIONS; row->name && strcmp(row->name, "-o"); row++) {
+        if (row->text && row->kind != 'm') fprintf(f, "%s %s ", row->name, row->text);
+        if (!row->text || !hashed || row->kind != 'f') continue;
         File file;
-        file_open(&file, text);
+        file_open(&file, row->text);
         fprintf(f, "%016llx ", (unsigned long long)hash_bytes(file.map, file.size, 0));
         file_close(&file);
     }
@@ -3726,21 +3725,18 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
 }
 
 // The model as asked; its size as asked, or as it was trained. A model with words makes pixels; the others
-// make Wan's VAE latents, a quarter of the frames (plus one) and an eighth of height and width.
+// make Wan's VAE latents, a quarter of the frames (the first is alone) and an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int per_frame = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;
-    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                         // 81 frames of 1280x720
-    if (o->frames) c->T = (o->frames - 1) / per_frame + 1;
-    if (o->height) c->H_l = o->height / side;
-    if (o->width) c->W_l = o->width / side;
-    if (o->height % (2 * side) || o->width % (2 * side) || (o->frames && (o->frames - 1) % per_frame))
-        die("--frames %d --height %d --width %d: want 1 more than a multiple of %d, and multiples of %d",
-            o->frames, o->height, o->width, per_frame, 2 * side);
+    int frames = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;                        // that make one latent
+    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                               // 81 frames of 1280x720
+    if (o->frames) c->T = (o->frames - 1 + frames - 1) / frames + 1;
+    if (o->height) c->H_l = (o->height + side - 1) / side;
+    if (o->width) c->W_l = (o->width + side - 1) / side;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
     if (o->sparse) c->sparse = *o->sparse == 'b' ? 0 : *o->sparse == 't' ? TOKEN_WISE : GROUP_WISE;
-    config_check(c, "--full-blocks");
+    config_check(c, "as asked");
 }
 
 // What a run of B samples will take, and beside it one that samples `beside` (0: none): said and refused
@@ -3795,8 +3791,9 @@ static void stop(int number) {                        // a second one ends the p
     stopped = number;
 }
 
-static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w, float *dw, size_t count) {
-    optimizer_init(opt, w, dw, count);
+// What is learned: the adapter or the whole model, from the state of a stopped run on, if there is one.
+static void learning_start(Optimizer *opt, Model *m, const Options *o, Ranks *k) {
+    optimizer_init(opt, m->lora ? m->lora->w : m->w, m->lora ? m->lora->dw : m->dw, m->lora ? m->lora->n : m->count);
     if (state_load(o->state, opt, o->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
     ranks_agree(k, (uint64_t)opt->step);
@@ -3804,30 +3801,27 @@ static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w,
     learning = 1;
 }
 
-// After each step but the last: saves the state now and then, and when any rank is asked to stop.
-static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
+// Between steps: is there more to do? Saves the state now and then, and when any rank is asked to stop; where
+// there is no more, writes the output.
+static bool learning_more(bool more, const Optimizer *opt, const Model *m, const Options *o, Ranks *k) {
     int asked = stopped, *all = (int *)gather_host(k, &asked, sizeof asked, OUTPUT);
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
     free(all);
-    if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
+    if (speaks(k) && more && (asked || seconds() - saved_at > o->save)) {
         const char *why = state_save(o->state, opt, o->settings);
         if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
-        if (why) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
+        if (why) fprintf(stderr, "warning: %s; the run goes on\n", why);
+        if (asked) printf("stopped at step %d; run the same command to go on\n", opt->step);
         saved_at = seconds();
     }
-    if (!asked) return;
-    if (speaks(k)) printf("stopped at step %d; run the same command to go on\n", opt->step);
-    output_abandon();
-    finish(128 + asked);
-}
-
-// At the end: the output is written, or `why` not, and then the state holds what was learned.
-static void learning_end(const Optimizer *opt, const Options *o, const char *why) {
-    if (why) why = strdup(why);
-    const char *lost = why ? state_save(o->state, opt, o->settings) : NULL;
-    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
+    if (more && asked) output_abandon(), finish(128 + asked);
+    if (more || !speaks(k)) return more;
+    const char *why = m->lora ? lora_save(o->out, m->lora, opt->ema) : model_save(o->out, m, opt->ema, o->dtype);
+    if (why) why = strdup(why), state_save(o->state, opt, o->settings);
+    if (why) die("%s; then run the same command to go on", why);
     unlink(o->state);
     printf("wrote %s: %d steps, %.1f s\n", o->out, opt->step, seconds() - began_at);
+    return false;
 }
 
 // ---- osp sample ------------------------------------------------------------------------------------------
@@ -4006,28 +4000,24 @@ static void cmd_train(const Options *o, Ranks *k) {
     Model *m = r->m;
     size_t n = r->B * latent_size(r);
     float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
-    int S = o->train.steps;
     Optimizer opt;
     Batch batch;
-    learning_start(&opt, o, k, m->w, m->dw, m->count);
+    learning_start(&opt, m, o, k);
     batch_new(&batch, r);
     batch_fill(&batch, r, &o->train, opt.step);
     batch_upload(r, &batch, x, target);
-    for (int first = opt.step, step = first + 1; step <= S; step++) {
-        for (int i = 0; step > 1 && i < m->params; i++) m->param[i].codes = false;      // weights have moved
-        double lr = learning_rate(&o->train, step - 1), loss = train_step(r, &batch, x, target, dout);
+    for (int first = opt.step, S = o->train.steps; learning_more(opt.step < S, &opt, m, o, k);) {
+        for (int i = 0; opt.step > 0 && i < m->params; i++) m->param[i].codes = false;  // weights have moved
+        double lr = learning_rate(&o->train, opt.step), loss = train_step(r, &batch, x, target, dout);
+        int step = opt.step + 1;
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
         batch_upload(r, &batch, x, target);
-        double norm = optimizer_step(&opt, k, &o->train, lr);
-        double ms = 1e3 * (seconds() - began_at) / (step - first);
-        if (!isfinite(loss) || !isfinite(norm))
-            die("step %d: the loss is %g, the gradient's norm %g; lower --lr", step, loss, norm);
+        double norm = optimizer_step(&opt, k, &o->train, lr), ms = 1e3 * (seconds() - began_at) / (step - first);
+        if (!isfinite(loss + norm)) die("step %d: loss %g, gradient %g; lower --lr", step, loss, norm);
         if (speaks(k) && isatty(2)) show_progress("step", step - first, S - first, began_at);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
-        if (step < S) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&opt, o, model_save(o->out, m, opt.ema, o->dtype));
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
@@ -4053,11 +4043,11 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     Run *learn = run_open(o, k, p->micro, together);
     Model *m = learn->m;
     Run *make = run_new(m, k, together, learn->T, learn->H, learn->W, false);
-    learning_start(&opt, o, k, m->lora->w, m->lora->dw, m->lora->n);
+    learning_start(&opt, m, o, k);
     Policy *policy = policy_new(make, learn, p, &o->train);
     weights_prepare(m);
     if (o->every && opt.update == 0) policy_evaluate(make, &opt, o, speaks(k));
-    while (opt.update < p->updates) {
+    while (learning_more(opt.update < p->updates, &opt, m, o, k)) {
         double began = seconds();
         PolicyFigures f = policy_update(policy, &opt);
         if (speaks(k))
@@ -4066,9 +4056,7 @@ static void cmd_grpo(const Options *o, Ranks *k) {
                    f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time,
                    seconds() - began);
         if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
-        if (opt.update < p->updates) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&opt, o, lora_save(o->out, m->lora, opt.ema));
 }
 
 // ---- osp info --------------------------------------------------------------------------------------------
@@ -4080,14 +4068,13 @@ static void cmd_info(const Options *o, Ranks *k) {
     if (!speaks(k)) return;
     file_open(&f, o->weights);
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
-        if (t->text) printf("  %s = %.200s\n", t->name, t->text);
-        else printf("  %-44s %-5s %s\n", t->name, DTYPE_NAME[t->dtype], shape_text(shape, t->rank, t->shape));
+        printf("  %-44s %-5s %.200s\n", t->name, t->text ? "" : DTYPE_NAME[t->dtype],
+               t->text ? t->text : shape_text(shape, t->rank, t->shape));
+        parameters += t->count - (t->dtype == U8);                            // codes have a scale beside them
     }
     printf("%zu bytes of tensors in a file of %zu\n", f.bytes, f.size);
     if (!file_meta(&f, "dim")) return;
     Config c = config_read(&f);
-    const Model *m = model_layout(&c);
-    for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
     printf("%zu parameters; blocks ", parameters);
     for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
     printf(" (F full, t token-wise, g group-wise)\n");

@@ -2117,7 +2117,7 @@ static void bench_comm(const char *shape, Ranks *k) {
 
 static int bench(int argc, char **argv, Ranks *ranks) {
     #define AT(field) offsetof(BenchOptions, field)
-    static const Option OPTION[] = {
+    static Option OPTION[] = {
         {"", "WHAT", 's', AT(what), "model", 0, 0, "model; linear (and OpenBLAS's); hif8; comm (mpirun)"},
         {"", "--shape", 's', AT(shape), "toy", 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
         {"", "--layers", 'i', AT(layers), "-1", -1, 64, "of each pattern, twice of full; 0: all; -1: choose"},
@@ -2688,7 +2688,7 @@ typedef struct { const char *out, *preset; Captions words; int R; } ShowOptions;
 
 static int show(int argc, char **argv) {
     #define AT(field) offsetof(ShowOptions, field)
-    static const Option OPTION[] = {
+    static Option OPTION[] = {
         {"", "KIND", 'm', AT(words), NULL, 0, 0,
          "skiparse, model, hif8, flow, ranks, grpo; gradients FILE; cost, loss, reward: with logs"},
         {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
