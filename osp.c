@@ -3554,98 +3554,92 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
 // Commands
 // ==========================================================================================================
 // ---- options: one table says which commands take what, its default, range and help -----------------------
+enum { MOST_CAPTIONS = 16 };
+typedef struct {                             // what a command is told
+    char command;                            // its first letter; T: train --preset toy
+    bool training;
+    const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
+    char state[PATH_MAX + 16], *settings;    // a stopped run resumes from this file, if these are the same
+    const char *captions[MOST_CAPTIONS];
+    int captions_said, seed, steps, clips, soft, json, frames, height, width, full, full_blocks, hif8;
+    int rank, every;
+    double alpha, guidance, shift, save;
+    TrainOptions train;
+    PolicyOptions policy;
+} Options;
+static Options said;
+
 typedef struct {
-    const char *commands, *name;             // first letters of those; T: train --preset toy
+    const char *commands, *name;             // letters of those
     char kind;                               // i int, d double, b switch, s text, f file, c choice, m captions
-    size_t field;                            // in the struct that is filled
+    void *value;
     const char *text;                        // what is said; first the default, a/b: of each command in turn
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
 
-enum { MOST_CAPTIONS = 16 };
-typedef struct { const char *text[MOST_CAPTIONS]; int count; } Captions;
-typedef struct {                             // what a command is told
-    char command;
-    bool training;
-    const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
-    char state[PATH_MAX + 16], *settings;    // a stopped run resumes from this file, if these are the same
-    Captions captions;
-    int seed, steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, json;
-    double guidance, shift, alpha, save;
-    TrainOptions train;
-    PolicyOptions policy;
-} Options;
-
 // A command's first row takes arguments without a name, too.
-#define AT(field) offsetof(Options, field)
 static Option OPTIONS[] = {
-    {"s", "-p", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
-    {"ise", "-w", 'f', AT(weights), NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
-    {"tTg", "--init", 'f', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
-    {"tT", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
-    {"se", "--lora", 'f', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
-    {"s", "--text", 'f', AT(embeddings), NULL, 0, 0, "for a model without words: of weights_export.py text"},
-    {"s", "--noise", 'f', AT(noise), NULL, 0, 0, "start from tensor `noise` of this file"},
-    {"sg", "-n", 'i', AT(steps), "20/8", 1, 1000, "sampling steps (paper: 50; grpo: 25)"},
-    {"e", "-n", 'i', AT(clips), "96", 1, 100000, "clips"},
-    {"e", "--steps", 'i', AT(steps), "20", 1, 1000, "sampling steps"},
-    {"tTg", "--steps", 'i', AT(train.steps), "1300/5000/40", 0, 1e8, "AdamW steps, or GRPO's updates"},
-    {"etT", "--batch", 'i', AT(train.batch), "8/8/64", 1, 65536, "clips at a time"},
-    {"g", "--prompts", 'i', AT(policy.prompts), "8", 1, 1024, "captions an update (released recipe: 2)"},
-    {"g", "--group", 'i', AT(policy.group), "8", 2, 1024, "videos of a caption (paper: 4)"},
-    {"g", "--micro", 'i', AT(policy.micro), "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
-    {"g", "--window", 'i', AT(policy.window), "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
-    {"seg", "-g", 'd', AT(guidance), "4/4/3", 0, 100, "guidance (paper: 5); 1: none"},
-    {"seg", "--shift", 'd', AT(shift), "3/3/1", 0.01, 100, "shift of the schedule (paper: 7; grpo: 1)"},
-    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
-    {"g", "--beta", 'd', AT(policy.beta), "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
-    {"g", "--reward", 'c', AT(policy.reward), "all", 0, 0,
+    {"s", "-p", 'm', said.captions, NULL, 0, 0, "what to draw, in quotes; several: side by side"},
+    {"ise", "-w", 'f', &said.weights, NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
+    {"tTg", "--init", 'f', &said.weights, NULL, 0, 0, "checkpoint to start from; train needs none"},
+    {"tT", "--preset", 'c', &said.preset, "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
+    {"se", "--lora", 'f', &said.lora, NULL, 0, 0, "adapter from osp grpo, merged while loading"},
+    {"s", "--text", 'f', &said.embeddings, NULL, 0, 0, "for a model without words: of weights_export.py text"},
+    {"s", "--noise", 'f', &said.noise, NULL, 0, 0, "start from tensor `noise` of this file"},
+    {"sg", "-n", 'i', &said.steps, "20/8", 1, 1000, "sampling steps (paper: 50; grpo: 25)"},
+    {"e", "-n", 'i', &said.clips, "96", 1, 100000, "clips"},
+    {"e", "--steps", 'i', &said.steps, "20", 1, 1000, "sampling steps"},
+    {"tTg", "--steps", 'i', &said.train.steps, "1300/5000/40", 0, 1e8, "AdamW steps, or GRPO's updates"},
+    {"etT", "--batch", 'i', &said.train.batch, "8/8/64", 1, 65536, "clips at a time"},
+    {"g", "--prompts", 'i', &said.policy.prompts, "8", 1, 1024, "captions an update (released recipe: 2)"},
+    {"g", "--group", 'i', &said.policy.group, "8", 2, 1024, "videos of a caption (paper: 4)"},
+    {"g", "--micro", 'i', &said.policy.micro, "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
+    {"g", "--window", 'i', &said.policy.window, "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
+    {"seg", "-g", 'd', &said.guidance, "4/4/3", 0, 100, "guidance (paper: 5); 1: none"},
+    {"seg", "--shift", 'd', &said.shift, "3/3/1", 0.01, 100, "shift of the schedule (paper: 7; grpo: 1)"},
+    {"g", "--clip", 'd', &said.policy.clip, "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
+    {"g", "--beta", 'd', &said.policy.beta, "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
+    {"g", "--reward", 'c', &said.policy.reward, "all", 0, 0,
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
-    {"g", "--rank", 'i', AT(rank), "8", 1, 1024, "of the LoRA (paper: 32)"},
-    {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"tTg", "--lr", 'd', AT(train.lr), "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper: 2e-5)"},
-    {"tT", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
-    {"tTg", "--ema", 'd', AT(train.ema), "0.99/0.999/0.9", 0, 1, "decay of the weights' average, the result"},
-    {"tT", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
-    {"stTge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
-    {"stT", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
-    {"stT", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stT", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stTge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
-    {"stTge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"tT", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
-    {"stTge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
-    {"stTge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
-    {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
+    {"g", "--rank", 'i', &said.rank, "8", 1, 1024, "of the LoRA (paper: 32)"},
+    {"g", "--alpha", 'd', &said.alpha, "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
+    {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper: 2e-5)"},
+    {"tT", "--warmup", 'i', &said.train.warmup, "100/200", 0, 1e8, "steps of rising learning rate"},
+    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 1, "decay of the weights' average, the result"},
+    {"tT", "--drop", 'd', &said.train.drop, "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
+    {"stTge", "--seed", 'i', &said.seed, "1", 0, INT_MAX, "of weights, captions, clips, noise"},
+    {"stT", "--frames", 'i', &said.frames, "0", 0, 4096, "of a clip; 0: as trained"},
+    {"stT", "--height", 'i', &said.height, "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stT", "--width", 'i', &said.width, "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stTge", "--full", 'b', &said.full, NULL, 0, 1, "full attention in every block"},
+    {"stTge", "--full-blocks", 'i', &said.full_blocks, "-1", -1, 1024, "so many at the ends; -1: as trained"},
+    {"tT", "--sparse", 'c', &said.sparse, NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
+    {"stTge", "--hif8", 'b', &said.hif8, NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
+    {"stTge", "--device-dtype", 's', &said.device, NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
+    {"e", "--soft", 'b', &said.soft, NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
     // up to here the settings, which a resumed run must have in common with the stopped one
-    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"tTg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
-    {"tT", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
-    {"tTg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"}, {}};
-#undef AT
+    {"s", "-o", 's', &said.out, "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
+    {"tTg", "-o", 's', &said.out, NULL, 0, 0, "file to write: checkpoint, or adapter"},
+    {"tT", "--dtype", 'c', &said.dtype, "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
+    {"tTg", "--save", 'd', &said.save, "15", 0, 1e9, "seconds between saved states, for resuming"},
+    {"g", "--eval", 'i', &said.every, "0", 0, 1e6, "updates between held-out scores; 0: none"},
+    {"se", "--json", 'b', &said.json, NULL, 0, 1, "figures as one JSON object on the last line"}, {}};
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
-    size_t n = strlen(value), end = strcspn(choices, ":");
-    for (const char *c = choices; c < choices + end; c += strcspn(c, "|:") + 1)
-        if (!strncmp(c, value, n) && strchr("|:", c[n])) return;
-    die("%s: \"%.40s\" is none of %.*s", name, value, (int)end, choices);
+    char *rest = strndup(choices, strcspn(choices, ":"));
+    while (rest) if (!strcmp(strsep(&rest, "|"), value)) return;
+    die("%s: \"%.40s\" is none of %s", name, value, choices);
 }
 
-static void option_store(Option *o, void *values, const char *text) {
-    void *field = (char *)values + o->field;
-    Captions *captions = (Captions *)field;
+static void option_set(Option *o, const char *text) {
     bool number = strchr("idb", o->kind);
     double v = number ? number_in("option", o->name, text, o->least, o->most, o->kind != 'd') : 0;
     if (o->kind == 'c') one_of(o->name, text, o->help);
-    if (o->kind == 'd') *(double *)field = v;
-    else if (number) *(int *)field = (int)v;
-    else if (o->kind != 'm') *(const char **)field = text;
-    else if (captions->count == MOST_CAPTIONS || !text[strspn(text, " ")])
-        die("%s: at most %d captions, none empty; say what to draw", o->name, MOST_CAPTIONS);
-    else captions->text[captions->count++] = text;
+    if (o->kind == 'd') *(double *)o->value = v;
+    else if (number) *(int *)o->value = (int)v;
+    else if (o->kind == 'm') said.captions[said.captions_said++ % MOST_CAPTIONS] = text;
+    else *(const char **)o->value = text;
     o->text = text;
 }
 
@@ -3657,33 +3651,29 @@ __attribute__((noreturn)) static void finish(int code) {
 
 static bool asks_help(const char *text) { return !strcmp(text, "-h") || !strcmp(text, "--help"); }
 
-// argv after the command's name -> values. The command's rows come to the table's front.
-static void parse_options(int argc, char **argv, const char *example, Option *table, char command,
-                          void *values) {
-    bool help = false;
+// The defaults; the command's rows come to the table's front. Then argv after the command's name.
+static void parse_options(int argc, char **argv, const char *example) {
+    Option *o, *end = OPTIONS;
     int plains = 0;
-    Option *o, *end = table;
-    for (int i = 0; i < argc; i++) help |= asks_help(argv[i]);
-    if (help) printf("example: %s\n", example);
-    for (o = table; o->name; o++) {
-        const char *letter = strchr(o->commands, command);
+    for (o = OPTIONS; o->name; o++) {
+        const char *letter = strchr(o->commands, said.command);
         char *rest = o->text ? strdup(o->text) : NULL;
         for (const char *c = o->commands; c <= letter && rest; c++) o->text = strsep(&rest, "/");
-        if (!letter) continue;
-        if (help) printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
-        if (o->text) option_store(o, values, o->text);
-        *end++ = *o;
+        if (letter && o->text) option_set(o, o->text);
+        if (letter) *end++ = *o;
     }
-    if (help) finish(0);
     end->name = NULL;
     for (int i = 0; i < argc; i++) {
-        bool plain = *argv[i] != '-';
-        for (o = table; o->name && !plain && strcmp(o->name, argv[i]);) o++;
+        bool help = asks_help(argv[i]), plain = *argv[i] != '-';
+        if (help) printf("example: %s\n", example);
+        for (o = OPTIONS; o->name && (help || (!plain && strcmp(o->name, argv[i]))); o++)
+            if (help) printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
+        if (help) finish(0);
         if (!o->name) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
         if (plain && o->kind != 'm' && plains++) die("\"%.60s\": only one %s is taken", argv[i], o->name);
         const char *text = plain ? argv[i] : o->kind == 'b' ? "1" : argv[++i];
-        if (!text) die("%s needs a value; -h lists the options", o->name);
-        option_store(o, values, text);
+        if (!text || !*text) die("%s needs a value; -h lists the options", o->name);
+        option_set(o, text);
     }
 }
 
@@ -3691,28 +3681,9 @@ static void parse_options(int argc, char **argv, const char *example, Option *ta
 // dim ffn heads layers full ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse
 static const Config PRESETS[] = {
     {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 0, 1e-6},
-    {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6},
-};
+    {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6}};
 
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
-
-// o->settings; of files also a hash, where another run or other ranks must find the same.
-static void settings_print(Options *o, bool hashed) {
-    size_t size;
-    FILE *f = open_memstream(&o->settings, &size);
-    for (const Option *row = OPTIONS; row->name && strcmp(row->name, "-o"); row++) {
-        if (row->text && row->kind != 'm') fprintf(f, "%s %s ", row->name, row->text);
-        if (!row->text || !hashed || row->kind != 'f') continue;
-        File file;
-        file_open(&file, row->text);
-        fprintf(f, "%016llx ", (unsigned long long)hash_bytes(file.map, file.size, 0));
-        file_close(&file);
-    }
-    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
-    fclose(f);
-    for (char *c = o->settings; *c; c++)                          // what JSON must escape
-        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
-}
 
 // All ranks must be told and read the same. Then their groups: all on one sample, or two guidance halves.
 static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
@@ -3793,7 +3764,8 @@ static void stop(int number) {                        // a second one ends the p
 
 // What is learned: the adapter or the whole model, from the state of a stopped run on, if there is one.
 static void learning_start(Optimizer *opt, Model *m, const Options *o, Ranks *k) {
-    optimizer_init(opt, m->lora ? m->lora->w : m->w, m->lora ? m->lora->dw : m->dw, m->lora ? m->lora->n : m->count);
+    if (m->lora) optimizer_init(opt, m->lora->w, m->lora->dw, m->lora->n);
+    else optimizer_init(opt, m->w, m->dw, m->count);
     if (state_load(o->state, opt, o->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
     ranks_agree(k, (uint64_t)opt->step);
@@ -3816,7 +3788,8 @@ static bool learning_more(bool more, const Optimizer *opt, const Model *m, const
     }
     if (more && asked) output_abandon(), finish(128 + asked);
     if (more || !speaks(k)) return more;
-    const char *why = m->lora ? lora_save(o->out, m->lora, opt->ema) : model_save(o->out, m, opt->ema, o->dtype);
+    const char *why = m->lora ? lora_save(o->out, m->lora, opt->ema)
+                              : model_save(o->out, m, opt->ema, o->dtype);
     if (why) why = strdup(why), state_save(o->state, opt, o->settings);
     if (why) die("%s; then run the same command to go on", why);
     unlink(o->state);
@@ -3835,63 +3808,64 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
     return x;
 }
 
-// x[count] on the host: one clip a caption (or one from --text), each from its own noise, alone in its batch.
-static void sample_clips(float **x, Run *r, const Options *o, int count) {
+// x[count, C, T, 2H, 2W] on the host: one clip a caption (or one from --text), each from its own noise and
+// alone in its batch.
+static float *sample_clips(Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
+    float *x = o->noise ? numbers_of(o->noise, "noise", count * size) : floats(count * size);
     Text cond = {NULL, NULL}, uncond = {NULL, NULL};
-    if (c->vocab) cond = caption_batch(r->m, o->captions.text, count), uncond = caption_batch(r->m, NULL, 1);
+    if (c->vocab) cond = caption_batch(r->m, o->captions, count), uncond = caption_batch(r->m, NULL, 1);
     if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", rows);
     if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", rows);
+    if (!o->noise) noise_fill(x, count * size, o->seed, SAMPLE_STREAM, 0);
     for (int i = 0; i < count; i++) {
-        x[i] = o->noise ? numbers_of(o->noise, "noise", size) : floats(size);
-        if (!o->noise) noise_fill(x[i], size, o->seed, SAMPLE_STREAM, (uint64_t)i * size);
-        sample_host(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
+        sample_host(r, x + i * size, cond, uncond, o->steps, o->shift, o->guidance);
         if (c->vocab) cond.ids += c->text_len;
     }
+    return x;
 }
 
-// Tensors latent, latent.1, ..: x[count][C, T, H_l, W_l].
-static const char *save_latents(const Options *o, float **x, int count, const Run *r) {
-    const size_t shape[] = {(size_t)r->m->c.out_dim, (size_t)r->T, 2 * (size_t)r->H, 2 * (size_t)r->W};
-    Param *param = (Param *)xalloc(count, sizeof(Param));
-    for (int i = 0; i < count; i++) {
-        Param *p = &param[i];
-        snprintf(p->name, sizeof p->name, i ? "latent.%d" : "latent", i);
-        memcpy(p->shape, shape, sizeof shape);
-        p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
-        upload(p->w, x[i], p->count * sizeof(float));
-    }
-    return file_write(o->out, param, count, NULL, "f32", "\"comment\":\"%s\"", o->settings);
+// Tensor latent: x[C, T, 2H, 2W]; of several captions [count, C, T, 2H, 2W].
+static const char *save_latents(const Options *o, const float *x, int count, const Run *r) {
+    int shape[] = {count, r->m->c.out_dim, r->T, 2 * r->H, 2 * r->W};
+    Param p;
+    memset(&p, 0, sizeof p);
+    strcpy(p.name, "latent");
+    for (int i = count == 1; i < 5; i++) p.shape[p.rank++] = (size_t)shape[i];
+    p.count = count * latent_size(r), p.w = device_floats(p.count);
+    upload(p.w, x, p.count * sizeof(float));
+    return file_write(o->out, &p, 1, NULL, "f32", "\"comment\":\"%s\"", o->settings);
 }
 
 static void cmd_sample(const Options *o, Ranks *k) {
     const char *end = strrchr(o->out, '.'), *why;
-    bool latent = end && !strcasecmp(end, ".safetensors");
+    bool latent = end && !strcmp(end, ".safetensors");
     char sheet[PATH_MAX];
-    if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
+    if (!latent && (!end || strcmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
     snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
     if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1, 0);
-    int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
-    if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
+    int vocab = r->m->c.vocab, count = vocab ? o->captions_said : 1;
+    if (count < 1 || count > MOST_CAPTIONS) die("%d captions: want 1 to %d in quotes", count, MOST_CAPTIONS);
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
-    float *x[MOST_CAPTIONS];
-    Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
-    if (!latent) picture_size(&clips, false), picture_size(&clips, true);
+    float *clip[MOST_CAPTIONS];
+    Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
+    if (!latent) picture_size(&clips, true);                                // too large a sheet is refused now
     double began = seconds();
-    sample_clips(x, r, o, count);
+    clip[0] = sample_clips(r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    why = latent ? save_latents(o, x, count, r) : save_png(o->out, &clips, false, o->settings);
+    for (int i = 1; i < count; i++) clip[i] = clip[0] + i * latent_size(r);
+    why = latent ? save_latents(o, clip[0], count, r) : save_png(o->out, &clips, false, o->settings);
     if (!latent && !why) why = save_png(sheet, &clips, true, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) {
         float score[N_SCORES];
-        int caption = parse_caption(o->captions.text[i]);
+        int caption = parse_caption(o->captions[i]);
         if (caption < 0) continue;                                          // none of the world's
-        shapes_score(score, x[i], scene_of(caption), r->T, 2 * r->H, 2 * r->W, false);
-        printf("%s:", o->captions.text[i]);
+        shapes_score(score, clip[i], scene_of(caption), r->T, 2 * r->H, 2 * r->W, false);
+        printf("%s:", o->captions[i]);
         for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
         printf("\n");
     }
@@ -4091,40 +4065,54 @@ static const Command COMMANDS[] = {
 
 static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
     TrainOptions *t = &o->train;
-    PolicyOptions *p = &o->policy;
+    bool grpo = command->run == cmd_grpo;
+    size_t size;
     o->command = *command->name;
     for (int i = 1; i < argc && o->command == 't'; i++)
         if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o->command = 'T';
-    parse_options(argc, argv, command->example, OPTIONS, o->command, o);
+    parse_options(argc, argv, command->example);
     o->training = strchr("tTg", o->command);
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
     if (o->out && k->rank == 0) check_writable(o->out);
     if (o->training) snprintf(o->state, sizeof o->state, "%s.resume", o->out);
-    settings_print(o, o->training || k->size > 1);
-    bool grpo = o->command == 'g';
     t->seed = o->seed, t->clip = 1, t->eps = 1e-8, t->beta1 = 0.9, t->beta2 = grpo ? 0.999 : 0.99;
     t->weight_decay = grpo ? 0 : 0.01, t->ema_warmup = !grpo;
-    p->updates = t->steps, p->steps = o->steps, p->guidance = o->guidance, p->shift = o->shift;
+    o->policy.updates = t->steps, o->policy.steps = o->steps;
+    o->policy.guidance = o->guidance, o->policy.shift = o->shift;
+    // The settings; of a file also a hash, where a resumed run or other ranks must find the same.
+    FILE *f = open_memstream(&o->settings, &size);
+    for (const Option *row = OPTIONS; row->name && strcmp(row->name, "-o"); row++) {
+        if (row->text && row->kind != 'm') fprintf(f, "%s %s ", row->name, row->text);
+        if (!row->text || row->kind != 'f' || !(o->training || k->size > 1)) continue;
+        File file;
+        file_open(&file, row->text);
+        fprintf(f, "%016llx ", (unsigned long long)hash_bytes(file.map, file.size, 0));
+        file_close(&file);
+    }
+    for (int i = 0; i < o->captions_said; i++) fprintf(f, "-p '%s' ", o->captions[i]);
+    fclose(f);
+    for (char *c = o->settings; *c; c++)                          // what JSON must escape
+        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
 static int osp_main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
+    const Command *c = COMMANDS;
     static Ranks ranks;
-    static Options options;
     ranks_start(&ranks);
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
-    for (const Command *c = COMMANDS; c->name; c++) {
-        if (strcmp(name, c->name)) continue;
-        options_read(&options, argc - 2, argv + 2, c, &ranks);
-        c->run(&options, &ranks);
+    while (c->name && strcmp(name, c->name)) c++;
+    if (c->name) {
+        options_read(&said, argc - 2, argv + 2, c, &ranks);
+        c->run(&said, &ranks);
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
     if (*name && !asks_help(name)) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
-    for (const Command *c = COMMANDS; c->name; c++) printf("  %s\n", c->example);
+    for (c = COMMANDS; c->name; c++) printf("  %s\n", c->example);
     finish(*name ? 0 : 2);
 }
 

@@ -2115,22 +2115,14 @@ static void bench_comm(const char *shape, Ranks *k) {
                1e3 * moving[u], sent[u]);
 }
 
+static const char *option(int argc, char **argv, const char *name, const char *standard);
+
 static int bench(int argc, char **argv, Ranks *ranks) {
-    #define AT(field) offsetof(BenchOptions, field)
-    static Option OPTION[] = {
-        {"", "WHAT", 's', AT(what), "model", 0, 0, "model; linear (and OpenBLAS's); hif8; comm (mpirun)"},
-        {"", "--shape", 's', AT(shape), "toy", 0, 0, "tiny, toy, 1.3b-480p, 14b-720p or 14b-768p"},
-        {"", "--layers", 'i', AT(layers), "-1", -1, 64, "of each pattern, twice of full; 0: all; -1: choose"},
-        {"", "--frames", 'i', AT(frames), "0", 0, 1024, "of latents; 0: the shape's"},
-        {"", "--train", 'b', AT(train), "0", 0, 1, "backward and the training step, too"},
-        {"", "--device-dtype", 's', AT(device), "bf16", 0, 0, "arithmetic on a GPU: f32 or bf16"},
-        {"", "--hif8", 'b', AT(hif8), "0", 0, 1, "8 bits"},
-        {"", "--force", 'b', AT(force), "0", 0, 1, "run Wan's shapes on a CPU, for as long as it takes"},
-        {"", "--blas", 's', AT(blas), "libopenblas.so.0", 0, 0, "what bench linear compares with"},
-        {"", "--json", 'b', AT(json), "0", 0, 1, "seconds as one JSON object on the last line"}, {}};
-    #undef AT
-    BenchOptions o;
-    parse_options(argc, argv, "test_osp bench --shape toy --train", OPTION, 0, &o);
+    BenchOptions o = {argc > 1 && *argv[1] != '-' ? argv[1] : "model", option(argc, argv, "--shape", "toy"), "",
+                      option(argc, argv, "--blas", "libopenblas.so.0"), atoi(option(argc, argv, "--layers", "-1")),
+                      atoi(option(argc, argv, "--frames", "0")), 0, 0, 0, 0};
+    for (int i = 0; i < argc; i++)
+        o.train |= !strcmp(argv[i], "--train"), o.hif8 |= !strcmp(argv[i], "--hif8"), o.force |= !strcmp(argv[i], "--force");
     one_of("bench", o.what, "model|linear|hif8|comm:");
     if (*o.what == 'c') bench_comm(o.shape, ranks);
     else if (ranks->rank) return 0;
@@ -2684,43 +2676,31 @@ static void show_gradients(const char *path) {
     }
 }
 
-typedef struct { const char *out, *preset; Captions words; int R; } ShowOptions;
-
 static int show(int argc, char **argv) {
-    #define AT(field) offsetof(ShowOptions, field)
-    static Option OPTION[] = {
-        {"", "KIND", 'm', AT(words), NULL, 0, 0,
-         "skiparse, model, hif8, flow, ranks, grpo; gradients FILE; cost, loss, reward: with logs"},
-        {"", "-o", 's', AT(out), "picture.svg", 0, 0, "picture to write"},
-        {"", "-R", 'i', AT(R), "4", 1, 8, "ranks"},
-        {"", "--preset", 's', AT(preset), "toy", 0, 0, "of model and ranks: tiny, toy, .., 14b-768p"}, {}};
-    #undef AT
-    const char *why;
+    const char *out_path = option(argc, argv, "-o", "picture.svg"), *preset = option(argc, argv, "--preset", "toy");
+    const char *kind = argc ? *argv : "nothing", *const *logs = (const char *const *)argv + 1, *why;
+    int count = 0, R = atoi(option(argc, argv, "-R", "4"));
     char *text;
     size_t size;
-    ShowOptions o;
-    memset(&o, 0, sizeof o);
-    parse_options(argc, argv, "test_osp show ranks -R 4 -o ranks.svg", OPTION, 0, &o);
-    const char *kind = o.words.count ? o.words.text[0] : "nothing", *const *logs = o.words.text + 1;
-    int count = o.words.count - 1;
-    Config c = shape_config(o.preset);
+    while (count + 1 < argc && *logs[count] != '-') count++;
+    Config c = shape_config(preset);
     one_of("show", kind, "skiparse|model|hif8|flow|ranks|grpo|gradients|cost|loss|reward:");
     if (!(svg = open_memstream(&text, &size))) die("no memory for a picture: %s", strerror(errno));
     if (!strcmp(kind, "skiparse")) show_skiparse();
-    else if (!strcmp(kind, "model")) show_model(&c, o.preset);
+    else if (!strcmp(kind, "model")) show_model(&c, preset);
     else if (!strcmp(kind, "hif8")) show_hif8();
     else if (!strcmp(kind, "flow")) show_flow();
     else if (!strcmp(kind, "grpo")) show_grpo();
-    else if (!strcmp(kind, "ranks")) show_ranks(&c, o.preset, o.R);
+    else if (!strcmp(kind, "ranks")) show_ranks(&c, preset, R);
     else if (!strcmp(kind, "gradients") && count == 1) show_gradients(logs[0]);
     else if (!strcmp(kind, "cost") && count == 2) show_cost(logs);
     else if (count < 1 || count > MOST_LOGS) die("show %s: 1 to %d logs, here %d", kind, MOST_LOGS, count);
     else show_logs(logs, count, !strcmp(kind, "reward"));
     fputs("</svg>\n", svg), fclose(svg);
-    Output *out = output_open(o.out);
+    Output *out = output_open(out_path);
     output_bytes(out, text, size);
     if ((why = output_close(out))) die("%s", why);
-    printf("wrote %s: %zu bytes\n", o.out, size);
+    printf("wrote %s: %zu bytes\n", out_path, size);
     return 0;
 }
 
@@ -3309,7 +3289,7 @@ int main(int argc, char **argv) {
     tally.half = !IS("mutate") && act_size() != sizeof(float), tally.silent = k.rank, tally.subject = "";
     int failed = IS("") || IS("ops") ? run_tests(folder, IS("ops"))
                  : IS("verify")      ? verify(&k)
-                 : IS("bench")       ? bench(argc - 2, argv + 2, &k)
+                 : IS("bench")       ? bench(argc - 1, argv + 1, &k)
                  : IS("show")        ? show(argc - 2, argv + 2)
                  : IS("ranks")       ? run_ranks(&k, !strcmp(more, "small"))
                  : IS("lose")        ? lose_rank(&k)
