@@ -3638,8 +3638,9 @@ static void option_set(Option *o, const char *text) {
     if (o->kind == 'c') one_of(o->name, text, o->help);
     if (o->kind == 'd') *(double *)o->value = v;
     else if (number) *(int *)o->value = (int)v;
-    else if (o->kind == 'm') said.captions[said.captions_said++ % MOST_CAPTIONS] = text;
-    else *(const char **)o->value = text;
+    else if (o->kind != 'm') *(const char **)o->value = text;
+    else if (said.captions_said == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
+    else said.captions[said.captions_said++] = text;
     o->text = text;
 }
 
@@ -3847,7 +3848,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1, 0);
     int vocab = r->m->c.vocab, count = vocab ? o->captions_said : 1;
-    if (count < 1 || count > MOST_CAPTIONS) die("%d captions: want 1 to %d in quotes", count, MOST_CAPTIONS);
+    if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
     float *clip[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
