@@ -3571,7 +3571,7 @@ static Options said;
 
 typedef struct {
     const char *commands, *name;             // letters of those
-    char kind;                               // i int, d double, b switch, s text, f file, c choice, m captions
+    char kind;                               // i int, d double, b switch, s text, f file, c choice, m many
     void *value;
     const char *text;                        // what is said; first the default, a/b: of each command in turn
     double least, most;
@@ -3585,7 +3585,7 @@ static Option OPTIONS[] = {
     {"tTg", "--init", 'f', &said.weights, NULL, 0, 0, "checkpoint to start from; train needs none"},
     {"tT", "--preset", 'c', &said.preset, "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
     {"se", "--lora", 'f', &said.lora, NULL, 0, 0, "adapter from osp grpo, merged while loading"},
-    {"s", "--text", 'f', &said.embeddings, NULL, 0, 0, "for a model without words: of weights_export.py text"},
+    {"s", "--text", 'f', &said.embeddings, NULL, 0, 0, "for a model without words, of weights_export.py"},
     {"s", "--noise", 'f', &said.noise, NULL, 0, 0, "start from tensor `noise` of this file"},
     {"sg", "-n", 'i', &said.steps, "20/8", 1, 1000, "sampling steps (paper: 50; grpo: 25)"},
     {"e", "-n", 'i', &said.clips, "96", 1, 100000, "clips"},
@@ -3606,7 +3606,7 @@ static Option OPTIONS[] = {
     {"g", "--alpha", 'd', &said.alpha, "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
     {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper: 2e-5)"},
     {"tT", "--warmup", 'i', &said.train.warmup, "100/200", 0, 1e8, "steps of rising learning rate"},
-    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 1, "decay of the weights' average, the result"},
+    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 1, "decay of the average that is written"},
     {"tT", "--drop", 'd', &said.train.drop, "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
     {"stTge", "--seed", 'i', &said.seed, "1", 0, INT_MAX, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', &said.frames, "0", 0, 4096, "of a clip; 0: as trained"},
@@ -3616,10 +3616,10 @@ static Option OPTIONS[] = {
     {"stTge", "--full-blocks", 'i', &said.full_blocks, "-1", -1, 1024, "so many at the ends; -1: as trained"},
     {"tT", "--sparse", 'c', &said.sparse, NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
     {"stTge", "--hif8", 'b', &said.hif8, NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
-    {"stTge", "--device-dtype", 's', &said.device, NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
+    {"stTge", "--device-dtype", 's', &said.device, NULL, 0, 0, "a GPU's arithmetic: f32, or else bf16"},
     {"e", "--soft", 'b', &said.soft, NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
     // up to here the settings, which a resumed run must have in common with the stopped one
-    {"s", "-o", 's', &said.out, "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
+    {"s", "-o", 's', &said.out, "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors"},
     {"tTg", "-o", 's', &said.out, NULL, 0, 0, "file to write: checkpoint, or adapter"},
     {"tT", "--dtype", 'c', &said.dtype, "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', &said.save, "15", 0, 1e9, "seconds between saved states, for resuming"},
@@ -3652,26 +3652,27 @@ __attribute__((noreturn)) static void finish(int code) {
 
 static bool asks_help(const char *text) { return !strcmp(text, "-h") || !strcmp(text, "--help"); }
 
-// The defaults; the command's rows come to the table's front. Then argv after the command's name.
+// The defaults; the command's rows come to the table's front. Then argv after the command's name: the last of
+// equal options counts.
 static void parse_options(int argc, char **argv, const char *example) {
     Option *o, *end = OPTIONS;
-    int plains = 0;
     for (o = OPTIONS; o->name; o++) {
         const char *letter = strchr(o->commands, said.command);
         char *rest = o->text ? strdup(o->text) : NULL;
+        if (!letter) continue;
         for (const char *c = o->commands; c <= letter && rest; c++) o->text = strsep(&rest, "/");
-        if (letter && o->text) option_set(o, o->text);
-        if (letter) *end++ = *o;
+        if (o->text) option_set(o, o->text);
+        *end++ = *o;
     }
     end->name = NULL;
     for (int i = 0; i < argc; i++) {
         bool help = asks_help(argv[i]), plain = *argv[i] != '-';
         if (help) printf("example: %s\n", example);
-        for (o = OPTIONS; o->name && (help || (!plain && strcmp(o->name, argv[i]))); o++)
-            if (help) printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
+        for (o = OPTIONS; o->name && help; o++)
+            printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
         if (help) finish(0);
+        for (o = OPTIONS; o->name && !plain && strcmp(o->name, argv[i]);) o++;
         if (!o->name) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
-        if (plain && o->kind != 'm' && plains++) die("\"%.60s\": only one %s is taken", argv[i], o->name);
         const char *text = plain ? argv[i] : o->kind == 'b' ? "1" : argv[++i];
         if (!text || !*text) die("%s needs a value; -h lists the options", o->name);
         option_set(o, text);
@@ -3852,7 +3853,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
     float *clip[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
-    if (!latent) picture_size(&clips, true);                                // too large a sheet is refused now
+    if (!latent) picture_size(&clips, true);
     double began = seconds();
     clip[0] = sample_clips(r, o, count);
     double took = seconds() - began;
@@ -3987,7 +3988,8 @@ static void cmd_train(const Options *o, Ranks *k) {
         int step = opt.step + 1;
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
         batch_upload(r, &batch, x, target);
-        double norm = optimizer_step(&opt, k, &o->train, lr), ms = 1e3 * (seconds() - began_at) / (step - first);
+        double norm = optimizer_step(&opt, k, &o->train, lr);
+        double ms = 1e3 * (seconds() - began_at) / (step - first);
         if (!isfinite(loss + norm)) die("step %d: loss %g, gradient %g; lower --lr", step, loss, norm);
         if (speaks(k) && isatty(2)) show_progress("step", step - first, S - first, began_at);
         if (speaks(k) && (step % 10 == 0 || step == S))
@@ -4045,7 +4047,7 @@ static void cmd_info(const Options *o, Ranks *k) {
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
         printf("  %-44s %-5s %.200s\n", t->name, t->text ? "" : DTYPE_NAME[t->dtype],
                t->text ? t->text : shape_text(shape, t->rank, t->shape));
-        parameters += t->count - (t->dtype == U8);                            // codes have a scale beside them
+        parameters += t->count - (t->dtype == U8);                            // codes have a scale beside
     }
     printf("%zu bytes of tensors in a file of %zu\n", f.bytes, f.size);
     if (!file_meta(&f, "dim")) return;
