@@ -3650,10 +3650,7 @@ __attribute__((noreturn)) static void finish(int code) {
     exit(code);
 }
 
-static bool asks_help(const char *text) { return !strcmp(text, "-h") || !strcmp(text, "--help"); }
-
-// The defaults; the command's rows come to the table's front. Then argv after the command's name: the last of
-// equal options counts.
+// The command's rows come to the table's front, with its defaults; then argv from after its name on is read.
 static void parse_options(int argc, char **argv, const char *example) {
     Option *o, *end = OPTIONS;
     for (o = OPTIONS; o->name; o++) {
@@ -3666,7 +3663,7 @@ static void parse_options(int argc, char **argv, const char *example) {
     }
     end->name = NULL;
     for (int i = 0; i < argc; i++) {
-        bool help = asks_help(argv[i]), plain = *argv[i] != '-';
+        bool plain = *argv[i] != '-', help = !plain && strstr("--help", argv[i]);         // or -h
         if (help) printf("example: %s\n", example);
         for (o = OPTIONS; o->name && help; o++)
             printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
@@ -3697,10 +3694,10 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
     ranks_split(k, halves);
 }
 
-// The model as asked; its size as asked, or as it was trained. A model with words makes pixels; the others
-// make Wan's VAE latents, a quarter of the frames (the first is alone) and an eighth of height and width.
+// As trained, or as asked. A model without words makes Wan's latents: a quarter of the frames (the first is
+// alone), an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int frames = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;                        // that make one latent
+    int frames = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;
     if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                               // 81 frames of 1280x720
     if (o->frames) c->T = (o->frames - 1 + frames - 1) / frames + 1;
     if (o->height) c->H_l = (o->height + side - 1) / side;
@@ -3775,8 +3772,7 @@ static void learning_start(Optimizer *opt, Model *m, const Options *o, Ranks *k)
     learning = 1;
 }
 
-// Between steps: is there more to do? Saves the state now and then, and when any rank is asked to stop; where
-// there is no more, writes the output.
+// Between steps: saves the state now and then, and where a rank is to stop; without `more` to do the output.
 static bool learning_more(bool more, const Optimizer *opt, const Model *m, const Options *o, Ranks *k) {
     int asked = stopped, *all = (int *)gather_host(k, &asked, sizeof asked, OUTPUT);
     for (int s = 0; s < k->size; s++) if (all[s]) asked = all[s];
@@ -3810,8 +3806,7 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
     return x;
 }
 
-// x[count, C, T, 2H, 2W] on the host: one clip a caption (or one from --text), each from its own noise and
-// alone in its batch.
+// x[count, C, T, 2H, 2W] on the host: a clip for each caption or for --text, each alone in its batch.
 static float *sample_clips(Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
@@ -4067,8 +4062,8 @@ static const Command COMMANDS[] = {
     {"info", cmd_info, "osp info tiny.safetensors"}, {}};
 
 static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
-    TrainOptions *t = &o->train;
     bool grpo = command->run == cmd_grpo;
+    TrainOptions *t = &o->train;
     size_t size;
     o->command = *command->name;
     for (int i = 1; i < argc && o->command == 't'; i++)
@@ -4113,7 +4108,7 @@ static int osp_main(int argc, char **argv) {
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (*name && !asks_help(name)) die("\"%.40s\" is no command; osp -h shows all", name);
+    if (*name && !strstr("--help", name)) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (c = COMMANDS; c->name; c++) printf("  %s\n", c->example);
     finish(*name ? 0 : 2);
