@@ -3699,14 +3699,16 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
 static void config_override(Config *c, const Options *o) {
     int frames = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;
     if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                               // 81 frames of 1280x720
-    if (o->frames) c->T = (o->frames - 1 + frames - 1) / frames + 1;
-    if (o->height) c->H_l = (o->height + side - 1) / side;
-    if (o->width) c->W_l = (o->width + side - 1) / side;
+    if (o->height % (2 * side) || o->width % (2 * side))
+        die("--height %d --width %d: want multiples of %d", o->height, o->width, 2 * side);
+    if (o->frames) c->T = (o->frames + frames - 1) / frames;
+    if (o->height) c->H_l = o->height / side;
+    if (o->width) c->W_l = o->width / side;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
     if (o->sparse) c->sparse = *o->sparse == 'b' ? 0 : *o->sparse == 't' ? TOKEN_WISE : GROUP_WISE;
-    config_check(c, "as asked");
+    config_check(c, "--full-blocks");
 }
 
 // What a run of B samples will take, and beside it one that samples `beside` (0: none): said and refused
