@@ -3697,13 +3697,13 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
 // As trained, or as asked. A model without words makes Wan's latents: a quarter of the frames (the first is
 // alone), an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int frames = c->vocab ? 1 : 4, side = c->vocab ? 1 : 8;
-    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                               // 81 frames of 1280x720
-    if (o->height % (2 * side) || o->width % (2 * side))
-        die("--height %d --width %d: want multiples of %d", o->height, o->width, 2 * side);
-    if (o->frames) c->T = (o->frames + frames - 1) / frames;
-    if (o->height) c->H_l = o->height / side;
-    if (o->width) c->W_l = o->width / side;
+    int side = c->vocab ? 2 : 16;                                           // pixels of a patch
+    if (o->height % side || o->width % side)
+        die("--height %d --width %d: want multiples of %d", o->height, o->width, side);
+    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                        // 81 frames of 1280x720
+    if (o->frames) c->T = c->vocab ? o->frames : (o->frames + 3) / 4;
+    if (o->height) c->H_l = o->height / side * 2;
+    if (o->width) c->W_l = o->width / side * 2;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
@@ -3808,8 +3808,8 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
     return x;
 }
 
-// x[count, C, T, 2H, 2W] on the host: a clip for each caption or for --text, each alone in its batch.
-static float *sample_clips(Run *r, const Options *o, int count) {
+// clip[count], one behind the other on the host: of a caption each or of --text, each alone in its batch.
+static void sample_clips(float **clip, Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
     float *x = o->noise ? numbers_of(o->noise, "noise", count * size) : floats(count * size);
@@ -3819,10 +3819,10 @@ static float *sample_clips(Run *r, const Options *o, int count) {
     if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", rows);
     if (!o->noise) noise_fill(x, count * size, o->seed, SAMPLE_STREAM, 0);
     for (int i = 0; i < count; i++) {
-        sample_host(r, x + i * size, cond, uncond, o->steps, o->shift, o->guidance);
+        clip[i] = x + i * size;
+        sample_host(r, clip[i], cond, uncond, o->steps, o->shift, o->guidance);
         if (c->vocab) cond.ids += c->text_len;
     }
-    return x;
 }
 
 // Tensor latent: x[C, T, 2H, 2W]; of several captions [count, C, T, 2H, 2W].
@@ -3852,10 +3852,9 @@ static void cmd_sample(const Options *o, Ranks *k) {
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
     if (!latent) picture_size(&clips, true);
     double began = seconds();
-    clip[0] = sample_clips(r, o, count);
+    sample_clips(clip, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    for (int i = 1; i < count; i++) clip[i] = clip[0] + i * latent_size(r);
     why = latent ? save_latents(o, clip[0], count, r) : save_png(o->out, &clips, false, o->settings);
     if (!latent && !why) why = save_png(sheet, &clips, true, o->settings);
     if (why) die("%s", why);
