@@ -3813,10 +3813,9 @@ static void sample_clips(float **clip, Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
     float *x = o->noise ? numbers_of(o->noise, "noise", count * size) : floats(count * size);
-    Text cond = {NULL, NULL}, uncond = {NULL, NULL};
+    Text cond = {NULL, c->vocab ? NULL : numbers_of(o->embeddings, "text_cond", rows)};
+    Text uncond = {NULL, c->vocab ? NULL : numbers_of(o->embeddings, "text_uncond", rows)};
     if (c->vocab) cond = caption_batch(r->m, o->captions, count), uncond = caption_batch(r->m, NULL, 1);
-    if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", rows);
-    if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", rows);
     if (!o->noise) noise_fill(x, count * size, o->seed, SAMPLE_STREAM, 0);
     for (int i = 0; i < count; i++) {
         clip[i] = x + i * size;
@@ -3828,8 +3827,7 @@ static void sample_clips(float **clip, Run *r, const Options *o, int count) {
 // Tensor latent: x[C, T, 2H, 2W]; of several captions [count, C, T, 2H, 2W].
 static const char *save_latents(const Options *o, const float *x, int count, const Run *r) {
     int shape[] = {count, r->m->c.out_dim, r->T, 2 * r->H, 2 * r->W};
-    Param p;
-    memset(&p, 0, sizeof p);
+    static Param p;
     strcpy(p.name, "latent");
     for (int i = count == 1; i < 5; i++) p.shape[p.rank++] = (size_t)shape[i];
     p.count = count * latent_size(r), p.w = device_floats(p.count);
