@@ -3604,7 +3604,7 @@ static Option OPTIONS[] = {
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
     {"g", "--rank", 'i', &said.rank, "8", 1, 1024, "of the LoRA (paper: 32)"},
     {"g", "--alpha", 'd', &said.alpha, "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "learning rate at first (paper: 2e-5)"},
+    {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "first learning rate (GRPO paper: 2e-5)"},
     {"tT", "--warmup", 'i', &said.train.warmup, "100/200", 0, 1e8, "steps of rising learning rate"},
     {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 1, "decay of the average that is written"},
     {"tT", "--drop", 'd', &said.train.drop, "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
