@@ -3781,8 +3781,7 @@ static bool learning_more(bool more, const Optimizer *opt, const Model *m, const
     free(all);
     if (speaks(k) && more && (asked || seconds() - saved_at > o->save)) {
         const char *why = state_save(o->state, opt, o->settings);
-        if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
-        if (why) fprintf(stderr, "warning: %s; the run goes on\n", why);
+        if (why) fprintf(stderr, "warning: %s; what is saved is an earlier step\n", why);
         if (asked) printf("stopped at step %d; run the same command to go on\n", opt->step);
         saved_at = seconds();
     }
