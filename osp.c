@@ -3570,15 +3570,15 @@ typedef struct {                             // what a command is told
 static Options said;
 
 typedef struct {
-    const char *commands, *name;             // letters of those
+    const char *commands, *name;             // letters of the commands that take it
     char kind;                               // i int, d double, b switch, s text, f file, c choice, m many
     void *value;
-    const char *text;                        // what is said; first the default, a/b: of each command in turn
+    const char *text;                        // what is said; at first the default, a/b: one for each command
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
 
-// A command's first row takes arguments without a name, too.
+// An argument without a name is the value of the command's first row.
 static Option OPTIONS[] = {
     {"s", "-p", 'm', said.captions, NULL, 0, 0, "what to draw, in quotes; several: side by side"},
     {"ise", "-w", 'f', &said.weights, NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
