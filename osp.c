@@ -3322,118 +3322,94 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
 // Commands
 // ==========================================================================================================
 // ---- options: one table says which commands take what, its default, range and help -----------------------
+enum { MOST_CAPTIONS = 16 };
+typedef struct {                             // what a command is told
+    char command;                            // its first letter; T: train --preset toy
+    bool training;
+    const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
+    char state[PATH_MAX + 16], *settings;    // a stopped run resumes from this file, if these are the same
+    const char *captions[MOST_CAPTIONS];
+    int captions_said, seed, steps, clips, soft, json, frames, height, width, full, full_blocks, hif8;
+    int rank, every;
+    double alpha, guidance, shift, save;
+    TrainOptions train;
+    PolicyOptions policy;
+} Options;
+static Options said;
+
 typedef struct {
-    const char *commands, *name;             // first letters of those; plain arguments have no dash
-    char kind;                               // i int, d double, b switch, s text, c choice, m captions
-    size_t field;                            // in the struct that is filled
-    const char *standard;                    // where nothing is said; NULL: no text; a/b: tiny's, toy's
+    const char *commands, *name;             // letters of the commands that take it
+    char kind;                               // i int, d double, b switch, s text, f file, c choice, m many
+    void *value;
+    const char *text;                        // what is said; at first the default, a/b: one for each command
     double least, most;
     const char *help;                        // of a choice: "f32|bf16|hif8: ..."
 } Option;
 
-enum { MOST_OPTIONS = 64, MOST_CAPTIONS = 16 };
-typedef struct { const char *text[MOST_CAPTIONS]; int count; } Captions;
-typedef struct {                             // what a command is told
-    char command;
-    bool training;
-    const char *text[MOST_OPTIONS];          // what each row of the table says
-    const char *weights, *lora, *preset, *embeddings, *noise, *dtype, *out, *device, *sparse;
-    char state[PATH_MAX + 16];               // the file that a stopped run resumes from ...
-    char settings[4096];                     // ... if it has these in common with it
-    Captions captions;
-    int seed, steps, clips, soft, frames, height, width, full, full_blocks, hif8, rank, every, json;
-    double guidance, shift, alpha, save;
-    TrainOptions train;
-    PolicyOptions policy;
-} Options;
-
-#define AT(field) offsetof(Options, field)
-static const Option OPTIONS[] = {
-    {"i", "FILE", 's', AT(weights), NULL, 0, 0, "checkpoint, adapter, latent or state"},
-    {"s", "CAPTION", 'm', AT(captions), NULL, 0, 0, "what to draw, in quotes; several: side by side"},
-    {"s", "-p", 'm', AT(captions), NULL, 0, 0, "the same"},
-    {"tg", "--init", 's', AT(weights), NULL, 0, 0, "checkpoint to start from; train needs none"},
-    {"tg", "-o", 's', AT(out), NULL, 0, 0, "file to write: checkpoint, or adapter"},
-    {"s", "-o", 's', AT(out), "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors: latents"},
-    {"tg", "--dtype", 'c', AT(dtype), "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
-    {"tg", "--save", 'd', AT(save), "15", 0, 1e9, "seconds between saved states, for resuming"},
-    {"g", "--eval", 'i', AT(every), "0", 0, 1e6, "updates between held-out scores; 0: none"},
-    {"se", "--json", 'b', AT(json), NULL, 0, 1, "figures as one JSON object on the last line"},
-    // from here on the settings, which a resumed run must have in common with the stopped one
-    {"se", "-w", 's', AT(weights), NULL, 0, 0, "checkpoint"},
-    {"t", "--preset", 'c', AT(preset), "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
-    {"se", "--lora", 's', AT(lora), NULL, 0, 0, "adapter from osp grpo, merged while loading"},
-    {"s", "--text", 's', AT(embeddings), NULL, 0, 0, "for a model without words: of weights_export.py text"},
-    {"s", "--noise", 's', AT(noise), NULL, 0, 0, "start from tensor `noise` of this file"},
-    {"s", "-n", 'i', AT(steps), "20", 1, 1000, "Euler steps (paper: 50)"},
-    {"e", "-n", 'i', AT(clips), "96", 1, 100000, "clips"},
-    {"e", "--steps", 'i', AT(steps), "20", 1, 1000, "Euler steps"},
-    {"t", "--steps", 'i', AT(train.steps), "1300/5000", 0, 1e8, "AdamW steps; 0: write the first weights"},
-    {"g", "--steps", 'i', AT(policy.updates), "40", 1, 1e6, "updates"},
-    {"te", "--batch", 'i', AT(train.batch), "8/64", 1, 65536, "clips at a time"},
-    {"g", "--prompts", 'i', AT(policy.prompts), "8", 1, 1024, "captions an update (released recipe: 2)"},
-    {"g", "--group", 'i', AT(policy.group), "8", 2, 1024, "videos of a caption (paper: 4)"},
-    {"g", "--micro", 'i', AT(policy.micro), "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
-    {"g", "-n", 'i', AT(policy.steps), "8", 3, 255, "sampling steps (paper: 25)"},
-    {"g", "--window", 'i', AT(policy.window), "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
-    {"se", "-g", 'd', AT(guidance), "4", 0, 100, "guidance (paper: 5); 1: none"},
-    {"g", "-g", 'd', AT(policy.guidance), "3", 0, 100, "guidance (paper: 5)"},
-    {"se", "--shift", 'd', AT(shift), "3", 0.01, 100, "shift of the schedule (paper: 7)"},
-    {"g", "--shift", 'd', AT(policy.shift), "1", 0.01, 100, "shift of the schedule (paper: 1)"},
-    {"g", "--clip", 'd', AT(policy.clip), "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
-    {"g", "--beta", 'd', AT(policy.beta), "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
-    {"g", "--reward", 'c', AT(policy.reward), "all", 0, 0,
+// An argument without a name is the value of the command's first row.
+static Option OPTIONS[] = {
+    {"s", "-p", 'm', said.captions, NULL, 0, 0, "what to draw, in quotes; several: side by side"},
+    {"ise", "-w", 'f', &said.weights, NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
+    {"tTg", "--init", 'f', &said.weights, NULL, 0, 0, "checkpoint to start from; train needs none"},
+    {"tT", "--preset", 'c', &said.preset, "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
+    {"se", "--lora", 'f', &said.lora, NULL, 0, 0, "adapter from osp grpo, merged while loading"},
+    {"s", "--text", 'f', &said.embeddings, NULL, 0, 0, "for a model without words, of weights_export.py"},
+    {"s", "--noise", 'f', &said.noise, NULL, 0, 0, "start from tensor `noise` of this file"},
+    {"sg", "-n", 'i', &said.steps, "20/8", 1, 1000, "sampling steps (paper: 50; grpo: 25)"},
+    {"e", "-n", 'i', &said.clips, "96", 1, 100000, "clips"},
+    {"e", "--steps", 'i', &said.steps, "20", 1, 1000, "sampling steps"},
+    {"tTg", "--steps", 'i', &said.train.steps, "1300/5000/40", 0, 1e8, "AdamW steps, or GRPO's updates"},
+    {"etT", "--batch", 'i', &said.train.batch, "8/8/64", 1, 65536, "clips at a time"},
+    {"g", "--prompts", 'i', &said.policy.prompts, "8", 1, 1024, "captions an update (released recipe: 2)"},
+    {"g", "--group", 'i', &said.policy.group, "8", 2, 1024, "videos of a caption (paper: 4)"},
+    {"g", "--micro", 'i', &said.policy.micro, "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
+    {"g", "--window", 'i', &said.policy.window, "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
+    {"seg", "-g", 'd', &said.guidance, "4/4/3", 0, 100, "guidance (paper: 5); 1: none"},
+    {"seg", "--shift", 'd', &said.shift, "3/3/1", 0.01, 100, "shift of the schedule (paper: 7; grpo: 1)"},
+    {"g", "--clip", 'd', &said.policy.clip, "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
+    {"g", "--beta", 'd', &said.policy.beta, "0.004", 0, 1e6, "weight of the KL (paper: 0.004)"},
+    {"g", "--reward", 'c', &said.policy.reward, "all", 0, 0,
      "all|color|shape|size|motion|background|consistency|smoothness|red: scores' mean, one score, redness"},
-    {"g", "--rank", 'i', AT(rank), "8", 1, 1024, "of the LoRA (paper: 32)"},
-    {"g", "--alpha", 'd', AT(alpha), "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
-    {"t", "--lr", 'd', AT(train.lr), "3e-3/2e-3", 0, 10, "learning rate"},
-    {"g", "--lr", 'd', AT(train.lr), "5e-4", 0, 10, "learning rate at first, cosine (paper: 2e-5)"},
-    {"t", "--warmup", 'i', AT(train.warmup), "100/200", 0, 1e8, "steps of rising learning rate"},
-    {"t", "--ema", 'd', AT(train.ema), "0.99/0.999", 0, 1, "decay of the weights' average, which is written"},
-    {"g", "--ema", 'd', AT(train.ema), "0.9", 0, 1, "decay of the average that is written (paper: 0.999)"},
-    {"t", "--drop", 'd', AT(train.drop), "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
-    {"stge", "--seed", 'i', AT(seed), "1", 0, INT_MAX, "of weights, captions, clips, noise"},
-    {"st", "--frames", 'i', AT(frames), "0", 0, 4096, "of a clip; 0: as trained"},
-    {"st", "--height", 'i', AT(height), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"st", "--width", 'i', AT(width), "0", 0, 16384, "in pixels; 0: as trained"},
-    {"stge", "--full", 'b', AT(full), NULL, 0, 1, "full attention in every block"},
-    {"stge", "--full-blocks", 'i', AT(full_blocks), "-1", -1, 1024, "so many at the ends; -1: as trained"},
-    {"t", "--sparse", 'c', AT(sparse), NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
-    {"stge", "--hif8", 'b', AT(hif8), NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
-    {"stge", "--device-dtype", 's', AT(device), NULL, 0, 0, "a GPU's arithmetic: f32 or, if not said, bf16"},
-    {"e", "--soft", 'b', AT(soft), NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
-};
-#undef AT
-enum { OPTION_ROWS = sizeof OPTIONS / sizeof *OPTIONS };
-
-// Does a command (0: any; T: train --preset toy) take the option, and the argument (NULL: any) name it?
-static bool takes(const Option *o, char command, const char *argument) {
-    bool named = !argument || (*argument == '-' ? !strcmp(argument, o->name) : *o->name != '-');
-    return named && strchr(o->commands, tolower(command));
-}
+    {"g", "--rank", 'i', &said.rank, "8", 1, 1024, "of the LoRA (paper: 32)"},
+    {"g", "--alpha", 'd', &said.alpha, "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
+    {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "first learning rate (GRPO paper: 2e-5)"},
+    {"tT", "--warmup", 'i', &said.train.warmup, "100/200", 0, 1e8, "steps of rising learning rate"},
+    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 1, "decay of the average that is written"},
+    {"tT", "--drop", 'd', &said.train.drop, "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
+    {"stTge", "--seed", 'i', &said.seed, "1", 0, INT_MAX, "of weights, captions, clips, noise"},
+    {"stT", "--frames", 'i', &said.frames, "0", 0, 4096, "of a clip; 0: as trained"},
+    {"stT", "--height", 'i', &said.height, "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stT", "--width", 'i', &said.width, "0", 0, 16384, "in pixels; 0: as trained"},
+    {"stTge", "--full", 'b', &said.full, NULL, 0, 1, "full attention in every block"},
+    {"stTge", "--full-blocks", 'i', &said.full_blocks, "-1", -1, 1024, "so many at the ends; -1: as trained"},
+    {"tT", "--sparse", 'c', &said.sparse, NULL, 0, 0, "both|token|group: kinds of sparse blocks (a trial)"},
+    {"stTge", "--hif8", 'b', &said.hif8, NULL, 0, 1, "8 bits: HiF8 linear layers and attention"},
+    {"stTge", "--device-dtype", 's', &said.device, NULL, 0, 0, "a GPU's arithmetic: f32, or else bf16"},
+    {"e", "--soft", 'b', &said.soft, NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
+    // up to here the settings, which a resumed run must have in common with the stopped one
+    {"s", "-o", 's', &said.out, "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors"},
+    {"tTg", "-o", 's', &said.out, NULL, 0, 0, "file to write: checkpoint, or adapter"},
+    {"tT", "--dtype", 'c', &said.dtype, "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
+    {"tTg", "--save", 'd', &said.save, "15", 0, 1e9, "seconds between saved states, for resuming"},
+    {"g", "--eval", 'i', &said.every, "0", 0, 1e6, "updates between held-out scores; 0: none"},
+    {"se", "--json", 'b', &said.json, NULL, 0, 1, "figures as one JSON object on the last line"}, {}};
 
 static void one_of(const char *name, const char *value, const char *choices) {    // "f32|bf16|hif8: ..."
-    size_t n = strlen(value), end = strcspn(choices, ":");
-    for (const char *c = choices; c < choices + end; c += strcspn(c, "|:") + 1)
-        if (!strncmp(c, value, n) && strchr("|:", c[n])) return;
-    die("%s: \"%.40s\" is none of %.*s", name, value, (int)end, choices);
+    char *rest = strndup(choices, strcspn(choices, ":"));
+    while (rest) if (!strcmp(strsep(&rest, "|"), value)) return;
+    die("%s: \"%.40s\" is none of %s", name, value, choices);
 }
 
-static void option_store(const Option *o, void *values, const char *text) {
-    void *field = (char *)values + o->field;
-    if (strchr("idb", o->kind)) {
-        double v = number_in("option", o->name, text, o->least, o->most, o->kind != 'd');
-        if (o->kind == 'd') *(double *)field = v;
-        else *(int *)field = (int)v;
-    } else if (o->kind == 'm') {
-        Captions *captions = (Captions *)field;
-        if (!text[strspn(text, " \t\n\v\f\r")]) die("%s: an empty caption; say what to draw", o->name);
-        if (captions->count == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
-        captions->text[captions->count++] = text;
-    } else {
-        if (o->kind == 'c') one_of(o->name, text, o->help);
-        *(const char **)field = text;
-    }
+static void option_set(Option *o, const char *text) {
+    bool number = strchr("idb", o->kind);
+    double v = number ? number_in("option", o->name, text, o->least, o->most, o->kind != 'd') : 0;
+    if (o->kind == 'c') one_of(o->name, text, o->help);
+    if (o->kind == 'd') *(double *)o->value = v;
+    else if (number) *(int *)o->value = (int)v;
+    else if (o->kind != 'm') *(const char **)o->value = text;
+    else if (said.captions_said == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
+    else said.captions[said.captions_said++] = text;
+    o->text = text;
 }
 
 __attribute__((noreturn)) static void finish(int code) {
@@ -3442,33 +3418,29 @@ __attribute__((noreturn)) static void finish(int code) {
     exit(code);
 }
 
-// argv after the command's name -> values, and text[rows]: what each row says.
-static void parse_options(int argc, char **argv, const char *example, const Option *table, int rows,
-                          char command, void *values, const char **text) {
-    bool help = false;
-    for (int i = 0; i < argc; i++) help |= !strcmp(argv[i], "-h") || !strcmp(argv[i], "--help");
-    if (help) printf("example: %s\n", example);
-    for (int r = 0; r < rows; r++) {
-        const Option *o = &table[r];
-        const char *toy = o->standard ? strchr(o->standard, '/') : NULL;
-        text[r] = NULL;
-        if (!takes(o, command, NULL)) continue;
-        text[r] = command == 'T' && toy ? toy + 1 : o->standard;
-        if (command != 'T' && toy) text[r] = strndup(o->standard, toy - o->standard);
-        if (text[r]) option_store(o, values, text[r]);
-        if (help) printf(text[r] ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, text[r]);
+// The command's rows come to the table's front, with its defaults; then argv from after its name on is read.
+static void parse_options(int argc, char **argv, const char *example) {
+    Option *o, *end = OPTIONS;
+    for (o = OPTIONS; o->name; o++) {
+        const char *letter = strchr(o->commands, said.command);
+        char *rest = o->text ? strdup(o->text) : NULL;
+        if (!letter) continue;
+        for (const char *c = o->commands; c <= letter && rest; c++) o->text = strsep(&rest, "/");
+        if (o->text) option_set(o, o->text);
+        *end++ = *o;
     }
-    if (help) finish(0);
+    end->name = NULL;
     for (int i = 0; i < argc; i++) {
-        int r = 0;
-        while (r < rows && !takes(&table[r], command, argv[i])) r++;
-        if (r == rows) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
-        bool value = *argv[i] == '-' && table[r].kind != 'b';
-        if (value && ++i == argc) die("%s needs a value; -h lists the options", table[r].name);
-        if (!value && table[r].kind == 's' && text[r] != table[r].standard)
-            die("\"%.60s\": only one %s is taken; -h lists the options", argv[i], table[r].name);
-        text[r] = table[r].kind == 'b' ? "1" : argv[i];
-        option_store(&table[r], values, text[r]);
+        bool plain = *argv[i] != '-', help = !plain && strstr("--help", argv[i]);         // or -h
+        if (help) printf("example: %s\n", example);
+        for (o = OPTIONS; o->name && help; o++)
+            printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
+        if (help) finish(0);
+        for (o = OPTIONS; o->name && !plain && strcmp(o->name, argv[i]);) o++;
+        if (!o->name) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
+        const char *text = plain ? argv[i] : o->kind == 'b' ? "1" : argv[++i];
+        if (!text || !*text) die("%s needs a value; -h lists the options", o->name);
+        option_set(o, text);
     }
 }
 
@@ -3476,44 +3448,30 @@ static void parse_options(int argc, char **argv, const char *example, const Opti
 // dim ffn heads layers full ratio in out text_dim text_len freq vocab quant quant_attn T H_l W_l sparse
 static const Config PRESETS[] = {
     {64, 256, 4, 8, 4, 2, 3, 3, 64, 12, 64, VOCAB, 0, 0, 4, 16, 16, 0, 1e-6},
-    {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6},
-};
+    {128, 512, 4, 12, 4, 2, 3, 3, 64, 12, 128, VOCAB, 0, 0, 8, 32, 32, 0, 1e-6}};
 
 static bool speaks(const Ranks *k) { return k->rank == 0 && k->half == 0; }
 
-static uint64_t hash_file(const char *path, uint64_t seed) {     // a missing one changes nothing
-    File f;
-    if (!path || access(path, F_OK)) return seed;
-    file_open(&f, path);
-    seed = hash_bytes(f.map, f.size, seed);
-    file_close(&f);
-    return seed;
-}
-
 // All ranks must be told and read the same. Then their groups: all on one sample, or two guidance halves.
 static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
-    const char *const files[] = {o->weights, o->lora, o->embeddings, o->noise, o->state};
-    uint64_t hash = hash_bytes(o->settings, sizeof o->settings, 0);
-    for (int i = 0; i < 5 && k->size > 1; i++) hash = hash_file(files[i], hash);
-    ranks_agree(k, hash);
     int P2 = c->sparse_ratio * c->sparse_ratio, guided = !o->training && o->guidance != 1;
     int halves = P2 % k->size && guided ? 2 : 1;
+    ranks_agree(k, hash_bytes(o->settings, strlen(o->settings), 0));
     if (k->size % halves || P2 % (k->size / halves))
         die("%d ranks: want a divisor of P^2 = %d, or (guidance, not training) twice one", k->size, P2);
     ranks_split(k, halves);
 }
 
-// The model as asked; its size as asked, or as it was trained. A model with words makes pixels; the others
-// make Wan's VAE latents, a quarter of the frames (plus one) and an eighth of height and width.
+// As trained, or as asked. A model without words makes Wan's latents: a quarter of the frames (the first is
+// alone), an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int per_frame = c->vocab ? 1 : 4, per_pixel = c->vocab ? 1 : 8;
-    int frames = o->frames ? o->frames : c->T ? (c->T - 1) * per_frame + 1 : 81;
-    int height = o->height ? o->height : c->T ? c->H_l * per_pixel : 720;
-    int width = o->width ? o->width : c->T ? c->W_l * per_pixel : 1280;
-    if ((frames - 1) % per_frame || height % (2 * per_pixel) || width % (2 * per_pixel))
-        die("%d frames of %dx%d: sides must be multiples of %d, frames less 1 one of %d", frames, height,
-            width, 2 * per_pixel, per_frame);
-    c->T = (frames - 1) / per_frame + 1, c->H_l = height / per_pixel, c->W_l = width / per_pixel;
+    int side = c->vocab ? 2 : 16;                                           // pixels of a patch
+    if (o->height % side || o->width % side)
+        die("--height %d --width %d: want multiples of %d", o->height, o->width, side);
+    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                        // 81 frames of 1280x720
+    if (o->frames) c->T = c->vocab ? o->frames : (o->frames + 3) / 4;
+    if (o->height) c->H_l = o->height / side * 2;
+    if (o->width) c->W_l = o->width / side * 2;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
     if (o->full) c->num_full_blocks = c->num_layers;
     if (o->hif8) c->quant = c->quant_attn = 1;
@@ -3567,43 +3525,39 @@ static volatile sig_atomic_t learning, stopped;      // to be ended after a step
 static double began_at, saved_at;                     // when learning began; when the state was saved last
 
 static void stop(int number) {                        // a second one ends the program at once
-    bool wait = learning && !stopped;
+    if (!learning || stopped) output_abandon(), _exit(128 + number);
     stopped = number;
-    if (wait) return;
-    output_abandon();
-    _exit(128 + number);
 }
 
-static void learning_start(Optimizer *opt, const Options *o, Ranks *k, float *w, float *dw, size_t count) {
-    optimizer_init(opt, w, dw, count);
+// What is learned: the adapter or the whole model, from the state of a stopped run on, if there is one.
+static void learning_start(Optimizer *opt, Model *m, const Options *o, Ranks *k) {
+    if (m->lora) optimizer_init(opt, m->lora->w, m->lora->dw, m->lora->n);
+    else optimizer_init(opt, m->w, m->dw, m->count);
     if (state_load(o->state, opt, o->settings) && speaks(k))
         fprintf(stderr, "resumed from %s at step %d\n", o->state, opt->step);
+    ranks_agree(k, (uint64_t)opt->step);
     began_at = saved_at = seconds();
     learning = 1;
 }
 
-// After each step but the last: saves the state now and then, and when any rank is asked to stop.
-static void learning_step(const Optimizer *opt, const Options *o, Ranks *k) {
+// Between steps: saves the state now and then, and where a rank is to stop; without `more` to do the output.
+static bool learning_more(bool more, const Optimizer *opt, const Model *m, const Options *o, Ranks *k) {
     int asked = (int)max_of_ranks((uint64_t)stopped);
-    if (speaks(k) && (asked || seconds() - saved_at > o->save)) {
+    if (speaks(k) && more && (asked || seconds() - saved_at > o->save)) {
         const char *why = state_save(o->state, opt, o->settings);
-        if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
-        if (why) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
+        if (why) fprintf(stderr, "warning: %s; what is saved is an earlier step\n", why);
+        if (asked) printf("stopped at step %d; run the same command to go on\n", opt->step);
         saved_at = seconds();
     }
-    if (!asked) return;
-    if (speaks(k)) printf("stopped at step %d; run the same command to go on\n", opt->step);
-    output_abandon();
-    finish(128 + asked);
-}
-
-// At the end: the output is written, or `why` not, and then the state holds what was learned.
-static void learning_end(const Optimizer *opt, const Options *o, const char *why) {
-    if (why) why = strdup(why);
-    const char *lost = why ? state_save(o->state, opt, o->settings) : NULL;
-    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
+    if (more && asked) output_abandon(), finish(128 + asked);
+    if (more || !speaks(k)) return more;
+    const char *why = m->lora ? lora_save(o->out, m->lora, opt->ema)
+                              : model_save(o->out, m, opt->ema, o->dtype);
+    if (why) why = strdup(why), state_save(o->state, opt, o->settings);
+    if (why) die("%s; then run the same command to go on", why);
     unlink(o->state);
     printf("wrote %s: %d steps, %.1f s\n", o->out, opt->step, seconds() - began_at);
+    return false;
 }
 
 // ---- osp sample ------------------------------------------------------------------------------------------
@@ -3617,63 +3571,60 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
     return x;
 }
 
-// x[count] on the host: one clip a caption (or one from --text), each from its own noise, alone in its batch.
-static void sample_clips(float **x, Run *r, const Options *o, int count) {
+// clip[count], one behind the other on the host: of a caption each or of --text, each alone in its batch.
+static void sample_clips(float **clip, Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
-    Text cond = {NULL, NULL}, uncond = {NULL, NULL};
-    if (c->vocab) cond = caption_batch(r->m, o->captions.text, count), uncond = caption_batch(r->m, NULL, 1);
-    if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", rows);
-    if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", rows);
+    float *x = o->noise ? numbers_of(o->noise, "noise", count * size) : floats(count * size);
+    Text cond = {NULL, c->vocab ? NULL : numbers_of(o->embeddings, "text_cond", rows)};
+    Text uncond = {NULL, c->vocab ? NULL : numbers_of(o->embeddings, "text_uncond", rows)};
+    if (c->vocab) cond = caption_batch(r->m, o->captions, count), uncond = caption_batch(r->m, NULL, 1);
+    if (!o->noise) noise_fill(x, count * size, o->seed, SAMPLE_STREAM, 0);
     for (int i = 0; i < count; i++) {
-        x[i] = o->noise ? numbers_of(o->noise, "noise", size) : floats(size);
-        if (!o->noise) noise_fill(x[i], size, o->seed, SAMPLE_STREAM, (uint64_t)i * size);
-        sample(r, x[i], cond, uncond, o->steps, o->shift, o->guidance);
+        clip[i] = x + i * size;
+        sample(r, clip[i], cond, uncond, o->steps, o->shift, o->guidance);
         if (c->vocab) cond.ids += c->text_len;
     }
 }
 
-// Tensors latent, latent.1, ..: x[count][C, T, H_l, W_l].
-static const char *save_latents(const Options *o, float **x, int count, const Run *r) {
-    const size_t shape[] = {(size_t)r->m->c.out_dim, (size_t)r->T, 2 * (size_t)r->H, 2 * (size_t)r->W};
-    Param *param = (Param *)xalloc(count, sizeof(Param));
-    for (int i = 0; i < count; i++) {
-        Param *p = &param[i];
-        snprintf(p->name, sizeof p->name, i ? "latent.%d" : "latent", i);
-        memcpy(p->shape, shape, sizeof shape);
-        p->rank = 4, p->count = latent_size(r), p->w = device_floats(p->count);
-        upload(p->w, x[i], p->count * sizeof(float));
-    }
-    return file_write(o->out, param, count, NULL, "f32", "\"comment\":\"%s\"", o->settings);
+// Tensor latent: x[C, T, 2H, 2W]; of several captions [count, C, T, 2H, 2W].
+static const char *save_latents(const Options *o, const float *x, int count, const Run *r) {
+    int shape[] = {count, r->m->c.out_dim, r->T, 2 * r->H, 2 * r->W};
+    static Param p;
+    strcpy(p.name, "latent");
+    for (int i = count == 1; i < 5; i++) p.shape[p.rank++] = (size_t)shape[i];
+    p.count = count * latent_size(r), p.w = device_floats(p.count);
+    upload(p.w, x, p.count * sizeof(float));
+    return file_write(o->out, &p, 1, NULL, "f32", "\"comment\":\"%s\"", o->settings);
 }
 
 static void cmd_sample(const Options *o, Ranks *k) {
     const char *end = strrchr(o->out, '.'), *why;
-    bool latent = end && !strcasecmp(end, ".safetensors");
+    bool latent = end && !strcmp(end, ".safetensors");
     char sheet[PATH_MAX];
-    if (!latent && (!end || strcasecmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
+    if (!latent && (!end || strcmp(end, ".png"))) die("-o %s: want NAME.png or NAME.safetensors", o->out);
     snprintf(sheet, sizeof sheet, "%.*s_sheet.png", (int)(end - o->out), o->out);
     if (!latent && k->rank == 0) check_writable(sheet);
     Run *r = run_open(o, k, 1, 0);
-    int vocab = r->m->c.vocab, count = vocab ? o->captions.count : 1;
+    int vocab = r->m->c.vocab, count = vocab ? o->captions_said : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
-    float *x[MOST_CAPTIONS];
-    Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
-    if (!latent) picture_size(&clips, false), picture_size(&clips, true);
+    float *clip[MOST_CAPTIONS];
+    Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
+    if (!latent) picture_size(&clips, true);
     double began = seconds();
-    sample_clips(x, r, o, count);
+    sample_clips(clip, r, o, count);
     double took = seconds() - began;
     if (!speaks(k)) return;
-    why = latent ? save_latents(o, x, count, r) : save_png(o->out, &clips, false, o->settings);
+    why = latent ? save_latents(o, clip[0], count, r) : save_png(o->out, &clips, false, o->settings);
     if (!latent && !why) why = save_png(sheet, &clips, true, o->settings);
     if (why) die("%s", why);
     for (int i = 0; i < count && vocab; i++) {
         float score[N_SCORES];
-        int caption = parse_caption(o->captions.text[i]);
+        int caption = parse_caption(o->captions[i]);
         if (caption < 0) continue;                                          // none of the world's
-        shapes_score(score, x[i], scene_of(caption), r->T, 2 * r->H, 2 * r->W, false);
-        printf("%s:", o->captions.text[i]);
+        shapes_score(score, clip[i], scene_of(caption), r->T, 2 * r->H, 2 * r->W, false);
+        printf("%s:", o->captions[i]);
         for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
         printf("\n");
     }
@@ -3782,28 +3733,25 @@ static void cmd_train(const Options *o, Ranks *k) {
     Model *m = r->m;
     size_t n = r->B * latent_size(r);
     float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
-    int S = o->train.steps;
     Optimizer opt;
     Batch batch;
-    learning_start(&opt, o, k, m->w, m->dw, m->count);
+    learning_start(&opt, m, o, k);
     batch_new(&batch, r);
     batch_fill(&batch, r, &o->train, opt.step);
     batch_upload(r, &batch, x, target);
-    for (int first = opt.step, step = first + 1; step <= S; step++) {
-        for (int i = 0; step > 1 && i < m->params; i++) m->param[i].codes = false;      // weights have moved
-        double lr = learning_rate(&o->train, step - 1), loss = train_step(r, &batch, x, target, dout);
+    for (int first = opt.step, S = o->train.steps; learning_more(opt.step < S, &opt, m, o, k);) {
+        for (int i = 0; opt.step > 0 && i < m->params; i++) m->param[i].codes = false;  // weights have moved
+        double lr = learning_rate(&o->train, opt.step), loss = train_step(r, &batch, x, target, dout);
+        int step = opt.step + 1;
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
         batch_upload(r, &batch, x, target);
         double norm = optimizer_step(&opt, k, &o->train, lr);
         double ms = 1e3 * (seconds() - began_at) / (step - first);
-        if (!isfinite(loss) || !isfinite(norm))
-            die("step %d: the loss is %g, the gradient's norm %g; lower --lr", step, loss, norm);
+        if (!isfinite(loss + norm)) die("step %d: loss %g, gradient %g; lower --lr", step, loss, norm);
         if (speaks(k) && isatty(2)) show_progress("step", step - first, S - first, began_at);
         if (speaks(k) && (step % 10 == 0 || step == S))
             printf("step %d/%d loss %.5f grad %.4f lr %.2e ms %.1f\n", step, S, loss, norm, lr, ms);
-        if (step < S) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&opt, o, model_save(o->out, m, opt.ema, o->dtype));
 }
 
 // ---- osp grpo --------------------------------------------------------------------------------------------
@@ -3829,11 +3777,11 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     Run *learn = run_open(o, k, p->micro, together);
     Model *m = learn->m;
     Run *make = run_new(m, k, together, false);
-    learning_start(&opt, o, k, m->lora->w, m->lora->dw, m->lora->n);
+    learning_start(&opt, m, o, k);
     Policy *policy = policy_new(make, learn, p, &o->train);
     weights_prepare(m);
     if (o->every && opt.update == 0) policy_evaluate(make, &opt, o, speaks(k));
-    while (opt.update < p->updates) {
+    while (learning_more(opt.update < p->updates, &opt, m, o, k)) {
         double began = seconds();
         PolicyFigures f = policy_update(policy, &opt);
         if (speaks(k))
@@ -3842,9 +3790,7 @@ static void cmd_grpo(const Options *o, Ranks *k) {
                    f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time,
                    seconds() - began);
         if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
-        if (opt.update < p->updates) learning_step(&opt, o, k);
     }
-    if (speaks(k)) learning_end(&opt, o, lora_save(o->out, m->lora, opt.ema));
 }
 
 // ---- osp info --------------------------------------------------------------------------------------------
@@ -3856,14 +3802,13 @@ static void cmd_info(const Options *o, Ranks *k) {
     if (!speaks(k)) return;
     file_open(&f, o->weights);
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
-        if (t->text) printf("  %s = %.200s\n", t->name, t->text);
-        else printf("  %-44s %-5s %s\n", t->name, DTYPE_NAME[t->dtype], shape_text(shape, t->rank, t->shape));
+        printf("  %-44s %-5s %.200s\n", t->name, t->text ? "" : DTYPE_NAME[t->dtype],
+               t->text ? t->text : shape_text(shape, t->rank, t->shape));
+        parameters += t->count - (t->dtype == U8);                            // codes have a scale beside
     }
     printf("%zu bytes of tensors in a file of %zu\n", f.bytes, f.size);
     if (!file_meta(&f, "dim")) return;
     Config c = config_read(&f);
-    const Model *m = model_layout(&c);
-    for (int i = 0; i < m->params; i++) parameters += m->param[i].count;
     printf("%zu parameters; blocks ", parameters);
     for (int i = 0; i < c.num_layers; i++) putchar(PATTERN_LETTER[pattern_of(&c, i)]);
     printf(" (F full, t token-wise, g group-wise)\n");
@@ -3876,31 +3821,35 @@ static const Command COMMANDS[] = {
     {"train", cmd_train, "osp train --preset tiny -o tiny.safetensors"},
     {"grpo", cmd_grpo, "osp grpo --init tiny.safetensors -o lora.safetensors"},
     {"eval", cmd_eval, "osp eval -w tiny.safetensors --lora lora.safetensors"},
-    {"info", cmd_info, "osp info tiny.safetensors"},
-};
-enum { COMMAND_ROWS = sizeof COMMANDS / sizeof *COMMANDS };
+    {"info", cmd_info, "osp info tiny.safetensors"}, {}};
 
 static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
+    bool grpo = command->run == cmd_grpo;
+    TrainOptions *t = &o->train;
+    size_t size;
     o->command = *command->name;
     for (int i = 1; i < argc && o->command == 't'; i++)
         if (!strcmp(argv[i - 1], "--preset") && !strcmp(argv[i], "toy")) o->command = 'T';
-    parse_options(argc, argv, command->example, OPTIONS, OPTION_ROWS, o->command, o, o->text);
+    parse_options(argc, argv, command->example);
     o->training = strchr("tTg", o->command);
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
-    if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
     if (o->out && k->rank == 0) check_writable(o->out);
-    if (o->training) snprintf(o->state, sizeof o->state, "%.*s.resume", PATH_MAX, o->out);
-    TrainOptions *t = &o->train;
-    t->seed = o->seed, t->beta1 = 0.9, t->beta2 = 0.99, t->eps = 1e-8, t->clip = 1;
-    t->weight_decay = o->command == 'g' ? 0 : 0.01, t->ema_warmup = o->command != 'g';
-    if (o->command == 'g') t->beta2 = 0.999, t->steps = o->policy.updates;
-    // The settings: the options from -w on, the captions, and of --init a hash of what the file holds.
-    FILE *f = fmemopen(o->settings, sizeof o->settings - 1, "w");                // what is longer is cut off
-    int row = 0;
-    while (strcmp(OPTIONS[row].name, "-w")) row++;
-    for (; row < OPTION_ROWS; row++) if (o->text[row]) fprintf(f, "%s %s ", OPTIONS[row].name, o->text[row]);
-    for (int i = 0; i < o->captions.count; i++) fprintf(f, "-p '%s' ", o->captions.text[i]);
-    if (o->training) fprintf(f, "init %016llx", (unsigned long long)hash_file(o->weights, 0));
+    if (o->training) snprintf(o->state, sizeof o->state, "%s.resume", o->out);
+    t->seed = o->seed, t->clip = 1, t->eps = 1e-8, t->beta1 = 0.9, t->beta2 = grpo ? 0.999 : 0.99;
+    t->weight_decay = grpo ? 0 : 0.01, t->ema_warmup = !grpo;
+    o->policy.updates = t->steps, o->policy.steps = o->steps;
+    o->policy.guidance = o->guidance, o->policy.shift = o->shift;
+    // The settings; of a file also a hash, where a resumed run or other ranks must find the same.
+    FILE *f = open_memstream(&o->settings, &size);
+    for (const Option *row = OPTIONS; row->name && strcmp(row->name, "-o"); row++) {
+        if (row->text && row->kind != 'm') fprintf(f, "%s %s ", row->name, row->text);
+        if (!row->text || row->kind != 'f' || !(o->training || k->size > 1)) continue;
+        File file;
+        file_open(&file, row->text);
+        fprintf(f, "%016llx ", (unsigned long long)hash_bytes(file.map, file.size, 0));
+        file_close(&file);
+    }
+    for (int i = 0; i < o->captions_said; i++) fprintf(f, "-p '%s' ", o->captions[i]);
     fclose(f);
     for (char *c = o->settings; *c; c++)                          // what JSON must escape
         if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
@@ -3908,23 +3857,22 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
 
 static int osp_main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
+    const Command *c = COMMANDS;
     static Ranks ranks;
-    static Options options;
     ranks_start(&ranks);
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
-    for (const Command *c = COMMANDS; c < COMMANDS + COMMAND_ROWS; c++) {
-        if (strcmp(name, c->name)) continue;
-        options_read(&options, argc - 2, argv + 2, c, &ranks);
-        c->run(&options, &ranks);
+    while (c->name && strcmp(name, c->name)) c++;
+    if (c->name) {
+        options_read(&said, argc - 2, argv + 2, c, &ranks);
+        c->run(&said, &ranks);
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (*name && strcmp(name, "-h") && strcmp(name, "--help"))
-        die("\"%.40s\" is no command; osp -h shows all", name);
+    if (*name && !strstr("--help", name)) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
-    for (int i = 0; i < COMMAND_ROWS; i++) printf("  %s\n", COMMANDS[i].example);
+    for (c = COMMANDS; c->name; c++) printf("  %s\n", c->example);
     finish(*name ? 0 : 2);
 }
 

@@ -2404,7 +2404,7 @@ static void try_hostile_files(void) {
 // One good command, and what makes it bad when it follows; the last of equal options counts.
 static const char *const OPTIONS_BAD[][32] = {
     {"", "paint", "--seed 1", "info", "eval", "train", "grpo"},
-    {"info", "text", "missing", "base.st hif8.st"},
+    {"info", "text", "missing"},
     {"sample -w", "missing" SHORT, "folder" SHORT, "pipe" SHORT, "lora.st" SHORT, "other.st.resume" SHORT},
     {"sample", "--colour red", "-w", "-p a -o keep.png", "-w base.st -o keep.png"},
     {"sample -w base.st -o keep.png -p", "''", "'a purple circle'",
