@@ -1282,13 +1282,9 @@ static void check_batch_fill(void) {
     o.drop = 0.5, o.seed = 9;
     batch_new(&a, r);
     for (int k = 15; k < 75; k++) {
-        int b = k % B, caption = -1;
-        char text[128], known[128] = "";
+        int b = k % B, caption = training_caption(9, k);
         if (!b) batch_fill(&a, r, &o, k / B);
-        training_caption(text, 9, k);
-        while (strcmp(known, text) && ++caption < CAPTIONS)
-            caption_text(known, sizeof known, scene_of(caption));
-        draw_clip(x0, scene_of(caption), 9, k, r->m->c.T, r->m->c.H_l, r->m->c.W_l);
+        draw_clip(x0, caption, 9, k, r->m->c.T, r->m->c.H_l, r->m->c.W_l);
         double sigma = shift_sigma(1 / (1 + exp(-rng_normal(9, SIGMA_STREAM, k))), train_shift(60));
         for (size_t i = 0; i < n; i++) {
             double eps = rng_normal(9, NOISE_STREAM, k * n + i);
@@ -1297,9 +1293,9 @@ static void check_batch_fill(void) {
         note("t", fabs(a.t[b] / 1000 / sigma - 1));
         note("x", relative(a.x + b * n, x, n)), note("target", relative(a.target + b * n, target, n));
         bool drop = a.ids[b * 12] < 0;
-        caption_ids(ids, 12, drop ? "" : text);
+        caption_ids(ids, 12, drop ? "" : caption_text(caption));
         dropped += drop;
-        wrong += caption == CAPTIONS || held_out(caption) || memcmp(ids, a.ids + b * 12, sizeof ids);
+        wrong += held_out(caption) || memcmp(ids, a.ids + b * 12, sizeof ids);
     }
     worst_row(1e-5, "training's samples: sigma, x = sigma·noise + (1 − sigma)·clip, target,");
     note("captions, none held out", wrong), note("half dropped", dropped < 15 || dropped > 45);
@@ -1315,19 +1311,20 @@ static void check_velocity_loss(void) {
     Run *r = run_of(m, 2, true);
     size_t n = latent_size(r);
     float *x0 = floats(n);
-    double mean[BINS + 1], error[BINS + 1], want = 0, squares = 0;
-    int caption = 0;
+    Figure got[BINS + 1];
+    double want = 0, squares = 0;
     for (int i = 0; i < CLIPS; i++) {
-        caption = next_held_out(caption), note("held out", !held_out(caption));
-        draw_clip(x0, scene_of(caption), 7, i, c->T, c->H_l, c->W_l);
+        int caption = held_out_caption(0, i);
+        note("held out", !held_out(caption));
+        draw_clip(x0, caption, 7, i, c->T, c->H_l, c->W_l);
         double loss = 0;
         for (size_t j = 0; j < n; j++) loss += pow(rng_normal(7, NOISE_STREAM, i * n + j) - x0[j], 2) / n;
         want += loss / CLIPS, squares += loss * loss / CLIPS;
     }
     double spread = sqrt((squares - want * want) / (CLIPS - 1));
-    velocity_loss(mean, error, r, CLIPS, 7);
+    velocity_loss(got, r, CLIPS, 7);
     for (int bin = 0; bin <= BINS; bin++)
-        note("mean", fabs(mean[bin] / want - 1)), note("error", fabs(error[bin] / spread - 1));
+        note("mean", fabs(got[bin].mean / want - 1)), note("error", fabs(got[bin].error / spread - 1));
     worst_row(1e-4, "velocity loss of a model that answers 0, by sigma,");
 }
 
@@ -1543,9 +1540,9 @@ static void check_world(int T, int H, int W) {
     double mean[2][2][N_SCORES + 1] = {{{0}}};           // [soft][others' captions][score; the last: total]
     for (int i = 0; i < 4 * CAPTIONS; i++) {
         int soft = i & 1, strange = i >> 1 & 1, caption = i / 4;
-        Scene s = scene_of(caption), other = scene_of((int)(rng_bits(5, 5, caption) % CAPTIONS));
-        if (i % 4 == 0) draw_clip(x, s, 3, caption, T, H, W);
-        shapes_score(score, x, strange ? other : s, T, H, W, soft);
+        int other = (int)(rng_bits(5, 5, caption) % CAPTIONS);
+        if (i % 4 == 0) draw_clip(x, caption, 3, caption, T, H, W);
+        shapes_score(score, x, strange ? other : caption, T, H, W, soft);
         for (int k = 0; k < 2 * N_SCORES; k++)
             mean[soft][strange][k < N_SCORES ? k : N_SCORES] +=
                 100 * score[k % N_SCORES] / CAPTIONS / (k < N_SCORES ? 1 : N_SCORES);
@@ -1561,9 +1558,8 @@ static void check_world(int T, int H, int W) {
 static void check_captions(void) {
     int held = 0;
     for (int caption = 0; caption < CAPTIONS; caption++) {
-        char text[128];
-        caption_text(text, sizeof text, scene_of(caption)), held += held_out(caption);
-        note("read as written", parse_caption(text) != caption);
+        held += held_out(caption);
+        note("read as written", parse_caption(fmt("%s", caption_text(caption))) != caption);
     }
     note("96 held out", held != 96);
     worst_row(0, "captions,");
