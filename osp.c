@@ -2525,21 +2525,20 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ==========================================================================================================
-// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, number 0 to
-// 959. Its clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from a seed and an index.
+// A caption, `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, has a number below
+// 960. Its clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (caption, seed, index).
 enum { COLORS = 8, SHAPES = 4, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
 static const char *const WORDS[VOCAB] = {
     "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange",
     "circle", "square", "triangle", "diamond", "moving", "left", "right", "up", "down", "standing", "still",
     "on", "black", "gray", "navy", "background" };
 static const float PAINT[COLORS][3] = {
-    {0.95f, 0.1f, 0.1f}, {0.1f, 0.85f, 0.15f}, {0.2f, 0.35f, 1}, {1, 0.95f, 0.1f},
-    {0.95f, 0.2f, 0.95f}, {0.1f, 0.9f, 1}, {1, 1, 1}, {1, 0.55f, 0.05f}};
-static const float GROUND[BACKGROUNDS][3] = {{0, 0, 0}, {0.4f, 0.4f, 0.4f}, {0.05f, 0.05f, 0.45f}};
+    {0.95, 0.1, 0.1}, {0.1, 0.85, 0.15}, {0.2, 0.35, 1}, {1, 0.95, 0.1},
+    {0.95, 0.2, 0.95}, {0.1, 0.9, 1}, {1, 1, 1}, {1, 0.55, 0.05}};
+static const float GROUND[BACKGROUNDS][3] = {{0, 0, 0}, {0.4, 0.4, 0.4}, {0.05, 0.05, 0.45}};
 static const float STEP[][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}, {0, 0}};            // (x, y), y downwards
 
 typedef struct { int size, color, shape, motion, background; } Scene;                 // in the order of WORDS
-
 static Scene scene_of(int caption) {
     Scene s = {caption / 480, caption / 60 % 8, caption / 15 % 4, caption / 3 % 5, caption % 3};
     return s;
@@ -2586,9 +2585,7 @@ static Text caption_batch(const Model *m, const char *const *captions, int count
 }
 
 // A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
-static bool held_out(int caption) {
-    return rng_bits(19511, 0x48454c44, caption) % 10 == 0;                    // this random stream is "HELD"
-}
+static bool held_out(int caption) { return rng_bits(19511, 0x48454c44, caption) % 10 == 0; }
 
 static int held_out_caption(int start, int n) {          // the n-th on a walk through all
     for (n %= CAPTIONS / 10; n >= 0; n--)
@@ -2603,13 +2600,12 @@ static int training_caption(uint64_t seed, uint64_t k) { // the first of draw k 
     return caption;
 }
 
-// ---- drawing: lengths in pixels, the origin at the frame's upper left corner -----------------------------
-// A shape has the area πr², whichever it is, and lies with its centre of mass at its position.
+// ---- drawing: lengths in pixels; a shape has the area πr² and its centre of mass at its position ---------
 static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
 static float length_of(float x, float y) { return sqrtf(x * x + y * y); }
 static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (H < W ? H : W); }
 
-// Signed distance of pixel i from the edge of a shape at (x, y): negative inside.
+// How far pixel i is outside a shape at (x, y).
 static inline float shape_distance(int shape, float r, float x, float y, size_t i, int W) {
     float dx = i % W + 0.5f - x, dy = i / W + 0.5f - y, ax = fabsf(dx), ay = fabsf(dy);
     if (shape == 0) return length_of(dx, dy) - r;
@@ -2619,14 +2615,13 @@ static inline float shape_distance(int shape, float r, float x, float y, size_t 
 }
 
 // How far a shape of r = 1 reaches from its centre: sideways, up, down.
-static const float REACH[SHAPES][3] = {{1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
-    {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
+static const float REACH[SHAPES][3] = {{1, 1, 1}, {0.88623, 0.88623, 0.88623},
+    {1.34677, 1.55512, 0.77756}, {1.25331, 1.25331, 1.25331}};
 
-// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ..; slower where the way would not fit with a pixel to spare.
+// Pixels a frame; slower where the way would not fit with a pixel to spare.
 static float full_speed(int H, int W) { return 1 + (H < W ? H : W) / 64.0f; }
 static float scene_speed(Scene s, int T, int H, int W) {
-    float speed = full_speed(H, W), r = shape_radius(s.size, H, W);
-    const float *reach = REACH[s.shape];
+    const float *reach = REACH[s.shape], speed = full_speed(H, W), r = shape_radius(s.size, H, W);
     float way = s.motion < 2 ? W - 2 - 2 * r * reach[0] : H - 2 - r * (reach[1] + reach[2]);
     return T < 2 || speed * (T - 1) <= way ? speed : fmaxf(way, 0) / (T - 1);
 }
@@ -2638,9 +2633,8 @@ static void draw_clip(float *x, int caption, uint64_t seed, uint64_t index, int 
     for (int i = 0; i < 2; i++) {                             // x, then y: anywhere that keeps the way inside
         velocity[i] = speed * STEP[s.motion][i];
         float way = velocity[i] * (T - 1);
-        float low = 1 + r * REACH[s.shape][i] - fminf(way, 0);
+        float low = 1 + r * REACH[s.shape][i] - fminf(way, 0), u = rng_uniform(seed, 0x504c41, 2 * index + i);
         float high = (i ? H : W) - 1 - r * REACH[s.shape][2 * i] - fmaxf(way, 0);
-        float u = rng_uniform(seed, 0x504c41, 2 * index + i);                          // stream "PLA"
         start[i] = low < high ? low + u * (high - low) : (low + high) / 2;
     }
     size_t frame = (size_t)H * W, plane = T * frame;
@@ -2656,15 +2650,14 @@ static void draw_clip(float *x, int caption, uint64_t seed, uint64_t index, int 
 
 // ---- ShapesBench: pixels in, seven scores out ------------------------------------------------------------
 enum { N_SCORES = 7 };
-static const char *const SCORE_NAMES[N_SCORES + 1] = {
-    "color", "shape", "size", "motion", "background", "consistency", "smoothness", "total"};
+static const char *const SCORE_NAMES[] = {"color", "shape", "size", "motion", "background", "consistency",
+                                          "smoothness", "total"};
 
-// What a frame shows. BACK (of the border), COLOR and PLACE (of the object) are weighted means of pixels: red,
-// green, blue, x, y; then the sum of weights: RING, the border's share of that color, and AREA. AT: the
-// centre of mass. FIT: intersection over union with each shape of this area at this place. FOUND: 1 if one
-// clear object is there; if not, all that follow are 0. A clip's mean also has a VELOCITY and two QUALITIES.
-enum { BACK = 0, RING = 5, FOUND = 6, COLOR = 7, PLACE = 13, AT = 16, AREA = 18, FIT = 19, TIME = 23,
-       VELOCITY = 24, QUALITY = 26 };
+// What a frame shows. BACK (the border), COLOR and PLACE (the object): pixels' weighted mean red, green, blue, x,
+// y and the sum of weights, RING (its share of the border) and AREA. AT: x and y of PLACE. FIT: intersection
+// over union with each shape of this area, there. FOUND: 1 if one clear object is there; if not, all that
+// follow are 0. Last, of a whole clip: VELOCITY and QUALITY.
+enum { BACK, RING = 5, FOUND, COLOR, PLACE = 13, AT = 16, AREA = 18, FIT, TIME = 23, VELOCITY, QUALITY = 26 };
 typedef float Look[28];
 
 static float color_distance(const float a[3], const float b[3]) {
@@ -2672,10 +2665,10 @@ static float color_distance(const float a[3], const float b[3]) {
     return sqrtf(red * red + green * green + blue * blue);
 }
 
-// Frame t of x[3, T, H, W] in four passes: the border's color; again, without what differs from it; the
-// object's color: the pixels that differ most say most; its place, by its share of each pixel. Here edges are
-// 1.75 times as steep, so that noise on the background counts for nothing.
-static void look_at(Look look, const float *x, int t, int T, int H, int W) {
+// One frame of x[3, T, H, W], whose colors are a plane apart, in four passes: the border's color; again, without
+// what differs from it; the object's color: the pixels that differ most say most; its place, by its share of
+// each pixel. Here edges are 1.75 times as steep, so that noise on the background counts for nothing.
+static void look_at(Look look, const float *x, size_t plane, int H, int W) {
     static const int INTO[] = {BACK, BACK, COLOR, PLACE};
     int n = H * W;
     float *weight = floats(n), contrast = 0, small = shape_radius(0, H, W), large = shape_radius(1, H, W);
@@ -2683,12 +2676,11 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
         float sum[6] = {0, 0, 0, 0, 0, 0}, *mean = look + INTO[pass];
         for (int i = 0; i < n; i++) {
             float pixel[6] = {0, 0, 0, i % W + 0.5f, i / W + 0.5f, 1};
-            for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
+            for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[c * plane + i]);
             bool border = i < W || i >= n - W || i % W == 0 || i % W == W - 1;
             float d = color_distance(pixel, look + BACK);
-            if (pass < 2) weight[i] = border && (!pass || d <= 0.3f);
-            if (pass == 2) weight[i] = d * d * d * d;
-            if (pass == 3) weight[i] = clamp01(1.75f * d / contrast - 0.375f);
+            weight[i] = pass == 3 ? clamp01(1.75f * d / contrast - 0.375f) : pass == 2 ? d * d * d * d
+                      : border && (pass == 0 || d <= 0.3f);
             for (int k = 0; k < 6; k++) sum[k] += weight[i] * pixel[k];
         }
         for (int k = 0; k < 5 && sum[5] > 0; k++) mean[k] = sum[k] / sum[5];
@@ -2707,7 +2699,6 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
         if (clear && look[FIT + shape] > 0.4f) look[FOUND] = 1;
     }
     look[RING] /= 2 * (H + W) - 4;
-    look[TIME] = t;
     if (!look[FOUND]) memset(look + COLOR, 0, sizeof(Look) - COLOR * sizeof(float));
     free(weight);
 }
@@ -2718,9 +2709,9 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
 static void watch(Look mean, const float *x, int T, int H, int W) {
     Look *looks = (Look *)xalloc(T, sizeof(Look));
     float spread = 0, *velocity = mean + VELOCITY, *quality = mean + QUALITY;
-    memset(mean, 0, sizeof(Look));
     for (int t = 0; t < T; t++) {
-        look_at(looks[t], x, t, T, H, W);
+        look_at(looks[t], x + (size_t)t * H * W, (size_t)T * H * W, H, W);
+        looks[t][TIME] = t * looks[t][FOUND];
         for (int k = 0; k <= TIME; k++) mean[k] += looks[t][k];
     }
     for (int k = TIME; k >= 0; k--) mean[k] /= k > FOUND ? fmaxf(mean[FOUND], 1) : T;     // still a sum
@@ -2755,7 +2746,7 @@ static float color_margin(const float (*palette)[3], int count, const float rgb[
 static void shapes_score(float score[N_SCORES], const float *x, int caption, int T, int H, int W, bool soft) {
     float small = shape_radius(0, H, W), large = shape_radius(1, H, W), other = 0;
     Scene asked = scene_of(caption), saw = {0, 0, 0, 0, 0};
-    Look look;
+    Look look = {0};
     watch(look, x, T, H, W);
     const float *v = look + VELOCITY, *step = STEP[asked.motion], fit = look[FIT + asked.shape];
     for (int k = 0; k < SHAPES; k++) {
@@ -2763,33 +2754,33 @@ static void shapes_score(float score[N_SCORES], const float *x, int caption, int
         if (look[FIT + k] > look[FIT + saw.shape]) saw.shape = k;
     }
     saw.size = look[AREA] > (float)M_PI * small * large;                   // the geometric mean of both areas
-    saw.motion = fabsf(v[0]) > fabsf(v[1]) ? v[0] > 0 : 2 + (v[1] > 0);    // the main axis, then the sign ...
-    if (fmaxf(fabsf(v[0]), fabsf(v[1])) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
+    int axis = fabsf(v[0]) <= fabsf(v[1]);
+    saw.motion = 2 * axis + (v[axis] > 0);
+    if (fabsf(v[axis]) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
     float color = color_margin(PAINT, COLORS, look + COLOR, asked.color);
     float back = color_margin(GROUND, BACKGROUNDS, look + BACK, asked.background);
     float r = asked.size ? large : small, speed = scene_speed(asked, T, H, W);
     float off = fabsf(logf(fmaxf(look[AREA], 1e-3f) / ((float)M_PI * r * r))), gap = 2 * logf(large / small);
     float miss = length_of(v[0] - speed * step[0], v[1] - speed * step[1]);    // 2·speed: the opposite way
     float pace = clamp01(1.05f - (speed > 0 ? miss / (2 * speed) : 0));
-    bool there = look[FOUND] >= 0.5f;
-    score[0] = soft ? clamp01(1.2f * color) : there && color > 0.5f;
-    score[1] = soft ? clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit) : there && saw.shape == asked.shape;
-    score[2] = soft ? clamp01(1.1f - off / gap) : there && saw.size == asked.size;
-    score[3] = soft ? pace * pace : there && saw.motion == asked.motion;
+    float seen = soft || look[FOUND] >= 0.5f ? look[FOUND] : 0;
+    float form = clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit);
+    score[0] = seen * (soft ? clamp01(1.2f * color) : color > 0.5f);
+    score[1] = seen * (soft ? form : saw.shape == asked.shape);
+    score[2] = seen * (soft ? clamp01(1.1f - off / gap) : saw.size == asked.size);
+    score[3] = seen * (soft ? pace * pace : saw.motion == asked.motion);
     score[4] = look[RING] * (soft ? clamp01(1.2f * back) : back > 0.5f);
-    for (int k = 0; k < 4; k++) score[k] *= look[FOUND];
     score[5] = look[QUALITY], score[6] = look[QUALITY + 1];
 }
 
 // ---- what training and GRPO ask of the world -------------------------------------------------------------
-// Sample b of a batch: a caption's clip x0 at σ, with noise k of a seed, and its words, or none.
-static void sample_fill(Batch *a, const Run *r, int b, int caption, bool words, double sigma, uint64_t seed,
-                        uint64_t k) {
+// Sample b of a batch: a caption's words and its clip x0 at σ, with noise k of a seed.
+static void sample_fill(Batch *a, const Run *r, int b, int caption, double sigma, uint64_t seed, uint64_t k) {
     int L = r->m->c.text_len;
     size_t size = latent_size(r);
     float *x = a->x + b * size, *target = a->target + b * size;
     draw_clip(x, caption, seed, k, r->T, 2 * r->H, 2 * r->W);
-    caption_ids(a->ids + b * L, L, words ? caption_text(caption) : "");
+    caption_ids(a->ids + b * L, L, caption_text(caption));
     a->t[b] = 1000 * sigma;
     for (size_t i = 0; i < size; i++) {
         float noise = rng_normal(seed, NOISE_STREAM, k * size + i), x0 = x[i];
@@ -2799,13 +2790,14 @@ static void sample_fill(Batch *a, const Run *r, int b, int caption, bool words, 
 }
 
 static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
+    int L = r->m->c.text_len;
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
         uint64_t k = (uint64_t)step * r->B + b;
-        bool words = rng_uniform(o->seed, DROP_STREAM, k) >= o->drop;
         double sigma = 1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k)));
         sigma = shift_sigma(sigma, train_shift(r->H * r->W));
-        sample_fill(a, r, b, training_caption(o->seed, k), words, sigma, o->seed, k);
+        sample_fill(a, r, b, training_caption(o->seed, k), sigma, o->seed, k);
+        if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) caption_ids(a->ids + b * L, L, "");
     }
 }
 
@@ -3449,7 +3441,7 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // Pictures: clips as an animated PNG and as a sheet of their frames
 // ==========================================================================================================
 #include <arpa/inet.h>                            // htonl: PNG has the most significant byte first
-#define STB_IMAGE_WRITE_IMPLEMENTATION            // two functions of it are used: deflate and CRC
+#define STB_IMAGE_WRITE_IMPLEMENTATION
 #define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use smaller or fewer clips"))
 #if __has_include(<stb/stb_image_write.h>)
 #include <stb/stb_image_write.h>                  // Debian, Ubuntu: apt install libstb-dev
@@ -3460,12 +3452,8 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // Clips x[count][3, T, H, W] in [-1, 1] with their captions; a pixel is drawn as scale x scale pixels.
 typedef struct { int T, H, W, count, scale; float **x; const char *const *captions; } Clips;
 
-// As PNG wants it: height rows of a 0 (no filter) and width · 3 bytes, from the upper left corner on.
-typedef struct { size_t width, height; uint8_t *rows; } Picture;
-
-static uint8_t *pixel_at(const Picture *p, size_t x, size_t y) {
-    return p->rows + y * (3 * p->width + 1) + 1 + 3 * x;
-}
+typedef struct { size_t width, height; uint8_t *rgb; } Picture;       // rgb[height, width, 3]
+static uint8_t *pixel_at(const Picture *p, size_t x, size_t y) { return p->rgb + 3 * (y * p->width + x); }
 
 // The letters a to z, 5x7 pixels: 7 characters each, one a row, whose pixels are the bits of c − '0'.
 static const char FONT[] =
@@ -3480,31 +3468,33 @@ static void draw_text(Picture *p, size_t x, size_t y, const char *text) {
         }
 }
 
-enum { FPS = 8, GAP = 4, TITLE = 13, CAPTION = 392 }; // pixels of a sheet: between frames, above, least width
-
-// The size of an animation, its frames one below the other, each with all clips side by side; or of a sheet: a
-// row a clip, its caption above its frames.
-static Picture picture_size(const Clips *k, bool sheet) {
-    size_t width = k->W * k->scale, height = k->H * k->scale;
-    Picture p = {k->count * width, k->T * height, NULL};
-    if (sheet) p.width = larger(k->T * (width + GAP) + GAP, CAPTION);
-    if (sheet) p.height = k->count * (TITLE + height + GAP) + GAP;
-    if (p.height * (3 * p.width + 1) > INT_MAX / 2)
-        die("a picture of %zux%zu pixels is too large; use smaller or fewer clips", p.width, p.height);
-    return p;
+// Before sampling: the larger picture is the sheet, see below.
+static void check_pictures(const Clips *k) {
+    double width = fmax(k->T * (k->W * k->scale + 4.0), 392), height = k->count * (k->H * k->scale + 17.0);
+    if (3 * width * height > INT_MAX / 2)
+        die("a picture of %.0fx%.0f pixels is too large; use smaller or fewer clips", width, height);
 }
 
-static void draw_frame(Picture *p, const Clips *k, bool sheet, int clip, int t) {
-    size_t size = k->scale, width = k->W * size, height = k->H * size;
-    size_t left = sheet ? GAP + t * (width + GAP) : clip * width;
-    size_t top = sheet ? clip * (TITLE + height + GAP) + GAP + TITLE : t * height;
-    if (sheet) draw_text(p, GAP, top - TITLE + 2, k->captions[clip]);
-    for (size_t y = 0; y < height; y++)
-        for (size_t i = 0; i < 3 * width; i++) {
-            size_t row = (i % 3 * k->T + t) * k->H + y / size;
-            float v = k->x[clip][row * k->W + i / 3 / size];
-            pixel_at(p, left, top + y)[i] = 255 * clamp01(0.5f + 0.5f * v) + 0.5f;
+// An animation: for every frame a row of all clips; the file will hold these rows one after the other. Or a
+// sheet: for every clip a row of all frames, with gaps and its caption above.
+static Picture picture_draw(const Clips *k, bool sheet) {
+    size_t width = k->W * k->scale, height = k->H * k->scale, gap = sheet ? 4 : 0, title = sheet ? 13 : 0;
+    size_t columns = sheet ? k->T : k->count, rows = sheet ? k->count : k->T;
+    Picture p = {columns * (width + gap) + gap, rows * (title + height + gap) + gap, NULL};
+    if (sheet) p.width = larger(p.width, 392);
+    p.rgb = (uint8_t *)xalloc(p.height, 3 * p.width);
+    for (size_t i = 0; i < 3 * p.height * p.width; i++) p.rgb[i] = "\x20\x20\x24"[i % 3];
+    for (size_t i = 0; i < rows * columns; i++) {
+        size_t row = i / columns, column = i % columns, t = sheet ? column : row, clip = sheet ? row : column;
+        size_t left = gap + column * (width + gap), top = gap + title + row * (title + height + gap);
+        if (sheet) draw_text(&p, gap, top - 11, k->captions[clip]);
+        for (size_t j = 0; j < 3 * width * height; j++) {
+            size_t x = j / 3 % width, y = j / 3 / width, line = (j % 3 * k->T + t) * k->H + y / k->scale;
+            float v = k->x[clip][line * k->W + x / k->scale];
+            pixel_at(&p, left + x, top + y)[j % 3] = 255 * clamp01(0.5f + 0.5f * v) + 0.5f;
         }
+    }
+    return p;
 }
 
 // A PNG is a signature, then chunks of length, name, data, CRC. number: what fcTL and fdAT count, before the
@@ -3526,32 +3516,27 @@ static void png_chunk(Output *o, const char *name, int number, const void *data,
 // IDAT is the frame that every viewer shows; an animation (APNG), which loops for ever, has the later ones in
 // fdAT. The comment is a tEXt chunk (exiftool shows it).
 static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
-    Picture p = picture_size(k, sheet);
+    Picture p = picture_draw(k, sheet);
     Output *o = output_open(path);
-    int frames = sheet ? 1 : k->T, bytes = p.height / frames * (3 * p.width + 1), size, number = 0;
-    uint32_t width = htonl(p.width), height = htonl(p.height / frames);
-    const uint32_t header[] = {width, height, htonl(0x08020000), 0};                    // 8 bits, RGB
+    int frames = sheet ? 1 : k->T, width = p.width, height = p.height / frames, size, number = 0;
     const uint32_t animation[] = {htonl(frames), 0};                        // played 0 times: for ever
-    const uint32_t control[] = {width, height, 0, 0, htonl(1 << 16 | FPS), 0};     // at (0, 0) for 1/FPS s
+    const uint32_t control[] = {htonl(width), htonl(height), 0, 0, htonl(1 << 16 | 8), 0}; // at (0, 0), 1/8 s
     char text[2000];
     int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment);
-    p.rows = (uint8_t *)xalloc(p.height, 3 * p.width + 1);
-    for (size_t i = 0; i < p.height * p.width; i++)
-        memcpy(pixel_at(&p, i % p.width, i / p.width), "\x20\x20\x24", 3);
-    for (int i = 0; i < k->count * k->T; i++) draw_frame(&p, k, sheet, i / k->T, i % k->T);
-    output_bytes(o, "\x89PNG\r\n\x1a\n", 8);
-    png_chunk(o, "IHDR", -1, header, 13);
-    png_chunk(o, "tEXt", -1, text, used);
-    if (frames > 1) png_chunk(o, "acTL", -1, animation, 8);
+    stbi_write_force_png_filter = 0;                                        // none
     for (int t = 0; t < frames; t++) {
-        uint8_t *pixels = stbi_zlib_compress(p.rows + (size_t)t * bytes, bytes, &size, 8);
-        STBIW_ASSERT(pixels);
+        uint8_t *png = stbi_write_png_to_mem(pixel_at(&p, 0, (size_t)t * height), 0, width, height, 3, &size);
+        STBIW_ASSERT(png);
+        if (t == 0) output_bytes(o, png, 33);                               // the signature and IHDR
+        if (t == 0) png_chunk(o, "tEXt", -1, text, used);
+        if (t == 0 && frames > 1) png_chunk(o, "acTL", -1, animation, 8);
         if (frames > 1) png_chunk(o, "fcTL", number++, control, 22);
-        png_chunk(o, t ? "fdAT" : "IDAT", t ? number++ : -1, pixels, size);
-        free(pixels);
+        if (t == 0) output_bytes(o, png + 33, size - 45);                   // IDAT
+        else png_chunk(o, "fdAT", number++, png + 41, size - 57);
+        if (t == frames - 1) output_bytes(o, png + size - 12, 12);          // IEND
+        free(png);
     }
-    png_chunk(o, "IEND", -1, "", 0);
-    free(p.rows);
+    free(p.rgb);
     return output_close(o);
 }
 // ==========================================================================================================
@@ -3900,7 +3885,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
     float *x[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, x, o->captions.text};
-    if (!latent) picture_size(&clips, true);
+    if (!latent) check_pictures(&clips);
     double began = seconds();
     sample_clips(x, r, o, count);
     double took = seconds() - began;
@@ -3942,18 +3927,16 @@ static void evaluate(Figure *score, Run *r, int clips, int steps, double shift, 
     float *x = floats(r->B * size), seen[N_SCORES];
     double *v = (double *)xalloc(clips * (N_SCORES + 1), sizeof(double)), *clip = v;
     Text cond = {ids, NULL}, uncond = caption_batch(r->m, NULL, r->B);
-    for (int first = 0; first < clips; first += r->B) {
-        for (int b = 0; b < r->B; b++)
-            caption_ids(ids + b * L, L, caption_text(held_out_caption(start, first + b)));
-        noise_fill(x, r->B * size, seed, SAMPLE_STREAM, first * size);
-        sample_host(r, x, cond, uncond, steps, shift, guidance);
-        for (int b = 0; b < r->B && first + b < clips; b++, clip += N_SCORES + 1) {
-            int caption = held_out_caption(start, first + b);
-            shapes_score(seen, x + b * size, caption, r->T, 2 * r->H, 2 * r->W, soft);
-            for (int s = 0; s < N_SCORES; s++) {
-                clip[s] = 100.0 * seen[s];
-                clip[N_SCORES] += 100.0 * (seen[s] / N_SCORES);
-            }
+    for (int i = 0; i < clips; i++, clip += N_SCORES + 1) {
+        int b = i % r->B;
+        for (int j = 0; j < r->B && b == 0; j++)
+            caption_ids(ids + j * L, L, caption_text(held_out_caption(start, i + j)));
+        if (b == 0) noise_fill(x, r->B * size, seed, SAMPLE_STREAM, i * size);
+        if (b == 0) sample_host(r, x, cond, uncond, steps, shift, guidance);
+        shapes_score(seen, x + b * size, held_out_caption(start, i), r->T, 2 * r->H, 2 * r->W, soft);
+        for (int s = 0; s < N_SCORES; s++) {
+            clip[s] = 100.0 * seen[s];
+            clip[N_SCORES] += 100.0 * (seen[s] / N_SCORES);
         }
     }
     figures(score, v, N_SCORES + 1, clips);
@@ -3970,18 +3953,15 @@ static void velocity_loss(Figure *loss, Run *r, int clips, uint64_t seed) {
     Batch a;
     batch_new(&a, r);
     for (int bin = 0; bin < BINS; bin++)
-        for (int first = 0; first < clips; first += r->B) {
-            for (int b = 0, i = first; b < r->B; b++, i++) {
-                double sigma = (bin + rng_uniform(seed, SIGMA_STREAM, i)) / BINS;
-                sample_fill(&a, r, b, held_out_caption(0, i), true, sigma, seed, i);
-            }
-            batch_upload(r, &a, x, target);
-            forward(r, x, a.t);
-            for (int b = 0; b < r->B && first + b < clips; b++) {
-                double *clip = v + (first + b) * (BINS + 1);
-                clip[bin] = sum_squares(r->out + b * size, target + b * size, size) / size;
-                clip[BINS] += clip[bin] / BINS;
-            }
+        for (int i = 0; i < clips; i++) {
+            int b = i % r->B;
+            double *clip = v + i * (BINS + 1);
+            for (int j = i; j < i + r->B && b == 0; j++)
+                sample_fill(&a, r, j - i, held_out_caption(0, j),
+                            (bin + rng_uniform(seed, SIGMA_STREAM, j)) / BINS, seed, j);
+            if (b == 0) batch_upload(r, &a, x, target), forward(r, x, a.t);
+            clip[bin] = sum_squares(r->out + b * size, target + b * size, size) / size;
+            clip[BINS] += clip[bin] / BINS;
         }
     figures(loss, v, BINS + 1, clips);
     device_free(x), device_free(target), free(v);
