@@ -2525,16 +2525,15 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ==========================================================================================================
-// A caption, `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, has a number below
-// 960. Its clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (caption, seed, index).
+// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, number 0 to 959.
+// Its clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (caption, seed, index) alone.
 enum { COLORS = 8, SHAPES = 4, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
 static const char *const WORDS[VOCAB] = {
     "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange",
     "circle", "square", "triangle", "diamond", "moving", "left", "right", "up", "down", "standing", "still",
     "on", "black", "gray", "navy", "background" };
-static const float PAINT[COLORS][3] = {
-    {0.95, 0.1, 0.1}, {0.1, 0.85, 0.15}, {0.2, 0.35, 1}, {1, 0.95, 0.1},
-    {0.95, 0.2, 0.95}, {0.1, 0.9, 1}, {1, 1, 1}, {1, 0.55, 0.05}};
+static const float PAINT[COLORS][3] = {{0.95, 0.1, 0.1}, {0.1, 0.85, 0.15}, {0.2, 0.35, 1}, {1, 0.95, 0.1},
+                                       {0.95, 0.2, 0.95}, {0.1, 0.9, 1}, {1, 1, 1}, {1, 0.55, 0.05}};
 static const float GROUND[BACKGROUNDS][3] = {{0, 0, 0}, {0.4, 0.4, 0.4}, {0.05, 0.05, 0.45}};
 static const float STEP[][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}, {0, 0}};            // (x, y), y downwards
 
@@ -2554,7 +2553,7 @@ static const char *caption_text(int caption) {           // until this thread as
     return text;
 }
 
-static int parse_caption(const char *text) {             // −1: no caption; may be sampled, but not scored
+static int parse_caption(const char *text) {             // −1: may be sampled, but not scored
     int caption = CAPTIONS - 1;
     while (caption >= 0 && strcasecmp(caption_text(caption), text)) caption--;
     return caption;
@@ -2653,10 +2652,10 @@ enum { N_SCORES = 7 };
 static const char *const SCORE_NAMES[] = {"color", "shape", "size", "motion", "background", "consistency",
                                           "smoothness", "total"};
 
-// What a frame shows. BACK (the border), COLOR and PLACE (the object): pixels' weighted mean red, green, blue, x,
-// y and the sum of weights, RING (its share of the border) and AREA. AT: x and y of PLACE. FIT: intersection
-// over union with each shape of this area, there. FOUND: 1 if one clear object is there; if not, all that
-// follow are 0. Last, of a whole clip: VELOCITY and QUALITY.
+// What a frame shows. BACK (the border), COLOR and PLACE (the object): weighted means of pixels' red, green,
+// blue, x, y; then the sum of weights, RING (its share of the border) and AREA. AT: x and y of PLACE. FIT:
+// intersection over union with each shape of this area, there. FOUND: 1 if one clear object is there; if not,
+// all that follow are 0. VELOCITY and QUALITY: of a whole clip.
 enum { BACK, RING = 5, FOUND, COLOR, PLACE = 13, AT = 16, AREA = 18, FIT, TIME = 23, VELOCITY, QUALITY = 26 };
 typedef float Look[28];
 
@@ -2665,9 +2664,9 @@ static float color_distance(const float a[3], const float b[3]) {
     return sqrtf(red * red + green * green + blue * blue);
 }
 
-// One frame of x[3, T, H, W], whose colors are a plane apart, in four passes: the border's color; again, without
-// what differs from it; the object's color: the pixels that differ most say most; its place, by its share of
-// each pixel. Here edges are 1.75 times as steep, so that noise on the background counts for nothing.
+// A frame, whose colors are a plane apart, in four passes: the border's color; again, without what differs
+// from it; the object's color: the pixels that differ most say most; its place, by its share of each pixel.
+// Here edges are 1.75 times as steep, so that noise on the background counts for nothing.
 static void look_at(Look look, const float *x, size_t plane, int H, int W) {
     static const int INTO[] = {BACK, BACK, COLOR, PLACE};
     int n = H * W;
@@ -2677,7 +2676,7 @@ static void look_at(Look look, const float *x, size_t plane, int H, int W) {
         for (int i = 0; i < n; i++) {
             float pixel[6] = {0, 0, 0, i % W + 0.5f, i / W + 0.5f, 1};
             for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[c * plane + i]);
-            bool border = i < W || i >= n - W || i % W == 0 || i % W == W - 1;
+            bool border = i % W % (W - 1) == 0 || i / W % (H - 1) == 0;
             float d = color_distance(pixel, look + BACK);
             weight[i] = pass == 3 ? clamp01(1.75f * d / contrast - 0.375f) : pass == 2 ? d * d * d * d
                       : border && (pass == 0 || d <= 0.3f);
