@@ -2525,8 +2525,8 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ==========================================================================================================
-// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, number 0 to 959.
-// Its clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (caption, seed, index) alone.
+// Caption 0..959: `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`. Its clip
+// x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (caption, seed, index) alone.
 enum { COLORS = 8, SHAPES = 4, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
 static const char *const WORDS[VOCAB] = {
     "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange",
