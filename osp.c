@@ -3496,43 +3496,37 @@ static Picture picture_draw(const Clips *k, bool sheet) {
     return p;
 }
 
-// A PNG is a signature, then chunks of length, name, data, CRC. number: what fcTL and fdAT count, before the
-// data; −1 for all others, which have none.
-static void png_chunk(Output *o, const char *name, int number, const void *data, size_t size) {
-    size_t head = number < 0 ? 8 : 12, end = head + size;
-    uint8_t *chunk = (uint8_t *)xalloc(end + 4, 1);
-    uint32_t length = htonl(end - 8), count = htonl(number);
-    memcpy(chunk, &length, 4);
-    memcpy(chunk + 4, name, 4);
-    memcpy(chunk + 8, &count, head - 8);
-    memcpy(chunk + head, data, size);
-    uint32_t crc = htonl(stbiw__crc32(chunk + 4, end - 4));
-    memcpy(chunk + end, &crc, 4);
-    output_bytes(o, chunk, end + 4);
-    free(chunk);
+// A PNG is a signature, then chunks of length, name, data, CRC. body: name and data.
+static void png_chunk(Output *o, void *body, size_t size) {
+    uint32_t length = htonl(size - 4), crc = htonl(stbiw__crc32((uint8_t *)body, size));
+    output_bytes(o, &length, 4);
+    output_bytes(o, body, size);
+    output_bytes(o, &crc, 4);
 }
 
-// IDAT is the frame that every viewer shows; an animation (APNG), which loops for ever, has the later ones in
-// fdAT. The comment is a tEXt chunk (exiftool shows it).
+// stb makes a PNG of each frame: 33 bytes of signature and IHDR, then IDAT, then 12 of IEND. An animation is an
+// APNG: every viewer shows the first IDAT, the others become fdAT. exiftool shows the comment, a tEXt chunk.
 static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
     Picture p = picture_draw(k, sheet);
     Output *o = output_open(path);
-    int frames = sheet ? 1 : k->T, width = p.width, height = p.height / frames, size, number = 0;
-    const uint32_t animation[] = {htonl(frames), 0};                        // played 0 times: for ever
-    const uint32_t control[] = {htonl(width), htonl(height), 0, 0, htonl(1 << 16 | 8), 0}; // at (0, 0), 1/8 s
+    int frames = sheet ? 1 : k->T, width = p.width, height = p.height / frames, size;
+    uint32_t animation[] = {htonl(0x6163544C), htonl(frames), 0};       // acTL: is played 0 times, for ever
+    uint32_t control[] = {htonl(0x6663544C), 0, htonl(width), htonl(height), 0, 0, htonl(1 << 16 | 8), 0};
+    uint32_t data[] = {htonl(0x66644154), 0};          // fdAT, before it fcTL: a number; at (0, 0), 1/8 s
     char text[2000];
-    int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment);
+    int used = snprintf(text, sizeof text, "tEXtosp%c%.1900s", 0, comment);
     stbi_write_force_png_filter = 0;                                        // none
     for (int t = 0; t < frames; t++) {
         uint8_t *png = stbi_write_png_to_mem(pixel_at(&p, 0, (size_t)t * height), 0, width, height, 3, &size);
         STBIW_ASSERT(png);
-        if (t == 0) output_bytes(o, png, 33);                               // the signature and IHDR
-        if (t == 0) png_chunk(o, "tEXt", -1, text, used);
-        if (t == 0 && frames > 1) png_chunk(o, "acTL", -1, animation, 8);
-        if (frames > 1) png_chunk(o, "fcTL", number++, control, 22);
-        if (t == 0) output_bytes(o, png + 33, size - 45);                   // IDAT
-        else png_chunk(o, "fdAT", number++, png + 41, size - 57);
-        if (t == frames - 1) output_bytes(o, png + size - 12, 12);          // IEND
+        control[1] = htonl(t ? 2 * t - 1 : 0), data[1] = htonl(2 * t);
+        if (t == 0) output_bytes(o, png, 33);
+        if (t == 0) png_chunk(o, text, used);
+        if (t == 0 && frames > 1) png_chunk(o, animation, 12);
+        if (frames > 1) png_chunk(o, control, 30);
+        if (t == 0) output_bytes(o, png + 33, size - 45);
+        else png_chunk(o, memcpy(png + 33, data, 8), size - 49);            // for IDAT and its length
+        if (t == frames - 1) output_bytes(o, png + size - 12, 12);
         free(png);
     }
     free(p.rgb);
