@@ -3504,8 +3504,8 @@ static void png_chunk(Output *o, void *body, size_t size) {
     output_bytes(o, &crc, 4);
 }
 
-// stb makes a PNG of each frame: 33 bytes of signature and IHDR, then IDAT, then 12 of IEND. An animation is an
-// APNG: every viewer shows the first IDAT, the others become fdAT. exiftool shows the comment, a tEXt chunk.
+// stb makes a PNG of each frame: 33 bytes of signature and IHDR, then IDAT, then 12 of IEND. An animation is
+// an APNG: viewers without it show the first IDAT; the others become fdAT. The comment is a tEXt chunk.
 static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
     Picture p = picture_draw(k, sheet);
     Output *o = output_open(path);
