@@ -1321,7 +1321,7 @@ typedef struct {
     const TrainOptions *train;
     Run *make, *learn;
     int V;
-    char (*caption)[128];                       // [V]
+    int *caption;                               // [V]
     int *ids, *batch_ids, *no_ids;              // words of all videos, of a batch, of empty captions
     double *reward, *advantage, *logp, *sigma;  // [V], [V], [W, V], [S + 1]
     double *batch_advantage, *batch_logp;       // [B] each
@@ -1337,9 +1337,10 @@ typedef struct {
 } PolicyFigures;
 
 // The small world's: the k-th caption for training; its words; how well a clip shows it, 0..1.
-static int training_caption(char text[128], uint64_t seed, uint64_t k);
+static int training_caption(uint64_t seed, uint64_t k);
+static const char *caption_text(int caption);
 static void caption_ids(int *ids, int text_len, const char *text);
-static double reward_of(const float *x, const char *caption, const Run *r, const char *reward);
+static double reward_of(const float *x, int caption, const Run *r, const char *reward);
 
 // Of the states x or the reference's means: a video's at SDE step i.
 static float *kept(const Policy *p, float *all, int i, int video) {
@@ -1474,8 +1475,8 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
     memset(&f, 0, sizeof f);
     f.ratio_min = INFINITY, f.ratio_max = -INFINITY;
     for (int v = 0; v < p->V; v++) {
-        training_caption(p->caption[v], p->train->seed, update * p->o->prompts + v / G);
-        caption_ids(p->ids + (size_t)v * L, L, p->caption[v]);
+        p->caption[v] = training_caption(p->train->seed, update * p->o->prompts + v / G);
+        caption_ids(p->ids + (size_t)v * L, L, caption_text(p->caption[v]));
     }
     for (int v = 0; v < p->V; v += p->make->B) rollout(p, v, update);
     reference(p);
@@ -2341,7 +2342,7 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
     size_t B = larger(make->B, learn->B), L = make->m->c.text_len, W = o->window, one = latent_size(make);
     size_t V = (size_t)o->prompts * o->group;
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
-    p->caption = (char (*)[128])xalloc(V, 128), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
+    p->caption = (int *)xalloc(V, sizeof(int)), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
     p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int)), p->batch_ids = p->ids + V * L;
     p->no_ids = (int *)memset(p->batch_ids + B * L, -1, B * L * sizeof(int));
     p->reward = (double *)xalloc((2 + W) * V + 2 * B + o->steps + 1, sizeof(double));
@@ -2355,46 +2356,38 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
 // ==========================================================================================================
 // The small world: captioned clips drawn on the fly, and ShapesBench, which scores what it sees
 // ==========================================================================================================
-// A caption is `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`, one of 960. A
-// clip x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (scene, seed, index) alone.
-enum { COLORS = 8, SHAPES = 4, MOTIONS = 5, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
+// Caption 0..959: `a SIZE COLOR SHAPE moving DIRECTION|standing still on a BACKGROUND background`. Its clip
+// x[3, T, H, W] in [-1, 1], here with H and W in pixels, follows from (caption, seed, index) alone.
+enum { COLORS = 8, SHAPES = 4, BACKGROUNDS = 3, STILL = 4, CAPTIONS = 960, VOCAB = 27 };
 static const char *const WORDS[VOCAB] = {
     "a", "small", "large", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "orange",
     "circle", "square", "triangle", "diamond", "moving", "left", "right", "up", "down", "standing", "still",
     "on", "black", "gray", "navy", "background" };
-static const float PAINT[COLORS][3] = {
-    {0.95f, 0.1f, 0.1f}, {0.1f, 0.85f, 0.15f}, {0.2f, 0.35f, 1}, {1, 0.95f, 0.1f},
-    {0.95f, 0.2f, 0.95f}, {0.1f, 0.9f, 1}, {1, 1, 1}, {1, 0.55f, 0.05f}};
-static const float GROUND[BACKGROUNDS][3] = {{0, 0, 0}, {0.4f, 0.4f, 0.4f}, {0.05f, 0.05f, 0.45f}};
-static const float STEP[MOTIONS][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}, {0, 0}};      // (x, y), y downwards
+static const float PAINT[COLORS][3] = {{0.95, 0.1, 0.1}, {0.1, 0.85, 0.15}, {0.2, 0.35, 1}, {1, 0.95, 0.1},
+                                       {0.95, 0.2, 0.95}, {0.1, 0.9, 1}, {1, 1, 1}, {1, 0.55, 0.05}};
+static const float GROUND[BACKGROUNDS][3] = {{0, 0, 0}, {0.4, 0.4, 0.4}, {0.05, 0.05, 0.45}};
+static const float STEP[][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}, {0, 0}};            // (x, y), y downwards
 
 typedef struct { int size, color, shape, motion, background; } Scene;                 // in the order of WORDS
-
-static Scene scene_of(int caption) {                              // caption in [0, CAPTIONS)
+static Scene scene_of(int caption) {
     Scene s = {caption / 480, caption / 60 % 8, caption / 15 % 4, caption / 3 % 5, caption % 3};
     return s;
 }
 
-// A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
-static bool held_out(int caption) {
-    return rng_bits(19511, 0x48454c44, (uint64_t)caption) % 10 == 0;          // this random stream is "HELD"
-}
-
-static void caption_text(char *text, size_t room, Scene s) {
+static const char *caption_text(int caption) {           // until this thread asks for the next
+    static __thread char text[128];
+    Scene s = scene_of(caption);
     bool still = s.motion == STILL;
-    snprintf(text, room, "a %s %s %s %s %s on a %s background", WORDS[1 + s.size], WORDS[3 + s.color],
-             WORDS[11 + s.shape], WORDS[still ? 20 : 15], WORDS[16 + still + s.motion],
-             WORDS[23 + s.background]);
+    snprintf(text, sizeof text, "a %s %s %s %s %s on a %s background", WORDS[1 + s.size],
+             WORDS[3 + s.color], WORDS[11 + s.shape], WORDS[still ? 20 : 15],
+             WORDS[16 + still + s.motion], WORDS[23 + s.background]);
+    return text;
 }
 
-// Which of the 960 captions text is; −1: another sentence, that may be sampled, but not scored.
-static int parse_caption(const char *text) {
-    char known[128];
-    for (int caption = 0; caption < CAPTIONS; caption++) {
-        caption_text(known, sizeof(known), scene_of(caption));
-        if (!strcasecmp(known, text)) return caption;
-    }
-    return -1;
+static int parse_caption(const char *text) {             // −1: may be sampled, but not scored
+    int caption = CAPTIONS - 1;
+    while (caption >= 0 && strcasecmp(caption_text(caption), text)) caption--;
+    return caption;
 }
 
 // ids[text_len] = the words of text, case ignored, then −1 for padding.
@@ -2414,47 +2407,69 @@ static void caption_ids(int *ids, int text_len, const char *text) {
     while (n < text_len) ids[n++] = -1;
 }
 
-// ---- drawing: lengths in pixels, the origin at the frame's upper left corner -----------------------------
-// A shape has the area πr², whichever it is, and lies with its centre of mass at its position.
-static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
-static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (float)(H < W ? H : W); }
+static Text caption_batch(const Model *m, const char *const *captions, int count) { // NULL: the empty caption
+    int L = m->c.text_len, *ids = (int *)xalloc(count * L, sizeof(int));
+    for (int b = 0; b < count; b++) caption_ids(ids + b * L, L, captions ? captions[b] : "");
+    Text t = {ids, NULL};
+    return t;
+}
 
-// Signed distance of pixel i from the edge of a shape at (x, y): negative inside.
+// A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
+static bool held_out(int caption) { return rng_bits(19511, 0x48454c44, caption) % 10 == 0; }
+
+static int held_out_caption(int start, int n) {          // the n-th on a walk through all
+    for (n %= CAPTIONS / 10; n >= 0; n--)
+        do start = (start + 7) % CAPTIONS; while (!held_out(start));
+    return start;
+}
+
+static int training_caption(uint64_t seed, uint64_t k) { // the first of draw k that is not held out
+    int caption;
+    k <<= 8;
+    do caption = rng_bits(seed, CAPTION_STREAM, k++) % CAPTIONS; while (held_out(caption));
+    return caption;
+}
+
+// ---- drawing: lengths in pixels; a shape has the area πr² and its centre of mass at its position ---------
+static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
+static float length_of(float x, float y) { return sqrtf(x * x + y * y); }
+static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (H < W ? H : W); }
+
+// How far pixel i is outside a shape at (x, y).
 static inline float shape_distance(int shape, float r, float x, float y, size_t i, int W) {
-    float dx = (float)(i % W) + 0.5f - x, dy = (float)(i / W) + 0.5f - y, ax = fabsf(dx), ay = fabsf(dy);
-    if (shape == 0) return sqrtf(dx * dx + dy * dy) - r;
+    float dx = i % W + 0.5f - x, dy = i / W + 0.5f - y, ax = fabsf(dx), ay = fabsf(dy);
+    if (shape == 0) return length_of(dx, dy) - r;
     if (shape == 1) return (ax > ay ? ax : ay) - 0.88623f * r;                // half a side: √π/2·r
     if (shape == 3) return 0.70711f * (ax + ay) - 0.88623f * r;               // the square on its corner
     return fmaxf(dy, 0.86603f * ax - 0.5f * dy) - 0.77756f * r;               // apex up, inradius √(π/√27)·r
 }
 
 // How far a shape of r = 1 reaches from its centre: sideways, up, down.
-static const float REACH[SHAPES][3] = {{1, 1, 1}, {0.88623f, 0.88623f, 0.88623f},
-    {1.34677f, 1.55512f, 0.77756f}, {1.25331f, 1.25331f, 1.25331f}};
+static const float REACH[SHAPES][3] = {{1, 1, 1}, {0.88623, 0.88623, 0.88623},
+    {1.34677, 1.55512, 0.77756}, {1.25331, 1.25331, 1.25331}};
 
-// Pixels a frame: 1.25 at 16x16, 1.5 at 32x32 ..; slower where the way would not fit with a pixel to spare.
-static float full_speed(int H, int W) { return 1 + (float)(H < W ? H : W) / 64; }
+// Pixels a frame; slower where the way would not fit with a pixel to spare.
+static float full_speed(int H, int W) { return 1 + (H < W ? H : W) / 64.0f; }
 static float scene_speed(Scene s, int T, int H, int W) {
-    float speed = full_speed(H, W), r = shape_radius(s.size, H, W);
-    const float *reach = REACH[s.shape];
-    float way = s.motion < 2 ? (float)(W - 2) - 2 * r * reach[0] : (float)(H - 2) - r * (reach[1] + reach[2]);
-    return T < 2 || speed * (float)(T - 1) <= way ? speed : fmaxf(way, 0) / (float)(T - 1);
+    const float *reach = REACH[s.shape], speed = full_speed(H, W), r = shape_radius(s.size, H, W);
+    float way = s.motion < 2 ? W - 2 - 2 * r * reach[0] : H - 2 - r * (reach[1] + reach[2]);
+    return T < 2 || speed * (T - 1) <= way ? speed : fmaxf(way, 0) / (T - 1);
 }
 
-// x[3, T, H, W] = the clip of scene s; (seed, index) name the draw of its place.
-static void draw_clip(float *x, Scene s, uint64_t seed, uint64_t index, int T, int H, int W) {
+// x[3, T, H, W] = the caption's clip; (seed, index) name the draw of its place.
+static void draw_clip(float *x, int caption, uint64_t seed, uint64_t index, int T, int H, int W) {
+    Scene s = scene_of(caption);
     float r = shape_radius(s.size, H, W), speed = scene_speed(s, T, H, W), start[2], velocity[2];
     for (int i = 0; i < 2; i++) {                             // x, then y: anywhere that keeps the way inside
         velocity[i] = speed * STEP[s.motion][i];
-        float way = velocity[i] * (float)(T - 1);
-        float low = 1 + r * REACH[s.shape][i] - fminf(way, 0);
-        float high = (float)(i ? H : W) - 1 - r * REACH[s.shape][2 * i] - fmaxf(way, 0);
-        float u = (float)rng_uniform(seed, 0x504c41, 2 * index + (uint64_t)i);         // stream "PLA"
+        float way = velocity[i] * (T - 1);
+        float low = 1 + r * REACH[s.shape][i] - fminf(way, 0), u = rng_uniform(seed, 0x504c41, 2 * index + i);
+        float high = (i ? H : W) - 1 - r * REACH[s.shape][2 * i] - fmaxf(way, 0);
         start[i] = low < high ? low + u * (high - low) : (low + high) / 2;
     }
-    size_t frame = (size_t)H * W, plane = (size_t)T * frame;
+    size_t frame = (size_t)H * W, plane = T * frame;
     for (size_t i = 0; i < plane; i++) {
-        float t = (float)(i / frame), cx = start[0] + velocity[0] * t, cy = start[1] + velocity[1] * t;
+        float t = i / frame, cx = start[0] + velocity[0] * t, cy = start[1] + velocity[1] * t;
         float cover = clamp01(0.5f - shape_distance(s.shape, r, cx, cy, i % frame, W));
         for (int c = 0; c < 3; c++) {
             float ground = GROUND[s.background][c], paint = PAINT[s.color][c];
@@ -2465,42 +2480,41 @@ static void draw_clip(float *x, Scene s, uint64_t seed, uint64_t index, int T, i
 
 // ---- ShapesBench: pixels in, seven scores out ------------------------------------------------------------
 enum { N_SCORES = 7 };
-static const char *const SCORE_NAMES[N_SCORES + 1] = {
-    "color", "shape", "size", "motion", "background", "consistency", "smoothness", "total"};
+static const char *const SCORE_NAMES[] = {"color", "shape", "size", "motion", "background", "consistency",
+                                          "smoothness", "total"};
 
-// What one frame shows. BACK (of the border), COLOR and PLACE (of the object) are weighted means of pixels:
-// red, green, blue, x, y; then the sum of weights: RING, the border's share of that color, and AREA. AT: the
-// centre of mass. FIT: intersection over union with each shape of this area at this place. TIME: the frame's
-// number. FOUND: 1 if one clear object is there; if not, all that follow are 0.
-enum { BACK = 0, RING = 5, FOUND = 6, COLOR = 7, PLACE = 13, AT = 16, AREA = 18, FIT = 19, TIME = 23 };
-typedef float Look[24];
+// What a frame shows. BACK (the border), COLOR and PLACE (the object): weighted means of pixels' red, green,
+// blue, x, y; then the sum of weights, RING (its share of the border) and AREA. AT: x and y of PLACE. FIT:
+// intersection over union with each shape of this area, there. FOUND: 1 if one clear object is there; if not,
+// all that follow are 0. VELOCITY and QUALITY: of a whole clip.
+enum { BACK, RING = 5, FOUND, COLOR, PLACE = 13, AT = 16, AREA = 18, FIT, TIME = 23, VELOCITY, QUALITY = 26 };
+typedef float Look[28];
 
 static float color_distance(const float a[3], const float b[3]) {
     float red = a[0] - b[0], green = a[1] - b[1], blue = a[2] - b[2];
     return sqrtf(red * red + green * green + blue * blue);
 }
 
-// Frame t of x[3, T, H, W] in four passes: the border's color; again, without what differs from it; the
-// object's color: the pixels that differ most say most; its place, by its share of each pixel. Here edges are
-// 1.75 times as steep, so that noise on the background counts for nothing.
-static void look_at(Look look, const float *x, int t, int T, int H, int W) {
+// A frame, whose colors are a plane apart, in four passes: the border's color; again, without what differs
+// from it; the object's color: the pixels that differ most say most; its place, by its share of each pixel.
+// Here edges are 1.75 times as steep, so that noise on the background counts for nothing.
+static void look_at(Look look, const float *x, size_t plane, int H, int W) {
     static const int INTO[] = {BACK, BACK, COLOR, PLACE};
     int n = H * W;
     float *weight = floats(n), contrast = 0, small = shape_radius(0, H, W), large = shape_radius(1, H, W);
     for (int pass = 0; pass < 4; pass++) {
-        float sum[6] = {0, 0, 0, 0, 0, 0};
+        float sum[6] = {0, 0, 0, 0, 0, 0}, *mean = look + INTO[pass];
         for (int i = 0; i < n; i++) {
-            float pixel[6] = {0, 0, 0, (float)(i % W) + 0.5f, (float)(i / W) + 0.5f, 1};
-            for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[((size_t)c * T + t) * n + i]);
-            bool border = i < W || i >= n - W || i % W == 0 || i % W == W - 1;
+            float pixel[6] = {0, 0, 0, i % W + 0.5f, i / W + 0.5f, 1};
+            for (int c = 0; c < 3; c++) pixel[c] = clamp01(0.5f + 0.5f * x[c * plane + i]);
+            bool border = i % W % (W - 1) == 0 || i / W % (H - 1) == 0;
             float d = color_distance(pixel, look + BACK);
-            if (pass < 2) weight[i] = border && (!pass || d <= 0.3f);
-            if (pass == 2) weight[i] = d * d * d * d;
-            if (pass == 3) weight[i] = clamp01(1.75f * d / contrast - 0.375f);
+            weight[i] = pass == 3 ? clamp01(1.75f * d / contrast - 0.375f) : pass == 2 ? d * d * d * d
+                      : border && (pass == 0 || d <= 0.3f);
             for (int k = 0; k < 6; k++) sum[k] += weight[i] * pixel[k];
         }
-        for (int k = 0; k < 5 && sum[5] > 0; k++) look[INTO[pass] + k] = sum[k] / sum[5];
-        look[INTO[pass] + 5] = sum[5];
+        for (int k = 0; k < 5 && sum[5] > 0; k++) mean[k] = sum[k] / sum[5];
+        mean[5] = sum[5];
         contrast = color_distance(look + COLOR, look + BACK);
     }
     bool clear = contrast >= 0.2f && look[AREA] >= 1.2f * small * small && look[AREA] <= 8 * large * large;
@@ -2514,40 +2528,38 @@ static void look_at(Look look, const float *x, int t, int T, int H, int W) {
         look[FIT + shape] = both / (look[AREA] + area - both);
         if (clear && look[FIT + shape] > 0.4f) look[FOUND] = 1;
     }
-    look[RING] /= (float)(2 * (H + W) - 4);
-    look[TIME] = (float)t;
+    look[RING] /= 2 * (H + W) - 4;
     if (!look[FOUND]) memset(look + COLOR, 0, sizeof(Look) - COLOR * sizeof(float));
     free(weight);
 }
 
-// What a clip x[3, T, H, W] shows: its frames' mean (from COLOR on: of those with an object). velocity[2]:
-// the slope of the least-squares line through AT. quality[2]: consistency, how little color, area and shape
-// differ from the mean; smoothness, how small the path's second differences are beside one step.
-static void watch(Look mean, float velocity[2], float quality[2], const float *x, int T, int H, int W) {
-    Look *looks = (Look *)xalloc((size_t)T, sizeof(Look));
-    float spread = 0;
-    memset(mean, 0, sizeof(Look));
-    velocity[0] = velocity[1] = quality[0] = quality[1] = 0;
+// The mean of a clip's frames; from COLOR on, of those with an object. VELOCITY: the slope of the
+// least-squares line through AT. QUALITY: consistency, how little color, area and shape differ from the mean;
+// smoothness, how small the path's second differences are beside one step.
+static void watch(Look mean, const float *x, int T, int H, int W) {
+    Look *looks = (Look *)xalloc(T, sizeof(Look));
+    float spread = 0, *velocity = mean + VELOCITY, *quality = mean + QUALITY;
     for (int t = 0; t < T; t++) {
-        look_at(looks[t], x, t, T, H, W);
+        look_at(looks[t], x + (size_t)t * H * W, (size_t)T * H * W, H, W);
+        looks[t][TIME] = t * looks[t][FOUND];
         for (int k = 0; k <= TIME; k++) mean[k] += looks[t][k];
     }
-    for (int k = TIME; k >= 0; k--) mean[k] /= k > FOUND ? fmaxf(mean[FOUND], 1) : (float)T;   // still a sum
+    for (int k = TIME; k >= 0; k--) mean[k] /= k > FOUND ? fmaxf(mean[FOUND], 1) : T;     // still a sum
     for (int t = 0; t < T; t++) {
         const float *now = looks[t];
         if (!now[FOUND]) continue;
-        float dt = (float)t - mean[TIME], bend[2], shape = 0;
+        float dt = t - mean[TIME], bend[2], shape = 0;
         float paint = color_distance(now + COLOR, mean + COLOR), area = fabsf(logf(now[AREA] / mean[AREA]));
         for (int i = 0; i < 2; i++) velocity[i] += dt * now[AT + i];
         for (int k = FIT; k < FIT + SHAPES; k++) shape = fmaxf(shape, fabsf(now[k] - mean[k]));
         spread += dt * dt;
-        quality[0] += clamp01(1.2f - paint - area - 2 * shape) / (float)T;     // 0.2: what pixels may do
+        quality[0] += clamp01(1.2f - paint - area - 2 * shape) / T;            // 0.2: what pixels may do
         if (t < 2 || !looks[t - 1][FOUND] || !looks[t - 2][FOUND]) continue;
         for (int i = 0; i < 2; i++) bend[i] = now[AT + i] - 2 * looks[t - 1][AT + i] + looks[t - 2][AT + i];
-        quality[1] += clamp01(1.2f - sqrtf(bend[0] * bend[0] + bend[1] * bend[1]) / full_speed(H, W));
+        quality[1] += clamp01(1.2f - length_of(bend[0], bend[1]) / full_speed(H, W));
     }
     for (int i = 0; i < 2 && spread > 0; i++) velocity[i] /= spread;
-    quality[1] = T > 2 ? quality[1] / (float)(T - 2) : mean[FOUND];
+    quality[1] = T > 2 ? quality[1] / (T - 2) : mean[FOUND];
     free(looks);
 }
 
@@ -2561,55 +2573,44 @@ static float color_margin(const float (*palette)[3], int count, const float rgb[
 
 // score[7] in 0..1. Hard (what `osp eval` reports): is the asked word the nearest to what is seen? Soft (the
 // reward of GRPO): the same measurements as slopes, above 1/2 on the right side, so that better pays.
-static void shapes_score(float score[N_SCORES], const float *x, Scene asked, int T, int H, int W, bool soft) {
-    float small = shape_radius(0, H, W), large = shape_radius(1, H, W), r = asked.size ? large : small, v[2];
-    Look mean;
-    watch(mean, v, score + 5, x, T, H, W);
-    float color = color_margin(PAINT, COLORS, mean + COLOR, asked.color);
-    float back = color_margin(GROUND, BACKGROUNDS, mean + BACK, asked.background);
-    float fit = mean[FIT + asked.shape], other = 0, speed = scene_speed(asked, T, H, W);
-    Scene saw = {mean[AREA] > (float)M_PI * small * large, 0, 0, 0, 0};    // the geometric mean of both areas
+static void shapes_score(float score[N_SCORES], const float *x, int caption, int T, int H, int W, bool soft) {
+    float small = shape_radius(0, H, W), large = shape_radius(1, H, W), other = 0;
+    Scene asked = scene_of(caption), saw = {0, 0, 0, 0, 0};
+    Look look = {0};
+    watch(look, x, T, H, W);
+    const float *v = look + VELOCITY, *step = STEP[asked.motion], fit = look[FIT + asked.shape];
     for (int k = 0; k < SHAPES; k++) {
-        if (k != asked.shape) other = fmaxf(other, mean[FIT + k]);
-        if (mean[FIT + k] > mean[FIT + saw.shape]) saw.shape = k;
+        if (k != asked.shape) other = fmaxf(other, look[FIT + k]);
+        if (look[FIT + k] > look[FIT + saw.shape]) saw.shape = k;
     }
-    saw.motion = fabsf(v[0]) > fabsf(v[1]) ? v[0] > 0 : 2 + (v[1] > 0);    // the main axis, then the sign ...
-    if (fmaxf(fabsf(v[0]), fabsf(v[1])) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
-    float off = fabsf(logf(fmaxf(mean[AREA], 1e-3f) / ((float)M_PI * r * r))), gap = 2 * logf(large / small);
-    float dx = v[0] - speed * STEP[asked.motion][0], dy = v[1] - speed * STEP[asked.motion][1];
-    float miss = speed > 0 ? sqrtf(dx * dx + dy * dy) / (2 * speed) : 0;      // 1: the opposite way
-    const float slopes[] = {clamp01(1.2f * color), clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit),
-        clamp01(1.1f - off / gap), clamp01(1.05f - miss) * clamp01(1.05f - miss), clamp01(1.2f * back)};
-    const bool right[] = {color > 0.5f, saw.shape == asked.shape, saw.size == asked.size,
-        saw.motion == asked.motion, back > 0.5f}, there = mean[FOUND] >= 0.5f;
-    for (int k = 0; k < 4; k++) score[k] = mean[FOUND] * (soft ? slopes[k] : there && right[k]);
-    score[4] = mean[RING] * (soft ? slopes[4] : right[4]);
+    saw.size = look[AREA] > (float)M_PI * small * large;                   // the geometric mean of both areas
+    int axis = fabsf(v[0]) <= fabsf(v[1]);
+    saw.motion = 2 * axis + (v[axis] > 0);
+    if (fabsf(v[axis]) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
+    float color = color_margin(PAINT, COLORS, look + COLOR, asked.color);
+    float back = color_margin(GROUND, BACKGROUNDS, look + BACK, asked.background);
+    float r = asked.size ? large : small, speed = scene_speed(asked, T, H, W);
+    float off = fabsf(logf(fmaxf(look[AREA], 1e-3f) / ((float)M_PI * r * r))), gap = 2 * logf(large / small);
+    float miss = length_of(v[0] - speed * step[0], v[1] - speed * step[1]);    // 2·speed: the opposite way
+    float pace = clamp01(1.05f - (speed > 0 ? miss / (2 * speed) : 0));
+    float seen = soft || look[FOUND] >= 0.5f ? look[FOUND] : 0;
+    float form = clamp01(0.5f + 6 * (fit - other)) * clamp01(1.5f * fit);
+    score[0] = seen * (soft ? clamp01(1.2f * color) : color > 0.5f);
+    score[1] = seen * (soft ? form : saw.shape == asked.shape);
+    score[2] = seen * (soft ? clamp01(1.1f - off / gap) : saw.size == asked.size);
+    score[3] = seen * (soft ? pace * pace : saw.motion == asked.motion);
+    score[4] = look[RING] * (soft ? clamp01(1.2f * back) : back > 0.5f);
+    score[5] = look[QUALITY], score[6] = look[QUALITY + 1];
 }
 
 // ---- what training and GRPO ask of the world -------------------------------------------------------------
-static Text caption_batch(const Model *m, const char *const *captions, int count) { // NULL: the empty caption
-    int L = m->c.text_len, *ids = (int *)xalloc((size_t)count * (size_t)L, sizeof(int));
-    for (int b = 0; b < count; b++) caption_ids(ids + (size_t)b * (size_t)L, L, captions ? captions[b] : "");
-    Text t = {ids, NULL};
-    return t;
-}
-
-// The first caption of draw k that is not held out: its words and, returned, its number.
-static int training_caption(char text[128], uint64_t seed, uint64_t k) {
-    int caption;
-    k <<= 8;
-    do caption = (int)(rng_bits(seed, CAPTION_STREAM, k++) % CAPTIONS); while (held_out(caption));
-    caption_text(text, 128, scene_of(caption));
-    return caption;
-}
-
-// Sample b of a batch: a scene's clip x0 under a caption's words, at σ, with noise k of a seed.
-static void sample_fill(Batch *a, const Run *r, int b, Scene scene, const char *text, double sigma,
-                        uint64_t seed, uint64_t k) {
+// Sample b of a batch: a caption's words and its clip x0 at σ, with noise k of a seed.
+static void sample_fill(Batch *a, const Run *r, int b, int caption, double sigma, uint64_t seed, uint64_t k) {
+    int L = r->m->c.text_len;
     size_t size = latent_size(r);
     float *x = a->x + b * size, *target = a->target + b * size;
-    draw_clip(x, scene, seed, k, r->T, 2 * r->H, 2 * r->W);
-    caption_ids(a->ids + b * r->m->c.text_len, r->m->c.text_len, text);
+    draw_clip(x, caption, seed, k, r->T, 2 * r->H, 2 * r->W);
+    caption_ids(a->ids + b * L, L, caption_text(caption));
     a->t[b] = 1000 * sigma;
     for (size_t i = 0; i < size; i++) {
         float noise = rng_normal(seed, NOISE_STREAM, k * size + i), x0 = x[i];
@@ -2619,31 +2620,30 @@ static void sample_fill(Batch *a, const Run *r, int b, Scene scene, const char *
 }
 
 static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
+    int L = r->m->c.text_len;
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
-        uint64_t k = (uint64_t)step * (uint64_t)r->B + (uint64_t)b;
-        char text[128];
-        Scene scene = scene_of(training_caption(text, o->seed, k));
-        if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) text[0] = 0;
-        double sigma = shift_sigma(1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k))),
-                                   train_shift(r->H * r->W));
-        sample_fill(a, r, b, scene, text, sigma, o->seed, k);
+        uint64_t k = (uint64_t)step * r->B + b;
+        double sigma = 1 / (1 + exp(-(double)rng_normal(o->seed, SIGMA_STREAM, k)));
+        sigma = shift_sigma(sigma, train_shift(r->H * r->W));
+        sample_fill(a, r, b, training_caption(o->seed, k), sigma, o->seed, k);
+        if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) caption_ids(a->ids + b * L, L, "");
     }
 }
 
 // reward: the name of a soft score; "all": their mean; "red": how red the clip is, which rewards hacking.
-static double reward_of(const float *x, const char *caption, const Run *r, const char *reward) {
-    size_t plane = r->N * 4;
+static double reward_of(const float *x, int caption, const Run *r, const char *reward) {
+    size_t n = r->N * 4;
     double red = 0, sum = 0;
     float score[N_SCORES];
-    shapes_score(score, x, scene_of(parse_caption(caption)), r->T, 2 * r->H, 2 * r->W, true);
-    for (size_t i = 0; i < plane; i++)
-        red += (x[i] - 0.5 * (x[plane + i] + x[2 * plane + i])) / (2 * (double)plane);
+    for (size_t i = 0; i < n; i++) red += (x[i] - 0.5 * (x[n + i] + x[2 * n + i])) / (2.0 * n);
+    if (!strcmp(reward, "red")) return red;
+    shapes_score(score, x, caption, r->T, 2 * r->H, 2 * r->W, true);
     for (int s = 0; s < N_SCORES; s++) {
         if (!strcmp(reward, SCORE_NAMES[s])) return score[s];
         sum += score[s];
     }
-    return strcmp(reward, "red") ? sum / N_SCORES : red;
+    return sum / N_SCORES;
 }
 // ==========================================================================================================
 // Ranks' plumbing: MPI, and what is built of one transfer
@@ -3208,8 +3208,7 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // Pictures: clips as an animated PNG and as a sheet of their frames
 // ==========================================================================================================
 #include <arpa/inet.h>                            // htonl: PNG has the most significant byte first
-#define STB_IMAGE_WRITE_IMPLEMENTATION            // two functions of it are used: deflate and CRC
-#define STBI_WRITE_NO_STDIO
+#define STB_IMAGE_WRITE_IMPLEMENTATION
 #define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use smaller or fewer clips"))
 #if __has_include(<stb/stb_image_write.h>)
 #include <stb/stb_image_write.h>                  // Debian, Ubuntu: apt install libstb-dev
@@ -3217,14 +3216,11 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 #include <stb_image_write.h>
 #endif
 
-// As PNG wants it: height rows of a 0 (no filter) and width · 3 bytes, from the upper left corner on.
-typedef struct { size_t width, height; uint8_t *rows; } Picture;
+// Clips x[count][3, T, H, W] in [-1, 1] with their captions; a pixel is drawn as scale x scale pixels.
+typedef struct { int T, H, W, count, scale; float **x; const char *const *captions; } Clips;
 
-static void fill_rect(Picture *p, size_t x, size_t y, size_t width, size_t height, uint32_t color) {
-    for (size_t h = y; h < y + height; h++)
-        for (size_t i = 3 * x; i < 3 * (x + width); i++)
-            p->rows[h * (3 * p->width + 1) + 1 + i] = (uint8_t)(color >> (16 - 8 * (i % 3)));     // 0xRRGGBB
-}
+typedef struct { size_t width, height; uint8_t *rgb; } Picture;       // rgb[height, width, 3]
+static uint8_t *pixel_at(const Picture *p, size_t x, size_t y) { return p->rgb + 3 * (y * p->width + x); }
 
 // The letters a to z, 5x7 pixels: 7 characters each, one a row, whose pixels are the bits of c − '0'.
 static const char FONT[] =
@@ -3234,88 +3230,74 @@ static const char FONT[] =
 static void draw_text(Picture *p, size_t x, size_t y, const char *text) {
     for (; *text && x + 6 < p->width; text++, x += 6)
         for (int i = 0; i < 35 && isalpha((unsigned char)*text); i++) {
-            int row = FONT[7 * (tolower((unsigned char)*text) - 'a') + i / 5] - '0';
-            if (row >> (4 - i % 5) & 1) fill_rect(p, x + (size_t)i % 5, y + (size_t)i / 5, 1, 1, 0xE8E8E8);
+            int row = FONT[7 * (tolower(*text) - 'a') + i / 5] - '0';
+            if (row >> (4 - i % 5) & 1) memset(pixel_at(p, x + i % 5, y + i / 5), 0xE8, 3);
         }
 }
 
-// Clips x[count][3, T, H, W] in [-1, 1] with their captions; a pixel is drawn as scale x scale pixels.
-typedef struct { int T, H, W, count, scale; float **x; const char *const *captions; } Clips;
+// Before sampling: the larger picture is the sheet, see below.
+static void check_pictures(const Clips *k) {
+    double width = fmax(k->T * (k->W * k->scale + 4.0), 392), height = k->count * (k->H * k->scale + 17.0);
+    if (3 * width * height > INT_MAX / 2)
+        die("a picture of %.0fx%.0f pixels is too large; use smaller or fewer clips", width, height);
+}
 
-enum { FPS = 8, GAP = 4, TITLE = 13, CAPTION = 392 }; // pixels of a sheet: between frames, above, least width
-
-// The size of a frame, all clips side by side, or of the sheet: a row a clip, its caption above its frames.
-static Picture picture_size(const Clips *k, bool sheet) {
-    size_t width = k->W * k->scale, height = k->H * k->scale;
-    Picture p = {k->count * width, height, NULL};
-    if (sheet) p.width = larger(k->T * (width + GAP) + GAP, CAPTION);
-    if (sheet) p.height = k->count * (TITLE + height + GAP) + GAP;
-    if (p.height * (3 * p.width + 1) > INT_MAX / 2)
-        die("a picture of %zux%zu pixels is too large; use smaller or fewer clips", p.width, p.height);
+// An animation: for every frame a row of all clips; the file will hold these rows one after the other. Or a
+// sheet: for every clip a row of all frames, with gaps and its caption above.
+static Picture picture_draw(const Clips *k, bool sheet) {
+    size_t width = k->W * k->scale, height = k->H * k->scale, gap = sheet ? 4 : 0, title = sheet ? 13 : 0;
+    size_t columns = sheet ? k->T : k->count, rows = sheet ? k->count : k->T;
+    Picture p = {columns * (width + gap) + gap, rows * (title + height + gap) + gap, NULL};
+    if (sheet) p.width = larger(p.width, 392);
+    p.rgb = (uint8_t *)xalloc(p.height, 3 * p.width);
+    for (size_t i = 0; i < 3 * p.height * p.width; i++) p.rgb[i] = "\x20\x20\x24"[i % 3];
+    for (size_t i = 0; i < rows * columns; i++) {
+        size_t row = i / columns, column = i % columns, t = sheet ? column : row, clip = sheet ? row : column;
+        size_t left = gap + column * (width + gap), top = gap + title + row * (title + height + gap);
+        if (sheet) draw_text(&p, gap, top - 11, k->captions[clip]);
+        for (size_t j = 0; j < 3 * width * height; j++) {
+            size_t x = j / 3 % width, y = j / 3 / width, line = (j % 3 * k->T + t) * k->H + y / k->scale;
+            float v = k->x[clip][line * k->W + x / k->scale];
+            pixel_at(&p, left + x, top + y)[j % 3] = 255 * clamp01(0.5f + 0.5f * v) + 0.5f;
+        }
+    }
     return p;
 }
 
-static void draw_frame(Picture *p, const Clips *k, bool sheet, int clip, int t) {
-    size_t plane = (size_t)k->H * k->W, size = k->scale, width = k->W * size, height = k->H * size;
-    size_t left = sheet ? GAP + t * (width + GAP) : clip * width;
-    size_t top = sheet ? clip * (TITLE + height + GAP) + GAP + TITLE : 0;
-    if (sheet) draw_text(p, GAP, top - TITLE + 2, k->captions[clip]);
-    for (size_t i = 0; i < plane; i++) {
-        uint32_t color = 0;
-        for (size_t c = 0; c < 3; c++) {
-            float v = 0.5f + 0.5f * k->x[clip][(c * k->T + t) * plane + i];
-            color = color << 8 | (uint32_t)(255 * clamp01(v) + 0.5f);
-        }
-        fill_rect(p, left + i % k->W * size, top + i / k->W * size, size, size, color);
-    }
-}
-
-// A PNG is a signature, then chunks of length, name, data, CRC. number: what fcTL and fdAT count, before the
-// data; −1 for all others, which have none.
-static void png_chunk(Output *o, const char *name, int number, const void *data, size_t size) {
-    size_t head = number < 0 ? 4 : 8;
-    uint8_t *body = (uint8_t *)xalloc(size + 8, 1);
-    uint32_t length = htonl((uint32_t)(head + size - 4)), count = htonl((uint32_t)number);
-    memcpy(body, name, 4);
-    memcpy(body + 4, &count, 4);
-    memcpy(body + head, data, size);
-    uint32_t crc = htonl(stbiw__crc32(body, (int)(head + size)));
+// A PNG is a signature, then chunks of length, name, data, CRC. body: name and data.
+static void png_chunk(Output *o, void *body, size_t size) {
+    uint32_t length = htonl(size - 4), crc = htonl(stbiw__crc32((uint8_t *)body, size));
     output_bytes(o, &length, 4);
-    output_bytes(o, body, head + size);
+    output_bytes(o, body, size);
     output_bytes(o, &crc, 4);
-    free(body);
 }
 
-// The sheet, or an animated PNG (APNG) that loops for ever: IDAT is the frame that every viewer shows, the
-// later ones are fdAT. The comment is a tEXt chunk (exiftool shows it).
+// stb makes a PNG of each frame: 33 bytes of signature and IHDR, then IDAT, then 12 of IEND. An animation is
+// an APNG: viewers without it show the first IDAT; the others become fdAT. The comment is a tEXt chunk.
 static const char *save_png(const char *path, const Clips *k, bool sheet, const char *comment) {
-    Picture p = picture_size(k, sheet);
+    Picture p = picture_draw(k, sheet);
     Output *o = output_open(path);
-    int frames = sheet ? 1 : k->T, size, number = 0;
-    uint32_t width = htonl((uint32_t)p.width), height = htonl((uint32_t)p.height);
-    const uint32_t header[] = {width, height, htonl(0x08020000), 0};                    // 8 bits, RGB
-    const uint32_t animation[] = {htonl((uint32_t)frames), 0};              // played 0 times: for ever
-    const uint32_t control[] = {width, height, 0, 0, htonl(1 << 16 | FPS), 0};     // at (0, 0) for 1/FPS s
+    int frames = sheet ? 1 : k->T, width = p.width, height = p.height / frames, size;
+    uint32_t animation[] = {htonl(0x6163544C), htonl(frames), 0};       // acTL: is played 0 times, for ever
+    uint32_t control[] = {htonl(0x6663544C), 0, htonl(width), htonl(height), 0, 0, htonl(1 << 16 | 8), 0};
+    uint32_t data[] = {htonl(0x66644154), 0};          // fdAT, before it fcTL: a number; at (0, 0), 1/8 s
     char text[2000];
-    int used = snprintf(text, sizeof text, "osp%c%.1900s", 0, comment);
-    p.rows = (uint8_t *)xalloc(p.height, 3 * p.width + 1);
-    fill_rect(&p, 0, 0, p.width, p.height, 0x202024);
-    output_bytes(o, "\x89PNG\r\n\x1a\n", 8);
-    png_chunk(o, "IHDR", -1, header, 13);
-    png_chunk(o, "tEXt", -1, text, (size_t)used);
-    if (frames > 1) png_chunk(o, "acTL", -1, animation, 8);
-    for (int t = 0; t < k->T; t++) {
-        for (int clip = 0; clip < k->count; clip++) draw_frame(&p, k, sheet, clip, t);
-        if (sheet && t < k->T - 1) continue;                                // it holds all frames
-        uint8_t *pixels = stbi_zlib_compress(p.rows, (int)(p.height * (3 * p.width + 1)), &size, 8);
-        STBIW_ASSERT(pixels);
-        if (frames > 1) png_chunk(o, "fcTL", number++, control, 22);
-        if (number > 1) png_chunk(o, "fdAT", number++, pixels, (size_t)size);
-        else png_chunk(o, "IDAT", -1, pixels, (size_t)size);
-        free(pixels);
+    int used = snprintf(text, sizeof text, "tEXtosp%c%.1900s", 0, comment);
+    stbi_write_force_png_filter = 0;                                        // none
+    for (int t = 0; t < frames; t++) {
+        uint8_t *png = stbi_write_png_to_mem(pixel_at(&p, 0, (size_t)t * height), 0, width, height, 3, &size);
+        STBIW_ASSERT(png);
+        control[1] = htonl(t ? 2 * t - 1 : 0), data[1] = htonl(2 * t);
+        if (t == 0) output_bytes(o, png, 33);
+        if (t == 0) png_chunk(o, text, used);
+        if (t == 0 && frames > 1) png_chunk(o, animation, 12);
+        if (frames > 1) png_chunk(o, control, 30);
+        if (t == 0) output_bytes(o, png + 33, size - 45);
+        else png_chunk(o, memcpy(png + 33, data, 8), size - 49);            // for IDAT and its length
+        if (t == frames - 1) output_bytes(o, png + size - 12, 12);
+        free(png);
     }
-    png_chunk(o, "IEND", -1, "", 0);
-    free(p.rows);
+    free(p.rgb);
     return output_close(o, NULL);
 }
 // ==========================================================================================================
@@ -3611,7 +3593,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
     float *clip[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
-    if (!latent) picture_size(&clips, true);
+    if (!latent) check_pictures(&clips);
     double began = seconds();
     sample_clips(clip, r, o, count);
     double took = seconds() - began;
@@ -3623,7 +3605,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
         float score[N_SCORES];
         int caption = parse_caption(o->captions[i]);
         if (caption < 0) continue;                                          // none of the world's
-        shapes_score(score, clip[i], scene_of(caption), r->T, 2 * r->H, 2 * r->W, false);
+        shapes_score(score, clip[i], caption, r->T, 2 * r->H, 2 * r->W, false);
         printf("%s:", o->captions[i]);
         for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
         printf("\n");
@@ -3633,98 +3615,86 @@ static void cmd_sample(const Options *o, Ranks *k) {
 }
 
 // ---- osp eval: ShapesBench on captions that training never saw -------------------------------------------
-static int next_held_out(int caption) {
-    do caption = (caption + 7) % CAPTIONS; while (!held_out(caption));
-    return caption;
+typedef struct { double mean, error; } Figure;           // over clips; its standard error
+
+static void figures(Figure *f, const double *v, int count, int clips) {       // v[clips, count]
+    for (int k = 0; k < count; k++) {
+        double sum = 0, squares = 0;
+        for (const double *at = v + k; at < v + clips * count; at += count) sum += *at, squares += *at * *at;
+        f[k].mean = sum / clips;
+        f[k].error = clips > 1 ? sqrt(fmax(squares / clips - f[k].mean * f[k].mean, 0) / (clips - 1)) : 0;
+    }
 }
 
-static void mean_and_error(double *mean, double *error, const double *x, int n) {    // error: of the mean
-    double sum = 0, squares = 0;
-    for (int i = 0; i < n; i++) sum += x[i], squares += x[i] * x[i];
-    *mean = sum / n;
-    *error = n > 1 ? sqrt(fmax(squares / n - *mean * *mean, 0) / (n - 1)) : 0;
-}
-
-// mean, error [N_SCORES + 1]: percent, the last of the total, of `clips` samples made r->B at a time.
-static void evaluate(double *mean, double *error, Run *r, int clips, int steps, double shift, double guidance,
+// score[N_SCORES + 1]: percent, the last of the total, of `clips` samples made r->B at a time.
+static void evaluate(Figure *score, Run *r, int clips, int steps, double shift, double guidance,
                      uint64_t seed, bool soft) {
-    int L = r->m->c.text_len, caption = (int)(rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS);
+    int L = r->m->c.text_len, start = rng_bits(seed, SAMPLE_STREAM, ~0ull) % CAPTIONS;
     int *ids = (int *)xalloc(r->B * L, sizeof(int));
     size_t size = latent_size(r);
-    float *x = floats(r->B * size), score[N_SCORES];
-    double *v = (double *)xalloc((N_SCORES + 1) * clips, sizeof(double));         // [N_SCORES + 1, clips]
-    Scene *asked = (Scene *)xalloc(r->B, sizeof(Scene));
+    float *x = floats(r->B * size), seen[N_SCORES];
+    double *v = (double *)xalloc(clips * (N_SCORES + 1), sizeof(double)), *clip = v;
     Text cond = {ids, NULL}, uncond = caption_batch(r->m, NULL, r->B);
-    for (int first = 0; first < clips; first += r->B) {
-        for (int b = 0; b < r->B; b++) {
-            char text[128];
-            asked[b] = scene_of(caption = next_held_out(caption));
-            caption_text(text, sizeof text, asked[b]);
-            caption_ids(ids + b * L, L, text);
-        }
-        noise_fill(x, r->B * size, seed, SAMPLE_STREAM, first * size);
-        sample(r, x, cond, uncond, steps, shift, guidance);
-        for (int b = 0; b < r->B && first + b < clips; b++) {
-            shapes_score(score, x + b * size, asked[b], r->T, 2 * r->H, 2 * r->W, soft);
-            for (int s = 0; s < N_SCORES; s++) {
-                v[s * clips + first + b] = 100 * (double)score[s];
-                v[N_SCORES * clips + first + b] += 100 * (double)(score[s] / N_SCORES);
-            }
+    for (int i = 0; i < clips; i++, clip += N_SCORES + 1) {
+        int b = i % r->B;
+        for (int j = 0; j < r->B && b == 0; j++)
+            caption_ids(ids + j * L, L, caption_text(held_out_caption(start, i + j)));
+        if (b == 0) noise_fill(x, r->B * size, seed, SAMPLE_STREAM, i * size);
+        if (b == 0) sample(r, x, cond, uncond, steps, shift, guidance);
+        shapes_score(seen, x + b * size, held_out_caption(start, i), r->T, 2 * r->H, 2 * r->W, soft);
+        for (int s = 0; s < N_SCORES; s++) {
+            clip[s] = 100.0 * seen[s];
+            clip[N_SCORES] += 100.0 * (seen[s] / N_SCORES);
         }
     }
-    for (int s = 0; s <= N_SCORES; s++) mean_and_error(&mean[s], &error[s], v + s * clips, clips);
-    free(ids), free(x), free(v), free(asked), free((void *)uncond.ids);
+    figures(score, v, N_SCORES + 1, clips);
+    free(ids), free(x), free(v), free((void *)uncond.ids);
 }
 
 // The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
-// BINS parts of 0..1, the same clips, noise and σ for every model. mean, error [BINS + 1]: each part; all.
+// BINS parts of 0..1, the same clips, noise and σ for every model. loss[BINS + 1]: each part; all.
 enum { BINS = 5 };
-static void velocity_loss(double *mean, double *error, Run *r, int clips, uint64_t seed) {
+static void velocity_loss(Figure *loss, Run *r, int clips, uint64_t seed) {
     size_t size = latent_size(r);
     float *x = device_floats(r->B * size), *target = device_floats(r->B * size);
-    double *loss = (double *)xalloc(2 * clips, sizeof(double)), *total = loss + clips;
-    char text[128];
+    double *v = (double *)xalloc(clips * (BINS + 1), sizeof(double));
     Batch a;
     batch_new(&a, r);
-    for (int bin = 0; bin < BINS; bin++) {
-        int caption = 0;
-        for (int first = 0; first < clips; first += r->B) {
-            for (int b = 0; b < r->B; b++) {
-                double sigma = (bin + rng_uniform(seed, SIGMA_STREAM, first + b)) / BINS;
-                Scene scene = scene_of(caption = next_held_out(caption));
-                caption_text(text, sizeof text, scene);
-                sample_fill(&a, r, b, scene, text, sigma, seed, first + b);
-            }
-            batch_upload(r, &a, x, target);
-            forward(r, x, a.t);
-            for (int b = 0; b < r->B && first + b < clips; b++)
-                loss[first + b] = sum_squares(r->out + b * size, target + b * size, size) / (double)size;
+    for (int bin = 0; bin < BINS; bin++)
+        for (int i = 0; i < clips; i++) {
+            int b = i % r->B;
+            double *clip = v + i * (BINS + 1);
+            for (int j = i; j < i + r->B && b == 0; j++)
+                sample_fill(&a, r, j - i, held_out_caption(0, j),
+                            (bin + rng_uniform(seed, SIGMA_STREAM, j)) / BINS, seed, j);
+            if (b == 0) batch_upload(r, &a, x, target), forward(r, x, a.t);
+            clip[bin] = sum_squares(r->out + b * size, target + b * size, size) / size;
+            clip[BINS] += clip[bin] / BINS;
         }
-        for (int i = 0; i < clips; i++) total[i] += loss[i] / BINS;
-        mean_and_error(&mean[bin], &error[bin], loss, clips);
-    }
-    mean_and_error(&mean[BINS], &error[BINS], total, clips);
-    device_free(x), device_free(target), free(loss);
+    figures(loss, v, BINS + 1, clips);
+    device_free(x), device_free(target), free(v);
 }
 
 static void cmd_eval(const Options *o, Ranks *k) {
+    static const char *const SIGMA[] = {"0.0 .. 0.2", "0.2 .. 0.4", "0.4 .. 0.6", "0.6 .. 0.8", "0.8 .. 1.0",
+                                        "all"};
     Run *r = run_open(o, k, o->train.batch < o->clips ? o->train.batch : o->clips, 0);
-    double mean[N_SCORES + 1], error[N_SCORES + 1], loss[BINS + 1], off[BINS + 1];
-    evaluate(mean, error, r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
-    velocity_loss(loss, off, r, o->clips, o->seed);
+    Figure score[N_SCORES + 1], loss[BINS + 1];
+    evaluate(score, r, o->clips, o->steps, o->shift, o->guidance, o->seed, o->soft);
+    velocity_loss(loss, r, o->clips, o->seed);
     if (!speaks(k)) return;
     printf("ShapesBench, %d clips of captions never trained on (mean and standard error):\n", o->clips);
-    for (int s = 0; s <= N_SCORES; s++) printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], mean[s], error[s]);
+    for (int s = 0; s <= N_SCORES; s++)
+        printf("  %-12s %6.2f ± %.2f\n", SCORE_NAMES[s], score[s].mean, score[s].error);
     printf("velocity loss on such captions, by sigma:\n");
-    for (int bin = 0; bin < BINS; bin++)
-        printf("  %.1f .. %.1f   %.4f ± %.4f\n", 1.0 * bin / BINS, (bin + 1.0) / BINS, loss[bin], off[bin]);
-    printf("  all          %.4f ± %.4f\n", loss[BINS], off[BINS]);
+    for (int i = 0; i <= BINS; i++) printf("  %-12s %.4f ± %.4f\n", SIGMA[i], loss[i].mean, loss[i].error);
     if (!o->json) return;
     printf("{");
     for (int s = 0; s <= N_SCORES; s++)
-        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", SCORE_NAMES[s], mean[s], SCORE_NAMES[s], error[s]);
-    printf("\"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS], off[BINS],
-           o->clips);
+        printf("\"%s\": %.4f, \"%s_error\": %.4f, ", SCORE_NAMES[s], score[s].mean, SCORE_NAMES[s],
+               score[s].error);
+    printf("\"velocity_loss\": %.5f, \"velocity_loss_error\": %.5f, \"clips\": %d}\n", loss[BINS].mean,
+           loss[BINS].error, o->clips);
 }
 
 // ---- osp train -------------------------------------------------------------------------------------------
@@ -3757,14 +3727,14 @@ static void cmd_train(const Options *o, Ranks *k) {
 // ---- osp grpo --------------------------------------------------------------------------------------------
 // Prints the soft score on 64 held-out clips, with the adapter's average.
 static void policy_evaluate(Run *r, const Optimizer *opt, const Options *o, bool speaks) {
-    double mean[N_SCORES + 1], error[N_SCORES + 1];
+    Figure score[N_SCORES + 1], *total = &score[N_SCORES];
     size_t bytes = opt->n * sizeof(float);
     float *now = device_floats(opt->n);
     copy(now, opt->w, bytes), copy(opt->w, opt->ema, bytes), weights_prepare(r->m);
-    evaluate(mean, error, r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
+    evaluate(score, r, 64, o->policy.steps, 3, o->policy.guidance, o->seed, true);
     copy(opt->w, now, bytes), weights_prepare(r->m);
     device_free(now);
-    if (speaks) printf("held out after %d: %.2f ± %.2f\n", opt->update, mean[N_SCORES], error[N_SCORES]);
+    if (speaks) printf("held out after %d: %.2f ± %.2f\n", opt->update, total->mean, total->error);
 }
 
 static void cmd_grpo(const Options *o, Ranks *k) {
