@@ -359,8 +359,7 @@ static void check_norm(int n, int D, bool modulated, bool gated) {
     judge("x_out", x_out), judge("x_out moved", moved), judge_maximum(amax, h);
     judge_act("h", h), judge_act("h of x_out", bare), judge("dx", dx), judge_act("dy", dy);
     judge("dgate", dgate), judge("dshift", dshift), judge("dscale", dscale);
-    worst_row(5e-6, fmt("rows of %d, %s norm, %s, moved,", D, modulated ? "modulated" : "affine",
-                        gated ? "gate" : "in place"));
+    worst_row(5e-6, fmt("rows of %d, norm%s%s,", D, modulated ? ", modulated" : "", gated ? ", gate" : ""));
 }
 
 // y = turn(v), v = x·w/rms, rms² = mean x² + eps; with g = dy turned back, dw += g·x/rms.
@@ -519,7 +518,6 @@ static void check_elementwise(void) {
     worst_row(1e-6, "lincomb, sums, mse, SiLU, GELU,");
 }
 
-// Sizes.
 static const char *const SELF = "0x0 1x1 63x63 64x64 65x65 79x79 80x80 81x81 300x300";
 static const char *const CROSS = "300x12 0x512 130x0 1x512";
 static void check_all_codes(void) {
@@ -655,7 +653,6 @@ static Answer golden_ask(Run *r) {
     Question q = {golden("input.latent"), golden("target"), golden("input.text"), NULL, t};
     return ask(r, &q);
 }
-
 static void note_each(const Model *m, const float *got, const float *want) {
     for (const Param *p = m->param; p < m->param + m->params; p++)
         note(p->name, relative(got + p->offset, want + p->offset, p->count));
@@ -822,25 +819,26 @@ static void check_adamw_file(void) {
 }
 
 // ---- Mix-GRPO --------------------------------------------------------------------------------------------
-// Row row[b], step i of W, of a golden [rows, W, one], for each of B videos.
-static float *picked(const char *name, const int *row, int B, int i, int W, size_t one) {
+// Row order[b]/per, step i of W, of a golden [rows, W, one], for each of B videos.
+static float *picked(const char *name, const float *order, int per, int B, int i, int W, size_t one) {
     float *all = golden(name), *x = floats(B * one);
-    for (size_t j = 0; j < B * one; j++) x[j] = all[(row[j / one] * W + i) * one + j % one];
+    for (size_t j = 0; j < B * one; j++)
+        x[j] = all[((int)order[j / one] / per * W + i) * one + j % one];
     return x;
 }
 
 // Step i of W of the videos order[0 .. B − 1]. set: of whose old log-probabilities.
 static PolicyBatch golden_batch(const Run *r, const char *set, const float *order, int i, int W) {
-    int B = r->B, video[8], caption[8], zeros[8] = {0};
+    int B = r->B, G = (int)number("group"), index = file_meta(&gold, "index") ? (int)number("index") : 0;
     size_t one = latent_size(r), n = B * one, text = entry("text_uncond")->count;
-    for (int b = 0; b < B; b++) video[b] = (int)order[b], caption[b] = video[b] / (int)number("group");
-    float *sigma = golden("sigmas") + i + (file_meta(&gold, "index") ? (int)number("index") : 0);
-    PolicyBatch p = {sigma[0], sigma[1], {NULL, picked("text_cond", caption, B, 0, 1, text)},
-                     {NULL, picked("text_uncond", zeros, B, 0, 1, text)},
-                     up(picked("x", video, B, i, W, one), n), up(picked("x_next", video, B, i, W, one), n),
-                     up(picked("mean_ref", video, B, i, W, one), n),
-                     widened(picked("advantages", video, B, 0, 1, 1), B),
-                     widened(picked(fmt("%slogp_old", set), video, B, i, W, 1), B)};
+    float *sigma = golden("sigmas") + index + i;
+    PolicyBatch p = {sigma[0], sigma[1], {NULL, picked("text_cond", order, G, B, 0, 1, text)},
+                     {NULL, picked("text_uncond", order, 100, B, 0, 1, text)},
+                     up(picked("x", order, 1, B, i, W, one), n),
+                     up(picked("x_next", order, 1, B, i, W, one), n),
+                     up(picked("mean_ref", order, 1, B, i, W, one), n),
+                     widened(picked("advantages", order, 1, B, 0, 1, 1), B),
+                     widened(picked(fmt("%slogp_old", set), order, 1, B, i, W, 1), B)};
     return p;
 }
 
@@ -1009,7 +1007,7 @@ static bool same_answer(const Run *r, Answer a, Answer b) {
     return same_bits(a.out, b.out, r->B * latent_size(r)) && same_bits(a.grad, b.grad, r->m->count);
 }
 // The same bits again, in other buffers, with other threads. Without HiF8 a batch is its samples' mean. HiF8
-// in attention alone (quant 2): nothing rounds dv again; rounding once more changes the scale's last bit only.
+// in attention alone (2): nothing rounds dv again; rounding once more changes the scale's last bit only.
 static void check_repetition(int quant) {
     Model *m = small_model(0, quant, 200);
     Run *r = run_of(m, 2, true), *fresh = run_of(m, 2, true), *one = run_of(m, 1, true);
