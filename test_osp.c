@@ -1465,8 +1465,8 @@ static int held_units(int *unit, const Pattern *p, int layout, int r, int shares
     int N = o->start[o->count], count = 0;
     for (int i = 0; i < B * N * shares; i++) {
         int b = i / shares / N, j = i / shares % N, share = i % shares;
-        bool mine = o->first[r] <= j && j < o->first[r + 1];
-        if (dealt ? share == r : mine || layout == WHOLE) unit[count++] = (b * N + o->order[j]) * shares + share;
+        bool mine = dealt ? share == r : layout == WHOLE || (o->first[r] <= j && j < o->first[r + 1]);
+        if (mine) unit[count++] = (b * N + o->order[j]) * shares + share;
     }
     return count;
 }
@@ -1941,7 +1941,7 @@ static void bench_linear(const char *path) {
 
 static const char *option(int argc, char **argv, const char *name, const char *standard);
 
-// argv[0] is "bench". --layers: of each sparse pattern, twice of full; 0: all; -1: all of tiny and toy, else 1.
+// argv[0] is "bench". --layers: of each sparse pattern, twice of full; 0: all; -1: all of tiny, toy; else 1.
 static int bench(int argc, char **argv, Ranks *k) {
     const char *what = argc > 1 && *argv[1] != '-' ? argv[1] : "model";
     const char *layers = option(argc, argv, "--layers", "-1"), *frames = option(argc, argv, "--frames", "0");
