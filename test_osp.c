@@ -1429,7 +1429,7 @@ static void check_checkpoint(const char *path, const char *kind) {
 }
 
 // A whole update of Mix-GRPO, which dies where a ratio is not 1; who is learned from; the adapter's file.
-static void check_policy(const char *path) {
+static void check_policy_update(const char *path) {
     enum { V = 4, W = 2 };
     Config c = small_config(VOCAB, 0);
     Model *m = model_layout(&c);
@@ -1547,7 +1547,7 @@ static int run_tests(const char *folder, bool ops_only) {
     check_batch_fill(), check_velocity_loss(), check_one_kind(), check_optimizer();
     check_checkpoint(path, "f32"), check_checkpoint(path, "bf16");
     if (!tally.half) check_checkpoint(path, "hif8");         // bf16 rounds first
-    check_policy(path);
+    check_policy_update(path);
     check_world(4, 16, 16), check_world(8, 32, 32);
     unlink(path), rmdir(scratch);
     return tally_print();
