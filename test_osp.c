@@ -1196,7 +1196,7 @@ static void check_checkpoint(const char *path, const char *kind) {
 }
 
 // A whole update of Mix-GRPO, which dies where a ratio is not 1; who is learned from; the adapter's file.
-static void check_policy(const char *path) {
+static void check_policy_update(const char *path) {
     enum { V = 4, W = 2 };
     Config c = small_config(VOCAB, 0);
     Model *m = model_layout(&c);
@@ -1232,8 +1232,8 @@ static int held_units(int *unit, const Pattern *p, int layout, int r, int shares
     int N = o->start[o->count], count = 0;
     for (int i = 0; i < B * N * shares; i++) {
         int b = i / shares / N, j = i / shares % N, share = i % shares;
-        bool mine = o->first[r] <= j && j < o->first[r + 1];
-        if (dealt ? share == r : mine || layout == WHOLE) unit[count++] = (b * N + o->order[j]) * shares + share;
+        bool mine = dealt ? share == r : layout == WHOLE || (o->first[r] <= j && j < o->first[r + 1]);
+        if (mine) unit[count++] = (b * N + o->order[j]) * shares + share;
     }
     return count;
 }
@@ -1312,7 +1312,7 @@ static int run_tests(const char *folder, bool ops_only) {
     check_batch_fill(), check_velocity_loss(), check_one_kind(), check_optimizer();
     check_checkpoint(path, "f32"), check_checkpoint(path, "bf16");
     if (!tally.half) check_checkpoint(path, "hif8");         // bf16 rounds first
-    check_policy(path);
+    check_policy_update(path);
     check_world(4, 16, 16), check_world(8, 32, 32);
     unlink(path), rmdir(scratch);
     return tally_print();
@@ -1706,7 +1706,7 @@ static void bench_linear(const char *path) {
 
 static const char *option(int argc, char **argv, const char *name, const char *standard);
 
-// argv[0] is "bench". --layers: of each sparse pattern, twice of full; 0: all; -1: all of tiny and toy, else 1.
+// argv[0] is "bench". --layers: of each sparse pattern, twice of full; 0: all; -1: all of tiny, toy; else 1.
 static int bench(int argc, char **argv, Ranks *k) {
     const char *what = argc > 1 && *argv[1] != '-' ? argv[1] : "model";
     const char *layers = option(argc, argv, "--layers", "-1"), *frames = option(argc, argv, "--frames", "0");
