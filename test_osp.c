@@ -1755,9 +1755,9 @@ static void label(double x, double y, int size, char anchor, const char *color, 
 
 // A box, a little smaller than what it is given, with text in its middle; of opacity 0: its outline.
 static void box(double x, double y, double w, double h, const char *fill, double opacity, const char *text) {
-    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' fill-opacity='%.2f' "
-            "stroke='%s' stroke-width='%d'/>\n", x + 1, y + 1, w - 2, h - 2, fmin(4, 0.12 * fmin(w, h)), fill,
-            opacity, fill, opacity ? 0 : 2);
+    const char *outline = opacity ? "" : fmt(" stroke='%s' stroke-width='2'", fill);
+    fprintf(svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' rx='%.1f' fill='%s' fill-opacity='%.2f'"
+            "%s/>\n", x + 1, y + 1, w - 2, h - 2, fmin(4, 0.12 * fmin(w, h)), fill, opacity, outline);
     if (*text) label(x + w / 2, y + h / 2 + 5, 13, 'm', opacity > 0.5 ? "#FFFFFF" : SOFT, text);
 }
 
