@@ -2122,13 +2122,12 @@ static void param_set(Model *m, Param *p, const float *host) {
 // First weights: matrices normal with deviation 1/√in, modulation with 1/√dim, words with 1; biases 0, norms
 // 1. The head is zero: an untrained model answers v = 0, the best constant.
 static void model_random(Model *m, uint64_t seed) {
-    for (int i = 0; i < m->params; i++) {
-        Param *p = &m->param[i];
+    for (Param *p = m->param; p < m->param + m->params; p++) {
         bool norm = p->rank == 1 && strstr(p->name, "weight"), none = p->rank == 1 || p == m->head.w;
         size_t in = p == m->words ? 1 : p->product ? p->count / p->shape[0] : (size_t)m->c.dim;
         float *host = floats(p->count), deviation = none ? 0 : (float)(1 / sqrt((double)in));
         for (size_t j = 0; j < p->count; j++)
-            host[j] = norm ? 1.0f : deviation * rng_normal(seed, WEIGHT_STREAM + (uint64_t)i, j);
+            host[j] = norm ? 1.0f : deviation * rng_normal(seed, WEIGHT_STREAM + (p - m->param), j);
         param_set(m, p, host);
         free(host);
     }

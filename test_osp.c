@@ -2252,7 +2252,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"exchange: forward, have and want exchanged", "s->layout, next)->pack", "next, s->layout)->pack"},
     {"exchange: backward, have and want exchanged", "r->dx, have, want,", "r->dx, want, have,"},
     {"exchange: ranks unpack in order of arrival", "= arrival[holder[unit[i]]]++", "= (int)i"},
-    {"sampling: o not into oq", "self->oq.x = self->o,", "self->oq.x = self->y,"},
+    {"attention: its matrix does not read o", "self->oq.x = self->o,", "self->oq.x = self->y,"},
     {"RoPE: h and w exchanged", "token / W % H, token % W}", "token % W, token / W % H}"},
     {"RoPE: not turned back in backward", "head_dim, -1.0f, heads", "head_dim, 1.0f, heads"},
     {"modulation: shift is scale", "of_row(e, row, rows, D)", "of_row(e, row + 1, rows, D)"},
