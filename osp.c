@@ -1499,19 +1499,17 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 // First what a GPU uses, too.
 
 // 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
-// 2^-126 it gives 0, above 2^126 that; NaN stays. Bit masks cut the ends, not branches: loops vectorise.
+// 2^-126 it gives 0, above 2^126 that; NaN stays. No branches: loops vectorise.
 EVERYWHERE float exp2_fast(float x) {
-    uint32_t low = 0u - (uint32_t)(x < -126.0f), high = 0u - (uint32_t)(x > 126.0f);
-    float shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);       // + 1.5·2^23 rounds to an integer
-    float p = 1.54531634e-4f;
+    float y = x > 126.0f ? 126.0f : x, shifted = y + 12582912.0f;           // + 1.5·2^23 rounds to an integer
+    float f = y - (shifted - 12582912.0f), p = 1.54531634e-4f;
     p = p * f + 1.33908633e-3f;
     p = p * f + 9.61808302e-3f;
     p = p * f + 5.55035695e-2f;
     p = p * f + 2.40226507e-1f;
     p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
-    p *= bits_float((float_bits(shifted) + 127u) << 23);
-    return bits_float((float_bits(p) & ~(low | high)) | (high & 0x7E800000u));
+    return x < -126.0f ? 0.0f : p * bits_float((float_bits(shifted) + 127u) << 23);
 }
 
 // gelu(u) = u·σ(2z) with z = √(2/π)·(u + 0.044715·u³), because (1 + tanh z)/2 = σ(2z): it never cancels.
@@ -1542,7 +1540,7 @@ enum { LANES = 4, TILE_M = 6 };
 enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
-    TASK_M = 512,           // rows of a product that one task computes with each panel
+    TASK_M = 480,           // rows of a product that one task computes with each panel, whole tiles
     SUM_ROWS = 64,          // rows that a sum over rows takes at a time
     QUERIES = 128,          // attention: queries that a task takes at a time
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
@@ -1641,14 +1639,18 @@ static void pack(float *panel, Matrix b) {
                     panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N] on this thread; start is NOTHING, or a bias for all rows, or c itself.
+// c[M, N] = start + a[M, K]·b[K, N]: start is NOTHING, or a bias for all rows, or c itself. Turned matrices make
+// this the forward product, dx and dw alike; slices make it attention, whose tasks run it on one thread each.
 // A sum runs over k from 0 to K−1, TILE_K terms at a time.
-static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
-    float panel[TILE_K * TILE_N];
-    for (size_t j = 0; j < c.columns; j += TILE_N)
+static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
+    size_t panels = blocks_of(c.columns, TILE_N), tasks = panels * blocks_of(c.rows, TASK_M);
+    #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
+    for (size_t task = 0; task < tasks; task++) {
+        float panel[TILE_K * TILE_N];
+        size_t j = task % panels * TILE_N, first = task / panels * TASK_M, last = least(first + TASK_M, c.rows);
         for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
             pack(panel, slice(b, k, j, TILE_K, TILE_N));
-            for (size_t i = 0; i < c.rows; i += TILE_M) {
+            for (size_t i = first; i < last; i += TILE_M) {
                 Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
                 Matrix left = slice(a, i, k, TILE_M, TILE_K);
                 if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
@@ -1656,16 +1658,6 @@ static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
                 else tile(to, from, left, panel, to.columns);
             }
         }
-}
-
-// The same on all threads. Views make it the forward product, dx and dw alike.
-static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
-    size_t across = blocks_of(c.columns, TILE_N), tasks = across * blocks_of(c.rows, TASK_M);
-    #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
-    for (size_t task = 0; task < tasks; task++) {
-        size_t i = task / across * TASK_M, j = task % across * TILE_N;
-        multiply(slice(c, i, j, TASK_M, TILE_N), slice(start, i, j, 0, 0), slice(a, i, 0, TASK_M, SIZE_MAX),
-                 slice(b, 0, j, SIZE_MAX, TILE_N));
     }
 }
 
@@ -1720,7 +1712,6 @@ static void gelu_backward(act *dx, const act *dy, const act *pre, size_t n) {
 static void silu_forward(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = silu(x[i]);
 }
-
 static void silu_backward(float *dx, const float *dy, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) dx[i] = dy[i] * silu_slope(x[i]);
 }
@@ -1748,8 +1739,7 @@ static void residual_gather_forward(float *x_out, const float *x, const act *y, 
         size_t i = map ? (size_t)map[j] : j;
         float *to = x_out + j * D;
         const float *from = x + i * D, *g = of_sample(gate, i / r.n);
-        if (!y) memmove(to, from, 4 * D);
-        for (size_t d = 0; d < D && y; d++) to[d] = from[d] + (g ? g[d] * y[i * D + d] : y[i * D + d]);
+        for (size_t d = 0; d < D; d++) to[d] = from[d] + (!y ? 0.0f : g ? g[d] * y[i * D + d] : y[i * D + d]);
     }
 }
 
@@ -1788,11 +1778,9 @@ static void norm_backward(float *dx, Affine d, const act *dh, const float *x, co
             sum_g += g;
             sum_gx += g * ((xr[i] - mean) * rstd);
         }
-        sum_g /= (float)D;
-        sum_gx /= (float)D;
-        #pragma omp simd
+        float mean_g = sum_g / (float)D, mean_gx = sum_gx / (float)D;
         for (size_t i = 0; i < D; i++)
-            to[i] += rstd * (dr[i] * (a.one + scale[i]) - sum_g - (xr[i] - mean) * rstd * sum_gx);
+            to[i] += rstd * (dr[i] * (a.one + scale[i]) - mean_g - (xr[i] - mean) * rstd * mean_gx);
     }
     column_sums(d.shift, dh, NULL, NULL, r);
     column_sums(d.scale, dh, x, stat, r);
@@ -1862,9 +1850,8 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
-// A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. The scores stand
+// A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. Scores stand
 // transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
-// Everything is kept in powers of two: P = 2^(c·(S − max)), c = log2(e)/√head_dim.
 
 // One head of one sequence: what it has of each tensor.
 typedef struct { Matrix q, k, v, o; float *lse; size_t heads; } Head;
@@ -1879,16 +1866,15 @@ static Head head_of(const float *q, const float *k, const float *v, const float 
     return t;
 }
 
-// o = softmax(q·k^T/√dim)·v for QUERIES queries from `first` on.
+// o = softmax(q·k^T/√dim)·v for QUERIES queries from `first` on: P = 2^(c·s − top), c = log2(e)/√dim.
 static void attend(Head t, size_t first) {
     if (first >= t.q.rows) return;
-    size_t dim = t.q.columns, keys = t.k.rows;
-    Matrix q = slice(t.q, first, 0, QUERIES, dim), o = slice(t.o, first, 0, QUERIES, dim);
-    size_t n = q.rows;
-    Matrix s = matrix((float *)scratch(4 * QUERIES * keys), keys, n);
+    size_t dim = t.q.columns, keys = t.k.rows, n = least(QUERIES, t.q.rows - first);
+    Matrix q = slice(t.q, first, 0, n, dim), o = slice(t.o, first, 0, n, dim);
+    Matrix s = matrix((float *)scratch(4 * n * keys), keys, n);
     float top[QUERIES], sum[QUERIES] = {0}, c = (float)(M_LOG2E / sqrt((double)dim));
     for (int j = 0; j < QUERIES; j++) top[j] = -INFINITY;
-    multiply(s, NOTHING, t.k, turned(q));
+    matmul(s, NOTHING, t.k, turned(q));
     for (float *row = s.p; row < s.p + keys * n; row += n)
         for (size_t j = 0; j < n; j++) top[j] = c * row[j] > top[j] ? c * row[j] : top[j];
     for (float *row = s.p; row < s.p + keys * n; row += n)
@@ -1896,8 +1882,8 @@ static void attend(Head t, size_t first) {
             row[j] = exp2_fast(c * row[j] - top[j]);
             sum[j] += row[j];
         }
-    multiply(o, NOTHING, turned(s), t.v);
-    for (size_t i = 0; i < o.rows && keys; i++) {
+    matmul(o, NOTHING, turned(s), t.v);
+    for (size_t i = 0; i < n && keys; i++) {
         for (size_t d = 0; d < dim; d++) o.p[i * o.down + d] /= sum[i];
         if (t.lse) t.lse[(first + i) * t.heads] = (float)((top[i] + log2((double)sum[i])) / M_LOG2E);
     }
@@ -1920,27 +1906,28 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
 // P is computed again for QUERIES queries at a time; dk and dv are sums over them.
 static void attend_backward(Head d, Head t) {
     size_t dim = t.q.columns, keys = t.k.rows;
-    float *room = (float *)scratch(8 * QUERIES * keys), lse2[QUERIES], delta[QUERIES];
+    float *p = (float *)scratch(8 * QUERIES * keys), *ds = p + QUERIES * keys, lse2[QUERIES], delta[QUERIES];
     float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(M_LOG2E / sqrt((double)dim));
     for (size_t first = 0; first == 0 || first < t.q.rows; first += QUERIES) {
         Matrix q = slice(t.q, first, 0, QUERIES, dim), dout = slice(d.o, first, 0, QUERIES, dim);
-        Matrix p = matrix(room, keys, q.rows), ds = matrix(room + keys * q.rows, keys, q.rows);
-        for (size_t j = 0; j < q.rows; j++) {
+        size_t n = q.rows;
+        Matrix P = matrix(p, keys, n), dS = matrix(ds, keys, n);
+        for (size_t j = 0; j < n; j++) {
             lse2[j] = (float)(M_LOG2E * t.lse[(first + j) * t.heads]);
             delta[j] = inner(dout.p + j * dout.down, t.o.p + (first + j) * t.o.down, dim);
         }
-        multiply(p, NOTHING, t.k, turned(q));
-        multiply(ds, NOTHING, t.v, turned(dout));
-        for (size_t i = 0; i < keys; i++)
-            for (size_t j = 0, at = i * q.rows; j < q.rows; j++, at++) {
-                p.p[at] = exp2_fast(c * p.p[at] - lse2[j]);
-                ds.p[at] = p.p[at] * (ds.p[at] - delta[j]) * scale;
+        matmul(P, NOTHING, t.k, turned(q));
+        matmul(dS, NOTHING, t.v, turned(dout));
+        for (size_t i = 0; i < keys * n; i += n)
+            for (size_t j = 0; j < n; j++) {
+                p[i + j] = exp2_fast(c * p[i + j] - lse2[j]);
+                ds[i + j] = p[i + j] * (ds[i + j] - delta[j]) * scale;
             }
-        multiply(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(ds), t.k);
-        multiply(d.k, first ? d.k : NOTHING, ds, q);
-        multiply(d.v, first ? d.v : NOTHING, p, dout);
+        matmul(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(dS), t.k);
+        matmul(d.k, first ? d.k : NOTHING, dS, q);
+        matmul(d.v, first ? d.v : NOTHING, P, dout);
     }
-    free(room);
+    free(p);
 }
 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,

@@ -2256,7 +2256,7 @@ static const struct { const char *name, *find, *replace; } MUTANTS[] = {
     {"RoPE: h and w exchanged", "token / W % H, token % W}", "token % W, token / W % H}"},
     {"RoPE: not turned back in backward", "head_dim, -1.0f, heads", "head_dim, 1.0f, heads"},
     {"modulation: shift is scale", "of_row(e, row, rows, D)", "of_row(e, row + 1, rows, D)"},
-    {"attention backward: without the mean", "p.p[at] * (ds.p[at] - delta[j])", "p.p[at] * ds.p[at]"},
+    {"attention backward: without the mean", "p[i + j] * (ds[i + j] - delta[j])", "p[i + j] * ds[i + j]"},
     {"text: its gradient from k alone", "&a.w->v, count_of(a.kv), true", "&a.w->v, count_of(a.kv), false"},
     {"text: dtext not from the loss", "dw, r->dtext", "dw, r->text"},
     {"patches: pw for ph", "2 * h + patch / 2", "2 * h + patch % 2"},
