@@ -2030,7 +2030,7 @@ static void adamw(float *w, float *m, float *v, float *ema, const float *g, size
 // ==========================================================================================================
 // Building a model and a run: ranges, weights, buffers, index maps
 // ==========================================================================================================
-// The numbers of a Config, in its order: name in a checkpoint, range. What cannot be 0 must be there.
+// The numbers of a Config, in its order: name in a checkpoint, range. The first 11 must be there.
 static const struct { const char *name; int least, most; } CONFIG[] = {
     {"dim", 1, 65536}, {"ffn_dim", 1, 65536}, {"num_heads", 1, 1024}, {"num_layers", 1, 1024},
     {"num_full_blocks", 0, 1024}, {"sparse_ratio", 1, 64}, {"in_dim", 1, 65536}, {"out_dim", 1, 65536},
@@ -2045,9 +2045,12 @@ static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + 
 // What numbers in their ranges must satisfy together; `where` names the file or option they came from.
 static void config_check(const Config *c, const char *where) {
     int L = c->num_layers, F = c->num_full_blocks;
-    if (c->dim % (2 * c->num_heads) || (F != L && (F % 4 || F > L / 2 || L % 2)))
-        die("%s: dim %d, %d heads, %d layers, %d of them full: dim / heads must be even; full ones all, or a "
-            "multiple of 4 up to half of an even number", where, c->dim, c->num_heads, L, F);
+    if (c->dim % (2 * c->num_heads) || c->H_l % 2 || c->W_l % 2)
+        die("%s: dim %d, %d heads, latent %dx%d: dim / heads and the latent's sides must be even", where, c->dim,
+            c->num_heads, c->H_l, c->W_l);
+    if (F != L && (F % 4 || F > L / 2 || L % 2))
+        die("%s: num_full_blocks %d of %d layers: want all, or a multiple of 4 up to half of an even number",
+            where, F, L);
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------
@@ -2847,7 +2850,7 @@ static void output_abandon(void) {                // for who ends a run early, t
 }
 
 static Output *output_fail(const char *path, const char *why) {
-    snprintf(output_error, sizeof output_error, "cannot write '%s': %.99s; choose another path", path, why);
+    snprintf(output_error, sizeof output_error, "cannot write '%s': %.99s; mend that or choose another path", path, why);
     return NULL;
 }
 
@@ -3118,20 +3121,29 @@ static Config config_read(const File *f) {
     return c;
 }
 
-// param[count], of a model, of its adapters or (m NULL) of a run's state: all that the file holds.
-static void weights_read(Model *m, Param *param, int count, const File *f) {
+// param[count], of a model, of its adapters or of a run's state, must be all that the file holds.
+static void weights_check(const Param *param, int count, const File *f) {
     size_t used = 0;
+    for (const Param *p = param; p < param + count; p++) {
+        char want[200], have[200] = "missing";
+        const Entry *t = file_find(f, p->name);
+        if (t) shape_text(have, t->rank, t->shape);
+        if (strcmp(shape_text(want, p->rank, p->shape), have))
+            die("%s: tensor %s is %s, expected %s; export it again", f->path, p->name, have, want);
+        used += t->bytes + (t->dtype == U8 ? 4 : 0);                // codes have a scale
+    }
+    if (used != f->bytes) die("%s: other tensors are there, too; export it again", f->path);
+}
+
+static void weights_read(Model *m, Param *param, int count, const File *f) {         // m NULL: a run's state
+    weights_check(param, count, f);
     for (Param *p = param; p < param + count; p++) {
         const Entry *t = file_find(f, p->name);
-        if (!t || t->rank != p->rank || memcmp(t->shape, p->shape, p->rank * sizeof(size_t)))
-            die("%s: tensor %s is missing or has another shape; export it again", f->path, p->name);
         float *host = file_read(f, t);
         p->codes = t->dtype == U8;
         param_set(m, p, host);
         free(host);
-        used += t->bytes + (p->codes ? 4 : 0);                      // codes have a scale
     }
-    if (used != f->bytes) die("%s: other tensors are there, too; export it again", f->path);
 }
 
 // weights: m->w, or their moving average.
@@ -3433,11 +3445,12 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
 // As trained, or as asked. A model without words makes Wan's latents: a quarter of the frames (the first is
 // alone), an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int side = c->vocab ? 2 : 16;                                           // pixels of a patch
-    if (o->height % side || o->width % side)
-        die("--height %d --width %d: want multiples of %d", o->height, o->width, side);
+    int side = c->vocab ? 2 : 16, frames = c->vocab ? 1 : 4;                // of a patch, of a latent
+    if (o->height % side || o->width % side || (o->frames && (o->frames - 1) % frames))
+        die("--frames %d --height %d --width %d: sides must be multiples of %d, frames less 1 one of %d",
+            o->frames, o->height, o->width, side, frames);
     if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                        // 81 frames of 1280x720
-    if (o->frames) c->T = c->vocab ? o->frames : (o->frames + 3) / 4;
+    if (o->frames) c->T = (o->frames - 1) / frames + 1;
     if (o->height) c->H_l = o->height / side * 2;
     if (o->width) c->W_l = o->width / side * 2;
     if (o->full_blocks >= 0) c->num_full_blocks = o->full_blocks;
@@ -3477,6 +3490,7 @@ static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
+    if (o->weights) weights_check(m->param, m->params, &f);              // before anything is allocated
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     plan_memory(m, k, B, beside, o->training);
@@ -3513,7 +3527,8 @@ static bool learning_more(bool more, const Optimizer *opt, const Model *m, const
     int asked = (int)max_of_ranks((uint64_t)stopped);
     if (speaks(k) && more && (asked || seconds() - saved_at > o->save)) {
         const char *why = state_save(o->state, opt, o->settings);
-        if (why) fprintf(stderr, "warning: %s; what is saved is an earlier step\n", why);
+        if (why && asked) die("%s; %s may hold an earlier step", why, o->state);
+        if (why) fprintf(stderr, "warning: %s; the run goes on and tries again\n", why);
         if (asked) printf("stopped at step %d; run the same command to go on\n", opt->step);
         saved_at = seconds();
     }
@@ -3789,6 +3804,7 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     parse_options(argc, argv, command->example);
     o->training = strchr("tTg", o->command);
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
+    if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
     if (o->out && k->rank == 0) check_writable(o->out);
     if (o->training) snprintf(o->state, sizeof o->state, "%s.resume", o->out);
     t->seed = o->seed, t->clip = 1, t->eps = 1e-8, t->beta1 = 0.9, t->beta2 = grpo ? 0.999 : 0.99;
