@@ -56,7 +56,6 @@
 #include <strings.h>
 #include <sys/file.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -1133,19 +1132,24 @@ typedef struct {
     uint64_t seed;
 } TrainOptions;
 
-typedef struct { float *x, *target; int *ids; double *t; } Batch;  // host: x_σ, ε − x0, words, 1000σ
+typedef struct {
+    float *x, *target;                       // [B, C, T, 2H, 2W] on the host: x_σ and ε − x0
+    float *x_device, *target_device, *dout;  // the same on the device, and d loss / d v
+    int *ids;                                // [B, text_len]: words
+    double *t;                               // [B]: 1000σ
+} Batch;
 
-// The samples of one step: a caption, its clip x0, σ = sigmoid(normal), shifted, noise ε. A tenth of the
-// captions is left out, so that the model also learns the unconditional velocity that guidance needs.
-static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step);
+// The samples of one step, on the device, too: a caption, its clip x0, σ = sigmoid(normal), shifted, noise ε.
+// A tenth of the captions is left out, so that the model also learns the unconditional velocity that guidance
+// needs.
+static void batch_fill(Batch *a, Run *r, const TrainOptions *o, int step);
 
-// Forward and backward of an uploaded batch; returns the loss mean (v − (ε − x0))². x, target, dout[B, C, T,
-// 2H, 2W].
-static double train_step(Run *r, const Batch *a, const float *x, const float *target, float *dout) {
+// Forward and backward; returns the loss mean (v − (ε − x0))².
+static double train_step(Run *r, const Batch *a) {
     weights_prepare(r->m);
-    forward(r, x, a->t);
-    double loss = mse(dout, r->out, target, r->B * latent_size(r));
-    backward(r, dout);
+    forward(r, a->x_device, a->t);
+    double loss = mse(a->dout, r->out, a->target_device, r->B * latent_size(r));
+    backward(r, a->dout);
     return loss;
 }
 
@@ -1333,7 +1337,7 @@ typedef struct {
 // What an update prints: of its videos; of the `count` (video, SDE step) pairs that it learned from.
 typedef struct {
     int count, steps;
-    double reward, spread, ratio_min, ratio_mean, ratio_max, clipped, kl, norm, loss, rollout_time;
+    double reward, spread, ratio_min, ratio_mean, ratio_max, clipped, kl, norm, loss;
 } PolicyFigures;
 
 // The small world's: the k-th caption for training; its words; how well a clip shows it, 0..1.
@@ -1469,7 +1473,6 @@ static void policy_learn(Policy *p, Optimizer *opt, PolicyFigures *f) {
 // The next update: G videos of each of some new captions, and what there is to learn from them.
 static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
     PolicyFigures f;
-    double began = seconds();
     int G = p->o->group, L = p->make->m->c.text_len;
     uint64_t update = (uint64_t)opt->update;
     memset(&f, 0, sizeof f);
@@ -1485,7 +1488,6 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
         f.reward += p->reward[v] / p->V, f.spread += p->reward[v] * p->reward[v] / p->V;
     f.spread = sqrt(fmax(f.spread - f.reward * f.reward, 0));
     if (!isfinite(f.reward)) die("a reward is not finite: lower --lr; a saved state is good");
-    f.rollout_time = seconds() - began;
     policy_learn(p, opt, &f);
     opt->update++;
     if (f.count) f.ratio_mean /= f.count, f.clipped /= f.count, f.kl /= f.count, f.loss /= f.steps;
@@ -2313,17 +2315,19 @@ static void optimizer_init(Optimizer *o, float *w, float *dw, size_t n) {
     copy(o->ema, w, n * sizeof(float));
 }
 
-static void batch_new(Batch *a, const Run *r) {
-    size_t B = r->B, count = B * latent_size(r);
-    a->x = floats(count), a->target = floats(count);
-    a->ids = (int *)xalloc(B * r->m->c.text_len, sizeof(int)), a->t = (double *)xalloc(B, sizeof(double));
+static Batch batch_new(const Run *r) {
+    size_t B = r->B, n = B * latent_size(r);
+    Batch a = {floats(n), floats(n), device_floats(n), device_floats(n), device_floats(n),
+               (int *)xalloc(B * r->m->c.text_len, sizeof(int)), (double *)xalloc(B, sizeof(double))};
+    return a;
 }
 
-// To the device: as soon as the last step's backward is asked for, so that a GPU never waits for it.
-static void batch_upload(Run *r, const Batch *a, float *x, float *target) {
+static void batch_upload(Run *r, const Batch *a) {
     size_t bytes = r->B * latent_size(r) * sizeof(float);
     Text text = {a->ids, NULL};
-    upload(x, a->x, bytes), upload(target, a->target, bytes), text_set(r, text);
+    upload(a->x_device, a->x, bytes);
+    upload(a->target_device, a->target, bytes);
+    text_set(r, text);
 }
 
 static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const TrainOptions *train) {
@@ -2608,7 +2612,7 @@ static void sample_fill(Batch *a, const Run *r, int b, int caption, double sigma
     }
 }
 
-static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) {
+static void batch_fill(Batch *a, Run *r, const TrainOptions *o, int step) {
     int L = r->m->c.text_len;
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < r->B; b++) {
@@ -2618,6 +2622,7 @@ static void batch_fill(Batch *a, const Run *r, const TrainOptions *o, int step) 
         sample_fill(a, r, b, training_caption(o->seed, k), sigma, o->seed, k);
         if (rng_uniform(o->seed, DROP_STREAM, k) < o->drop) caption_ids(a->ids + b * L, L, "");
     }
+    batch_upload(r, a);
 }
 
 // reward: the name of a soft score; "all": their mean; "red": how red the clip is, which rewards hacking.
@@ -2642,10 +2647,6 @@ static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses", "full<->
 static int world_rank, ranks_here = 1;       // this process among all; how many run on this machine
 
 #ifdef OSP_MPI
-#ifndef _OPENMP
-static int omp_get_num_procs(void) { return 1; }
-static void omp_set_num_threads(int n) { (void)n; }
-#endif
 static MPI_Comm sample_ranks = MPI_COMM_WORLD, guidance_pair;
 static MPI_Comm ranks_of(int purpose) { return purpose == GUIDANCE ? guidance_pair : sample_ranks; }
 
@@ -3467,9 +3468,7 @@ static void plan_memory(Model *m, Ranks *k, int B, int beside, bool training) {
     double machine = device_memory() / ranks_here, GiB = 0x1p30;
     double weights = (double)model_place(m, NULL, training), run = (double)run_place(plan, NULL);
     if (beside) run += (double)run_place(run_plan(m, k, beside, false), NULL);
-    struct rlimit limit;
     if (training) weights += m->lora ? 20.0 * m->lora->n : 12.0 * m->count;      // moments, average; adapter
-    if (!getrlimit(RLIMIT_AS, &limit)) machine = fmin(machine, (double)limit.rlim_cur);
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens\n",
                 training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N);
@@ -3657,10 +3656,8 @@ static void evaluate(Figure *score, Run *r, int clips, int steps, double shift, 
 enum { BINS = 5 };
 static void velocity_loss(Figure *loss, Run *r, int clips, uint64_t seed) {
     size_t size = latent_size(r);
-    float *x = device_floats(r->B * size), *target = device_floats(r->B * size);
     double *v = (double *)xalloc(clips * (BINS + 1), sizeof(double));
-    Batch a;
-    batch_new(&a, r);
+    Batch a = batch_new(r);
     for (int bin = 0; bin < BINS; bin++)
         for (int i = 0; i < clips; i++) {
             int b = i % r->B;
@@ -3668,12 +3665,12 @@ static void velocity_loss(Figure *loss, Run *r, int clips, uint64_t seed) {
             for (int j = i; j < i + r->B && b == 0; j++)
                 sample_fill(&a, r, j - i, held_out_caption(0, j),
                             (bin + rng_uniform(seed, SIGMA_STREAM, j)) / BINS, seed, j);
-            if (b == 0) batch_upload(r, &a, x, target), forward(r, x, a.t);
-            clip[bin] = sum_squares(r->out + b * size, target + b * size, size) / size;
+            if (b == 0) batch_upload(r, &a), forward(r, a.x_device, a.t);
+            clip[bin] = sum_squares(r->out + b * size, a.target_device + b * size, size) / size;
             clip[BINS] += clip[bin] / BINS;
         }
     figures(loss, v, BINS + 1, clips);
-    device_free(x), device_free(target), free(v);
+    free(v);
 }
 
 static void cmd_eval(const Options *o, Ranks *k) {
@@ -3702,20 +3699,15 @@ static void cmd_eval(const Options *o, Ranks *k) {
 static void cmd_train(const Options *o, Ranks *k) {
     Run *r = run_open(o, k, o->train.batch, 0);
     Model *m = r->m;
-    size_t n = r->B * latent_size(r);
-    float *x = device_floats(n), *target = device_floats(n), *dout = device_floats(n);
     Optimizer opt;
-    Batch batch;
+    Batch batch = batch_new(r);
     learning_start(&opt, m, o, k);
-    batch_new(&batch, r);
     batch_fill(&batch, r, &o->train, opt.step);
-    batch_upload(r, &batch, x, target);
     for (int first = opt.step, S = o->train.steps; learning_more(opt.step < S, &opt, m, o, k);) {
         for (int i = 0; opt.step > 0 && i < m->params; i++) m->param[i].codes = false;  // weights have moved
-        double lr = learning_rate(&o->train, opt.step), loss = train_step(r, &batch, x, target, dout);
+        double lr = learning_rate(&o->train, opt.step), loss = train_step(r, &batch);
         int step = opt.step + 1;
         batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
-        batch_upload(r, &batch, x, target);
         double norm = optimizer_step(&opt, k, &o->train, lr);
         double ms = 1e3 * (seconds() - began_at) / (step - first);
         if (!isfinite(loss + norm)) die("step %d: loss %g, gradient %g; lower --lr", step, loss, norm);
@@ -3757,9 +3749,8 @@ static void cmd_grpo(const Options *o, Ranks *k) {
         PolicyFigures f = policy_update(policy, &opt);
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
-                   "grad %.3e steps %d rollout %.2f s of %.2f\n", opt.update, p->updates, f.reward, f.spread,
-                   f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, f.rollout_time,
-                   seconds() - began);
+                   "grad %.3e steps %d in %.2f s\n", opt.update, p->updates, f.reward, f.spread,
+                   f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, seconds() - began);
         if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
     }
 }

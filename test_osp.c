@@ -1040,12 +1040,11 @@ static void check_repetition(int quant) {
 static void check_batch_fill(void) {
     Run *r = run_of(small_model(VOCAB, 0, 1), 3, true);
     TrainOptions o = SMALL_TRAINING;
-    Batch a;
+    Batch a = batch_new(r);
     size_t n = latent_size(r);
     int dropped = 0, ids[12];
     float *x = floats(n), *target = floats(n);
     o.drop = 0.5, o.seed = 9;
-    batch_new(&a, r);
     for (int k = 15; k < 75; k++) {
         int b = k % 3, caption = training_caption(9, k);
         if (!b) batch_fill(&a, r, &o, k / 3);
@@ -1107,19 +1106,16 @@ static void check_one_kind(void) {
 static void check_resume(const char *path, int quant) {
     Run *r[2];
     Optimizer o[2];
-    Batch a;
     for (int k = 0; k < 2; k++) {
         Model *m = small_model(VOCAB, quant, 500 + k);
         r[k] = run_of(m, 2, true);
         optimizer_init(&o[k], m->w, m->dw, m->count);
     }
-    size_t count = 2 * latent_size(r[0]), n = o[0].n;
-    float *x = spoiled(count), *target = spoiled(count), *dout = spoiled(count);
-    batch_new(&a, r[0]);
+    size_t n = o[0].n;
+    Batch a = batch_new(r[0]);
     for (int i = 0; i < 9; i++) {
         int k = i > 5, step = k ? i - 3 : i;
-        batch_fill(&a, r[k], &SMALL_TRAINING, step), batch_upload(r[k], &a, x, target);
-        train_step(r[k], &a, x, target, dout);
+        batch_fill(&a, r[k], &SMALL_TRAINING, step), train_step(r[k], &a);
         optimizer_step(&o[k], &alone, &SMALL_TRAINING, learning_rate(&SMALL_TRAINING, step));
         if (i == 2) note("saved", state_save(path, &o[0], "this run") != NULL);
         if (i == 5) note("loaded", !state_load(path, &o[1], "this run"));
@@ -1571,7 +1567,7 @@ static void once(Run *r, int i, int part) {
     Affine norm = modulated(s->e, 3, 6, D);
     const Factor known[] = {s->h1, s->h2, s->h3, a->q, a->k, a->oq, b->q, b->oq};    // their maxima, that is
     double t = 500;
-    Batch batch = {NULL, NULL, NULL, &t};
+    Batch batch = {NULL, NULL, trial.x, trial.x, trial.dout, NULL, &t};
     if (part == NORMS)
         residual_norm_forward(s->x1, s->h2.x, s->stat2, amax, s->x0, a->y, gate, norm, rows, c->eps);
     if (part == LINEARS) linear(a->q_raw, s->h1, &w->self.q, n);
@@ -1595,7 +1591,7 @@ static void once(Run *r, int i, int part) {
     if (part == WHOLE_BLOCK) block_forward(r, i);
     if (part == BLOCK_BACK) block_backward(r, i);
     if (part == WHOLE_FORWARD) forward(r, trial.x, &t);
-    if (part == WHOLE_STEP) train_step(r, &batch, trial.x, trial.x, trial.dout);
+    if (part == WHOLE_STEP) train_step(r, &batch);
     if (part == WHOLE_STEP) optimizer_step(&trial.opt, r->ranks, &SMALL_TRAINING, 1e-5);
 }
 
@@ -2087,17 +2083,14 @@ static void count_kind(int d, const act *device, size_t n) {
 static void gather_kinds(const char *path) {
     File f;
     TrainOptions o = SMALL_TRAINING;
-    Batch a;
     file_open(&f, path);
     Config c = config_read(&f);
     c.quant = c.quant_attn = 0, o.drop = 0, o.seed = 3;
     Model *m = model_layout(&c);
     model_allocate(m, true), weights_read(m, m->param, m->params, &f);
     Run *r = run_of(m, 4, true);
-    size_t count = r->B * latent_size(r);
-    float *x = spoiled(count), *target = spoiled(count), *dout = spoiled(count);
-    batch_new(&a, r), batch_fill(&a, r, &o, 0), batch_upload(r, &a, x, target);
-    train_step(r, &a, x, target, dout), head_backward(r, dout);
+    Batch a = batch_new(r);
+    batch_fill(&a, r, &o, 0), train_step(r, &a), head_backward(r, a.dout);
     for (int i = c.num_layers - 1; i >= 0; i--) {
         size_t n = count_of(rows_of(r, r->saved[i].layout));
         block_backward(r, i);
