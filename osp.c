@@ -1563,13 +1563,12 @@ static inline float inner(const float *a, const float *b, size_t n) {
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
     (void)rank;
-    if (dtype && strcmp(dtype, "f32"))
-        die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
+    if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: a CPU has f32; osp_cuda has bf16", dtype);
 }
 static void wait_device(void) {}
 static void *scratch(size_t bytes) {                   // working memory, not zeroed, a cache line's alignment
-    void *p = bytes < SIZE_MAX - 63 ? aligned_alloc(64, (bytes + 64) & ~(size_t)63) : NULL;
-    if (!p) die("out of memory: %zu bytes asked for; use a smaller size or batch", bytes);
+    void *p;
+    if (posix_memalign(&p, 64, bytes)) die("out of memory: %zu bytes asked for; use a smaller size or batch", bytes);
     return p;
 }
 static void  *device_alloc(size_t bytes) { return memset(scratch(bytes), 0, bytes); }
@@ -1854,90 +1853,86 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. Scores stand
 // transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
 
-// One head of one sequence: what it has of each tensor.
-typedef struct { Matrix q, k, v, o; float *lse; size_t heads; } Head;
+// What one head of one sequence has of each tensor: all keys, and at most QUERIES queries after the first `skip`.
+typedef struct { Matrix q, k, v, o; float *lse; } Head;
 
 static Head head_of(const float *q, const float *k, const float *v, const float *o, const float *lse,
-                    const Sequences *s, size_t task, size_t heads, size_t dim) {
-    size_t i = task / heads, h = task % heads, D = heads * dim, at = h * dim;
-    size_t q0 = (size_t)s->q[i], q1 = (size_t)s->q[i + 1], k0 = (size_t)s->k[i], k1 = (size_t)s->k[i + 1];
-    Head t = {slice(matrix(q, q1, D), q0, at, q1, dim), slice(matrix(k, k1, D), k0, at, k1, dim),
-              slice(matrix(v, k1, D), k0, at, k1, dim), slice(matrix(o, q1, D), q0, at, q1, dim),
-              lse ? (float *)lse + q0 * heads + h : NULL, heads};
+                    const Sequences *s, size_t task, size_t heads, size_t dim, size_t skip) {
+    size_t h = task % heads, at = h * dim, D = heads * dim, end = (size_t)s->q[task / heads + 1];
+    size_t first = least(s->q[task / heads] + skip, end), n = least(QUERIES, end - first);
+    size_t k0 = (size_t)s->k[task / heads], k1 = (size_t)s->k[task / heads + 1], keys = k1 - k0;
+    Head t = {slice(matrix(q, end, D), first, at, n, dim), slice(matrix(k, k1, D), k0, at, keys, dim),
+              slice(matrix(v, k1, D), k0, at, keys, dim), slice(matrix(o, end, D), first, at, n, dim),
+              lse ? (float *)lse + first * heads + h : NULL};
     return t;
 }
 
-// o = softmax(q·k^T/√dim)·v for QUERIES queries from `first` on: P = 2^(c·s − top), c = log2(e)/√dim.
-static void attend(Head t, size_t first) {
-    if (first >= t.q.rows) return;
-    size_t dim = t.q.columns, keys = t.k.rows, n = least(QUERIES, t.q.rows - first);
-    Matrix q = slice(t.q, first, 0, n, dim), o = slice(t.o, first, 0, n, dim);
-    Matrix s = matrix((float *)scratch(4 * n * keys), keys, n);
-    float top[QUERIES], sum[QUERIES] = {0}, c = (float)(M_LOG2E / sqrt((double)dim));
-    for (int j = 0; j < QUERIES; j++) top[j] = -INFINITY;
-    matmul(s, NOTHING, t.k, turned(q));
-    for (float *row = s.p; row < s.p + keys * n; row += n)
-        for (size_t j = 0; j < n; j++) top[j] = c * row[j] > top[j] ? c * row[j] : top[j];
-    for (float *row = s.p; row < s.p + keys * n; row += n)
-        for (size_t j = 0; j < n; j++) {
-            row[j] = exp2_fast(c * row[j] - top[j]);
-            sum[j] += row[j];
-        }
-    matmul(o, NOTHING, turned(s), t.v);
-    for (size_t i = 0; i < n && keys; i++) {
-        for (size_t d = 0; d < dim; d++) o.p[i * o.down + d] /= sum[i];
-        if (t.lse) t.lse[(first + i) * t.heads] = (float)((top[i] + log2((double)sum[i])) / M_LOG2E);
-    }
-    free(s.p);
-}
-
+// P = 2^(c·s − top), c = log2(e)/√dim.
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    int most = 0;
-    for (int i = 0; i < s->count; i++) if (s->q[i + 1] - s->q[i] > most) most = s->q[i + 1] - s->q[i];
+    int longest = 0;
+    float c = (float)(M_LOG2E / sqrt((double)head_dim));
+    for (int i = 0; i < s->count; i++)
+        if (s->q[i + 1] - s->q[i] > longest) longest = s->q[i + 1] - s->q[i];
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int task = 0; task < s->count * heads; task++)
-        for (int first = 0; first < most; first += QUERIES)
-            attend(head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim), first);
+        for (int first = 0; first < longest; first += QUERIES) {
+            Head t = head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim, first);
+            size_t n = t.q.rows, keys = t.k.rows;
+            float *p = (float *)scratch(4 * n * keys), top[QUERIES], sum[QUERIES] = {0};
+            Matrix P = matrix(p, keys, n);
+            matmul(P, NOTHING, t.k, turned(t.q));
+            for (size_t j = 0; j < n; j++) top[j] = -INFINITY;
+            for (size_t i = 0; i < keys * n; i += n)
+                for (size_t j = 0; j < n; j++) top[j] = c * p[i + j] > top[j] ? c * p[i + j] : top[j];
+            for (size_t i = 0; i < keys * n; i += n)
+                for (size_t j = 0; j < n; j++) {
+                    p[i + j] = exp2_fast(c * p[i + j] - top[j]);
+                    sum[j] += p[i + j];
+                }
+            matmul(t.o, NOTHING, turned(P), t.v);
+            for (size_t j = 0; j < n && keys; j++) {
+                for (size_t d = 0; d < t.o.columns; d++) t.o.p[j * t.o.down + d] /= sum[j];
+                if (lse) t.lse[j * heads] = (float)((top[j] + log2((double)sum[j])) / M_LOG2E);
+            }
+            free(p);
+        }
     if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
 }
 
-// The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
-//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√dim,  dq = dS·k,  dk = dS^T·q.
+// With P = exp(S − lse), delta = Σ_d dout·o:
+//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
 // P is computed again for QUERIES queries at a time; dk and dv are sums over them.
-static void attend_backward(Head d, Head t) {
-    size_t dim = t.q.columns, keys = t.k.rows;
-    float *p = (float *)scratch(8 * QUERIES * keys), *ds = p + QUERIES * keys, lse2[QUERIES], delta[QUERIES];
-    float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(M_LOG2E / sqrt((double)dim));
-    for (size_t first = 0; first == 0 || first < t.q.rows; first += QUERIES) {
-        Matrix q = slice(t.q, first, 0, QUERIES, dim), dout = slice(d.o, first, 0, QUERIES, dim);
-        size_t n = q.rows;
-        Matrix P = matrix(p, keys, n), dS = matrix(ds, keys, n);
-        for (size_t j = 0; j < n; j++) {
-            lse2[j] = (float)(M_LOG2E * t.lse[(first + j) * t.heads]);
-            delta[j] = inner(dout.p + j * dout.down, t.o.p + (first + j) * t.o.down, dim);
-        }
-        matmul(P, NOTHING, t.k, turned(q));
-        matmul(dS, NOTHING, t.v, turned(dout));
-        for (size_t i = 0; i < keys * n; i += n)
-            for (size_t j = 0; j < n; j++) {
-                p[i + j] = exp2_fast(c * p[i + j] - lse2[j]);
-                ds[i + j] = p[i + j] * (ds[i + j] - delta[j]) * scale;
-            }
-        matmul(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(dS), t.k);
-        matmul(d.k, first ? d.k : NOTHING, dS, q);
-        matmul(d.v, first ? d.v : NOTHING, P, dout);
-    }
-    free(p);
-}
-
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
+    float scale = (float)(1.0 / sqrt((double)head_dim)), c = (float)(M_LOG2E / sqrt((double)head_dim));
     #pragma omp parallel for schedule(dynamic)
-    for (int task = 0; task < s->count * heads; task++)
-        attend_backward(head_of(dq, dk, dv, dout, NULL, s, task, heads, head_dim),
-                        head_of(q, k, v, o, lse, s, task, heads, head_dim));
+    for (int task = 0; task < s->count * heads; task++) {
+        int queries = s->q[task / heads + 1] - s->q[task / heads];
+        for (int first = 0; first == 0 || first < queries; first += QUERIES) {
+            Head t = head_of(q, k, v, o, lse, s, task, heads, head_dim, first);
+            Head d = head_of(dq, dk, dv, dout, NULL, s, task, heads, head_dim, first);
+            size_t n = t.q.rows, keys = t.k.rows;
+            float *p = (float *)scratch(8 * n * keys), *ds = p + n * keys, lse2[QUERIES], delta[QUERIES];
+            Matrix P = matrix(p, keys, n), dS = matrix(ds, keys, n);
+            for (size_t j = 0; j < n; j++) {
+                lse2[j] = (float)(M_LOG2E * t.lse[j * heads]);
+                delta[j] = inner(d.o.p + j * d.o.down, t.o.p + j * t.o.down, head_dim);
+            }
+            matmul(P, NOTHING, t.k, turned(t.q));
+            matmul(dS, NOTHING, t.v, turned(d.o));
+            for (size_t i = 0; i < keys * n; i += n)
+                for (size_t j = 0; j < n; j++) {
+                    p[i + j] = exp2_fast(c * p[i + j] - lse2[j]);
+                    ds[i + j] = p[i + j] * (ds[i + j] - delta[j]) * scale;
+                }
+            matmul(d.q, NOTHING, turned(dS), t.k);
+            matmul(d.k, first ? d.k : NOTHING, dS, t.q);
+            matmul(d.v, first ? d.v : NOTHING, P, d.o);
+            free(p);
+        }
+    }
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
