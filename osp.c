@@ -1503,13 +1503,9 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 // 2^-126 it gives 0, above 2^126 that; NaN stays. No branches: loops vectorise.
 EVERYWHERE float exp2_fast(float x) {
     float y = x > 126.0f ? 126.0f : x, shifted = y + 12582912.0f;           // + 1.5·2^23 rounds to an integer
-    float f = y - (shifted - 12582912.0f), p = 1.54531634e-4f;
-    p = p * f + 1.33908633e-3f;
-    p = p * f + 9.61808302e-3f;
-    p = p * f + 5.55035695e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147182e-1f;
-    p = p * f + 1.0f;
+    float f = y - (shifted - 12582912.0f);
+    float p = ((1.54531634e-4f * f + 1.33908633e-3f) * f + 9.61808302e-3f) * f + 5.55035695e-2f;
+    p = ((p * f + 2.40226507e-1f) * f + 6.93147182e-1f) * f + 1.0f;
     return x < -126.0f ? 0.0f : p * bits_float((float_bits(shifted) + 127u) << 23);
 }
 
@@ -1551,7 +1547,6 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
-static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
 static inline float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
 static inline float inner(const float *a, const float *b, size_t n) {
     float sum = 0.0f;
@@ -1568,7 +1563,7 @@ static void device_start(const char *dtype, int rank) {
 static void wait_device(void) {}
 static void *scratch(size_t bytes) {                   // working memory, not zeroed, a cache line's alignment
     void *p;
-    if (posix_memalign(&p, 64, bytes)) die("out of memory: %zu bytes asked for; use a smaller size or batch", bytes);
+    if (posix_memalign(&p, 64, bytes)) die("no memory for %zu bytes: use a smaller size or batch", bytes);
     return p;
 }
 static void  *device_alloc(size_t bytes) { return memset(scratch(bytes), 0, bytes); }
@@ -1639,18 +1634,18 @@ static void pack(float *panel, Matrix b) {
                     panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]: start is NOTHING, or a bias for all rows, or c itself. Turned matrices make
-// this the forward product, dx and dw alike; slices make it attention, whose tasks run it on one thread each.
-// A sum runs over k from 0 to K−1, TILE_K terms at a time.
+// c[M, N] = start + a[M, K]·b[K, N]; start: NOTHING, a bias for all rows, or c itself. Turned matrices make it
+// the forward product, dx and dw alike. Within a task of attention it runs on that task's thread alone. A sum
+// runs over k from 0 to K−1, TILE_K terms at a time.
 static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
-    size_t panels = blocks_of(c.columns, TILE_N), tasks = panels * blocks_of(c.rows, TASK_M);
+    size_t panels = (c.columns + TILE_N - 1) / TILE_N, tasks = (c.rows + TASK_M - 1) / TASK_M * panels;
     #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
     for (size_t task = 0; task < tasks; task++) {
         float panel[TILE_K * TILE_N];
-        size_t j = task % panels * TILE_N, first = task / panels * TASK_M, last = least(first + TASK_M, c.rows);
+        size_t j = task % panels * TILE_N, top = task / panels * TASK_M, end = least(top + TASK_M, c.rows);
         for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
             pack(panel, slice(b, k, j, TILE_K, TILE_N));
-            for (size_t i = first; i < last; i += TILE_M) {
+            for (size_t i = top; i < end; i += TILE_M) {
                 Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
                 Matrix left = slice(a, i, k, TILE_M, TILE_K);
                 if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
@@ -1664,17 +1659,16 @@ static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
 // By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
-    size_t D = r.dim, end;
+    size_t D = r.dim;
     if (!sum.p) return;
-    #pragma omp parallel for private(end) if (numbers(r) > PARALLEL)
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t j = 0; j < D; j += TILE_N)
-        for (size_t row = 0; row < count_of(r); row = end) {
+        for (size_t row = 0; row < count_of(r);) {
             float part[TILE_N] = {0}, *to = of_sample(sum, row / r.n) + j;
-            size_t columns = least(TILE_N, D - j);
-            end = least(row + SUM_ROWS, (row / r.n + 1) * r.n);
-            for (size_t k = row; k < end; k++) {
-                float mean = stat ? stat[2 * k] : 0.0f, rstd = stat ? stat[2 * k + 1] : 1.0f;
-                for (size_t i = 0, at = k * D + j; i < columns; i++, at++)
+            size_t columns = least(TILE_N, D - j), end = least(row + SUM_ROWS, (row / r.n + 1) * r.n);
+            for (; row < end; row++) {
+                float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
+                for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
                     part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
             }
             for (size_t i = 0; i < columns; i++) to[i] += part[i];
@@ -1853,7 +1847,7 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. Scores stand
 // transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
 
-// What one head of one sequence has of each tensor: all keys, and at most QUERIES queries after the first `skip`.
+// One head of one sequence in each tensor: all its keys, and at most QUERIES queries after the first `skip`.
 typedef struct { Matrix q, k, v, o; float *lse; } Head;
 
 static Head head_of(const float *q, const float *k, const float *v, const float *o, const float *lse,
