@@ -1744,8 +1744,7 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
         const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n);
-        const float *shift = of_sample(a.shift, i / r.n);
-        float *to = h + i * D, mean = 0.0f;
+        float *shift = of_sample(a.shift, i / r.n), *to = h + i * D, mean = 0.0f;
         #pragma omp simd reduction(+ : mean)
         for (size_t d = 0; d < D; d++) mean += row[d];
         mean /= (float)D;
@@ -1796,7 +1795,7 @@ static void gather_rows(void *dst, const void *src, const int *map, size_t count
         memcpy((char *)dst + j * row_bytes, (const char *)src + map[j] * row_bytes, row_bytes);
 }
 
-// Turn every pair (2p, 2p+1) of every head of a row by its angle; sign −1 turns back, which is the transpose.
+// Turn every pair (2p, 2p+1) of every head of a row by its angle; sign −1 turns back: the transpose.
 static inline void rotate(float *x, const float *rope, float sign, size_t heads, size_t head_dim) {
     for (size_t h = 0; h < heads; h++, x += head_dim) {
         #pragma omp simd
@@ -1810,14 +1809,13 @@ static inline void rotate(float *x, const float *rope, float sign, size_t heads,
 
 static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x, const float *w,
                                  const float *rope, Rows r, int heads, float eps) {
-    size_t D = r.dim, head_dim = D / heads, rows = r.B * r.n;
+    size_t D = r.dim, head_dim = D / heads, rows = count_of(r);
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
         const float *xr = x + i * D;
-        float *yr = y + i * D, scale = 1.0f / sqrtf(inner(xr, xr, D) / (float)D + eps);
-        for (size_t d = 0; d < D; d++) yr[d] = xr[d] * scale * w[d];
-        rstd[i] = scale;
-        if (rope) rotate(yr, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
+        float scale = rstd[i] = 1.0f / sqrtf(inner(xr, xr, D) / (float)D + eps);
+        for (size_t d = 0; d < D; d++) y[i * D + d] = xr[d] * scale * w[d];
+        if (rope) rotate(y + i * D, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
     }
     if (amax) absmax(amax, y, rows * D);
 }
@@ -1835,11 +1833,10 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
     column_sums(shared(dw), dx, x, NULL, r);
     #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t row = 0; row < count_of(r); row++) {
-        const float *xr = x + row * D;
         float *g = dx + row * D;
         for (size_t i = 0; i < D; i++) g[i] *= w[i];
-        float mean = inner(g, xr, D) * rstd[row] * rstd[row] / (float)D;
-        for (size_t i = 0; i < D; i++) g[i] -= xr[i] * mean;
+        float mean = inner(g, x + row * D, D) * rstd[row] * rstd[row] / (float)D;
+        for (size_t i = 0; i < D; i++) g[i] -= x[row * D + i] * mean;
     }
 }
 
