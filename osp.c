@@ -1504,13 +1504,9 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 // 2^-126 it gives 0, above 2^126 that; NaN stays. No branches: loops vectorise.
 EVERYWHERE float exp2_fast(float x) {
     float y = x > 126.0f ? 126.0f : x, shifted = y + 12582912.0f;           // + 1.5·2^23 rounds to an integer
-    float f = y - (shifted - 12582912.0f), p = 1.54531634e-4f;
-    p = p * f + 1.33908633e-3f;
-    p = p * f + 9.61808302e-3f;
-    p = p * f + 5.55035695e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147182e-1f;
-    p = p * f + 1.0f;
+    float f = y - (shifted - 12582912.0f);
+    float p = ((1.54531634e-4f * f + 1.33908633e-3f) * f + 9.61808302e-3f) * f + 5.55035695e-2f;
+    p = ((p * f + 2.40226507e-1f) * f + 6.93147182e-1f) * f + 1.0f;
     return x < -126.0f ? 0.0f : p * bits_float((float_bits(shifted) + 127u) << 23);
 }
 
@@ -1552,7 +1548,6 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
-static inline size_t blocks_of(size_t n, size_t size) { return (n + size - 1) / size; }
 static inline float *of_sample(PerSample v, size_t b) { return v.p ? v.p + b * v.stride : NULL; }
 static inline float inner(const float *a, const float *b, size_t n) {
     float sum = 0.0f;
@@ -1564,13 +1559,12 @@ static inline float inner(const float *a, const float *b, size_t n) {
 // ---- memory ----------------------------------------------------------------------------------------------
 static void device_start(const char *dtype, int rank) {
     (void)rank;
-    if (dtype && strcmp(dtype, "f32"))
-        die("--device-dtype %.40s: this program computes on the CPU, in f32; osp_cuda has bf16", dtype);
+    if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: a CPU has f32; osp_cuda has bf16", dtype);
 }
 static void wait_device(void) {}
 static void *scratch(size_t bytes) {                   // working memory, not zeroed, a cache line's alignment
-    void *p = bytes < SIZE_MAX - 63 ? aligned_alloc(64, (bytes + 64) & ~(size_t)63) : NULL;
-    if (!p) die("out of memory: %zu bytes asked for; use a smaller size or batch", bytes);
+    void *p;
+    if (posix_memalign(&p, 64, bytes)) die("no memory for %zu bytes: use a smaller size or batch", bytes);
     return p;
 }
 static void  *device_alloc(size_t bytes) { return memset(scratch(bytes), 0, bytes); }
@@ -1641,18 +1635,18 @@ static void pack(float *panel, Matrix b) {
                     panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]: start is NOTHING, or a bias for all rows, or c itself. Turned matrices make
-// this the forward product, dx and dw alike; slices make it attention, whose tasks run it on one thread each.
-// A sum runs over k from 0 to K−1, TILE_K terms at a time.
+// c[M, N] = start + a[M, K]·b[K, N]; start: NOTHING, a bias for all rows, or c itself. Turned matrices make it
+// the forward product, dx and dw alike. Within a task of attention it runs on that task's thread alone. A sum
+// runs over k from 0 to K−1, TILE_K terms at a time.
 static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
-    size_t panels = blocks_of(c.columns, TILE_N), tasks = panels * blocks_of(c.rows, TASK_M);
+    size_t panels = (c.columns + TILE_N - 1) / TILE_N, tasks = (c.rows + TASK_M - 1) / TASK_M * panels;
     #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
     for (size_t task = 0; task < tasks; task++) {
         float panel[TILE_K * TILE_N];
-        size_t j = task % panels * TILE_N, first = task / panels * TASK_M, last = least(first + TASK_M, c.rows);
+        size_t j = task % panels * TILE_N, top = task / panels * TASK_M, end = least(top + TASK_M, c.rows);
         for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
             pack(panel, slice(b, k, j, TILE_K, TILE_N));
-            for (size_t i = first; i < last; i += TILE_M) {
+            for (size_t i = top; i < end; i += TILE_M) {
                 Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
                 Matrix left = slice(a, i, k, TILE_M, TILE_K);
                 if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
@@ -1666,17 +1660,16 @@ static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
 // By SUM_ROWS rows at a time, which rounds less than one long sum.
 static void column_sums(PerSample sum, const float *a, const float *x, const float *stat, Rows r) {
-    size_t D = r.dim, end;
+    size_t D = r.dim;
     if (!sum.p) return;
-    #pragma omp parallel for private(end) if (numbers(r) > PARALLEL)
+    #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t j = 0; j < D; j += TILE_N)
-        for (size_t row = 0; row < count_of(r); row = end) {
+        for (size_t row = 0; row < count_of(r);) {
             float part[TILE_N] = {0}, *to = of_sample(sum, row / r.n) + j;
-            size_t columns = least(TILE_N, D - j);
-            end = least(row + SUM_ROWS, (row / r.n + 1) * r.n);
-            for (size_t k = row; k < end; k++) {
-                float mean = stat ? stat[2 * k] : 0.0f, rstd = stat ? stat[2 * k + 1] : 1.0f;
-                for (size_t i = 0, at = k * D + j; i < columns; i++, at++)
+            size_t columns = least(TILE_N, D - j), end = least(row + SUM_ROWS, (row / r.n + 1) * r.n);
+            for (; row < end; row++) {
+                float mean = stat ? stat[2 * row] : 0.0f, rstd = stat ? stat[2 * row + 1] : 1.0f;
+                for (size_t i = 0, at = row * D + j; i < columns; i++, at++)
                     part[i] += x ? a[at] * ((x[at] - mean) * rstd) : a[at];
             }
             for (size_t i = 0; i < columns; i++) to[i] += part[i];
@@ -1752,8 +1745,7 @@ static void residual_norm_forward(float *x_out, act *h, float *stat, float *amax
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
         const float *row = x + i * D, *scale = of_sample(a.scale, i / r.n);
-        const float *shift = of_sample(a.shift, i / r.n);
-        float *to = h + i * D, mean = 0.0f;
+        float *shift = of_sample(a.shift, i / r.n), *to = h + i * D, mean = 0.0f;
         #pragma omp simd reduction(+ : mean)
         for (size_t d = 0; d < D; d++) mean += row[d];
         mean /= (float)D;
@@ -1804,7 +1796,7 @@ static void gather_rows(void *dst, const void *src, const int *map, size_t count
         memcpy((char *)dst + j * row_bytes, (const char *)src + map[j] * row_bytes, row_bytes);
 }
 
-// Turn every pair (2p, 2p+1) of every head of a row by its angle; sign −1 turns back, which is the transpose.
+// Turn every pair (2p, 2p+1) of every head of a row by its angle; sign −1 turns back: the transpose.
 static inline void rotate(float *x, const float *rope, float sign, size_t heads, size_t head_dim) {
     for (size_t h = 0; h < heads; h++, x += head_dim) {
         #pragma omp simd
@@ -1818,14 +1810,13 @@ static inline void rotate(float *x, const float *rope, float sign, size_t heads,
 
 static void rmsnorm_rope_forward(act *y, float *rstd, float *amax, const act *x, const float *w,
                                  const float *rope, Rows r, int heads, float eps) {
-    size_t D = r.dim, head_dim = D / heads, rows = r.B * r.n;
+    size_t D = r.dim, head_dim = D / heads, rows = count_of(r);
     #pragma omp parallel for if (rows * D > PARALLEL)
     for (size_t i = 0; i < rows; i++) {
         const float *xr = x + i * D;
-        float *yr = y + i * D, scale = 1.0f / sqrtf(inner(xr, xr, D) / (float)D + eps);
-        for (size_t d = 0; d < D; d++) yr[d] = xr[d] * scale * w[d];
-        rstd[i] = scale;
-        if (rope) rotate(yr, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
+        float scale = rstd[i] = 1.0f / sqrtf(inner(xr, xr, D) / (float)D + eps);
+        for (size_t d = 0; d < D; d++) y[i * D + d] = xr[d] * scale * w[d];
+        if (rope) rotate(y + i * D, rope + i % r.n * head_dim, 1.0f, heads, head_dim);
     }
     if (amax) absmax(amax, y, rows * D);
 }
@@ -1843,11 +1834,10 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
     column_sums(shared(dw), dx, x, NULL, r);
     #pragma omp parallel for if (numbers(r) > PARALLEL)
     for (size_t row = 0; row < count_of(r); row++) {
-        const float *xr = x + row * D;
         float *g = dx + row * D;
         for (size_t i = 0; i < D; i++) g[i] *= w[i];
-        float mean = inner(g, xr, D) * rstd[row] * rstd[row] / (float)D;
-        for (size_t i = 0; i < D; i++) g[i] -= xr[i] * mean;
+        float mean = inner(g, x + row * D, D) * rstd[row] * rstd[row] / (float)D;
+        for (size_t i = 0; i < D; i++) g[i] -= x[row * D + i] * mean;
     }
 }
 
@@ -1855,90 +1845,86 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 // A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. Scores stand
 // transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
 
-// One head of one sequence: what it has of each tensor.
-typedef struct { Matrix q, k, v, o; float *lse; size_t heads; } Head;
+// One head of one sequence in each tensor: all its keys, and at most QUERIES queries after the first `skip`.
+typedef struct { Matrix q, k, v, o; float *lse; } Head;
 
 static Head head_of(const float *q, const float *k, const float *v, const float *o, const float *lse,
-                    const Sequences *s, size_t task, size_t heads, size_t dim) {
-    size_t i = task / heads, h = task % heads, D = heads * dim, at = h * dim;
-    size_t q0 = (size_t)s->q[i], q1 = (size_t)s->q[i + 1], k0 = (size_t)s->k[i], k1 = (size_t)s->k[i + 1];
-    Head t = {slice(matrix(q, q1, D), q0, at, q1, dim), slice(matrix(k, k1, D), k0, at, k1, dim),
-              slice(matrix(v, k1, D), k0, at, k1, dim), slice(matrix(o, q1, D), q0, at, q1, dim),
-              lse ? (float *)lse + q0 * heads + h : NULL, heads};
+                    const Sequences *s, size_t task, size_t heads, size_t dim, size_t skip) {
+    size_t h = task % heads, at = h * dim, D = heads * dim, end = (size_t)s->q[task / heads + 1];
+    size_t first = least(s->q[task / heads] + skip, end), n = least(QUERIES, end - first);
+    size_t k0 = (size_t)s->k[task / heads], k1 = (size_t)s->k[task / heads + 1], keys = k1 - k0;
+    Head t = {slice(matrix(q, end, D), first, at, n, dim), slice(matrix(k, k1, D), k0, at, keys, dim),
+              slice(matrix(v, k1, D), k0, at, keys, dim), slice(matrix(o, end, D), first, at, n, dim),
+              lse ? (float *)lse + first * heads + h : NULL};
     return t;
 }
 
-// o = softmax(q·k^T/√dim)·v for QUERIES queries from `first` on: P = 2^(c·s − top), c = log2(e)/√dim.
-static void attend(Head t, size_t first) {
-    if (first >= t.q.rows) return;
-    size_t dim = t.q.columns, keys = t.k.rows, n = least(QUERIES, t.q.rows - first);
-    Matrix q = slice(t.q, first, 0, n, dim), o = slice(t.o, first, 0, n, dim);
-    Matrix s = matrix((float *)scratch(4 * n * keys), keys, n);
-    float top[QUERIES], sum[QUERIES] = {0}, c = (float)(M_LOG2E / sqrt((double)dim));
-    for (int j = 0; j < QUERIES; j++) top[j] = -INFINITY;
-    matmul(s, NOTHING, t.k, turned(q));
-    for (float *row = s.p; row < s.p + keys * n; row += n)
-        for (size_t j = 0; j < n; j++) top[j] = c * row[j] > top[j] ? c * row[j] : top[j];
-    for (float *row = s.p; row < s.p + keys * n; row += n)
-        for (size_t j = 0; j < n; j++) {
-            row[j] = exp2_fast(c * row[j] - top[j]);
-            sum[j] += row[j];
-        }
-    matmul(o, NOTHING, turned(s), t.v);
-    for (size_t i = 0; i < n && keys; i++) {
-        for (size_t d = 0; d < dim; d++) o.p[i * o.down + d] /= sum[i];
-        if (t.lse) t.lse[(first + i) * t.heads] = (float)((top[i] + log2((double)sum[i])) / M_LOG2E);
-    }
-    free(s.p);
-}
-
+// P = 2^(c·s − top), c = log2(e)/√dim.
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    int most = 0;
-    for (int i = 0; i < s->count; i++) if (s->q[i + 1] - s->q[i] > most) most = s->q[i + 1] - s->q[i];
+    int longest = 0;
+    float c = (float)(M_LOG2E / sqrt((double)head_dim));
+    for (int i = 0; i < s->count; i++)
+        if (s->q[i + 1] - s->q[i] > longest) longest = s->q[i + 1] - s->q[i];
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int task = 0; task < s->count * heads; task++)
-        for (int first = 0; first < most; first += QUERIES)
-            attend(head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim), first);
+        for (int first = 0; first < longest; first += QUERIES) {
+            Head t = head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim, first);
+            size_t n = t.q.rows, keys = t.k.rows;
+            float *p = (float *)scratch(4 * n * keys), top[QUERIES], sum[QUERIES] = {0};
+            Matrix P = matrix(p, keys, n);
+            matmul(P, NOTHING, t.k, turned(t.q));
+            for (size_t j = 0; j < n; j++) top[j] = -INFINITY;
+            for (size_t i = 0; i < keys * n; i += n)
+                for (size_t j = 0; j < n; j++) top[j] = c * p[i + j] > top[j] ? c * p[i + j] : top[j];
+            for (size_t i = 0; i < keys * n; i += n)
+                for (size_t j = 0; j < n; j++) {
+                    p[i + j] = exp2_fast(c * p[i + j] - top[j]);
+                    sum[j] += p[i + j];
+                }
+            matmul(t.o, NOTHING, turned(P), t.v);
+            for (size_t j = 0; j < n && keys; j++) {
+                for (size_t d = 0; d < t.o.columns; d++) t.o.p[j * t.o.down + d] /= sum[j];
+                if (lse) t.lse[j * heads] = (float)((top[j] + log2((double)sum[j])) / M_LOG2E);
+            }
+            free(p);
+        }
     if (amax) absmax(amax, o, (size_t)s->q[s->count] * heads * head_dim);
 }
 
-// The backward pass of one head of one sequence. With P = exp(S − lse), delta = Σ_d dout·o:
-//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√dim,  dq = dS·k,  dk = dS^T·q.
+// With P = exp(S − lse), delta = Σ_d dout·o:
+//   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
 // P is computed again for QUERIES queries at a time; dk and dv are sums over them.
-static void attend_backward(Head d, Head t) {
-    size_t dim = t.q.columns, keys = t.k.rows;
-    float *p = (float *)scratch(8 * QUERIES * keys), *ds = p + QUERIES * keys, lse2[QUERIES], delta[QUERIES];
-    float scale = (float)(1.0 / sqrt((double)dim)), c = (float)(M_LOG2E / sqrt((double)dim));
-    for (size_t first = 0; first == 0 || first < t.q.rows; first += QUERIES) {
-        Matrix q = slice(t.q, first, 0, QUERIES, dim), dout = slice(d.o, first, 0, QUERIES, dim);
-        size_t n = q.rows;
-        Matrix P = matrix(p, keys, n), dS = matrix(ds, keys, n);
-        for (size_t j = 0; j < n; j++) {
-            lse2[j] = (float)(M_LOG2E * t.lse[(first + j) * t.heads]);
-            delta[j] = inner(dout.p + j * dout.down, t.o.p + (first + j) * t.o.down, dim);
-        }
-        matmul(P, NOTHING, t.k, turned(q));
-        matmul(dS, NOTHING, t.v, turned(dout));
-        for (size_t i = 0; i < keys * n; i += n)
-            for (size_t j = 0; j < n; j++) {
-                p[i + j] = exp2_fast(c * p[i + j] - lse2[j]);
-                ds[i + j] = p[i + j] * (ds[i + j] - delta[j]) * scale;
-            }
-        matmul(slice(d.q, first, 0, QUERIES, dim), NOTHING, turned(dS), t.k);
-        matmul(d.k, first ? d.k : NOTHING, dS, q);
-        matmul(d.v, first ? d.v : NOTHING, P, dout);
-    }
-    free(p);
-}
-
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
+    float scale = (float)(1.0 / sqrt((double)head_dim)), c = (float)(M_LOG2E / sqrt((double)head_dim));
     #pragma omp parallel for schedule(dynamic)
-    for (int task = 0; task < s->count * heads; task++)
-        attend_backward(head_of(dq, dk, dv, dout, NULL, s, task, heads, head_dim),
-                        head_of(q, k, v, o, lse, s, task, heads, head_dim));
+    for (int task = 0; task < s->count * heads; task++) {
+        int queries = s->q[task / heads + 1] - s->q[task / heads];
+        for (int first = 0; first == 0 || first < queries; first += QUERIES) {
+            Head t = head_of(q, k, v, o, lse, s, task, heads, head_dim, first);
+            Head d = head_of(dq, dk, dv, dout, NULL, s, task, heads, head_dim, first);
+            size_t n = t.q.rows, keys = t.k.rows;
+            float *p = (float *)scratch(8 * n * keys), *ds = p + n * keys, lse2[QUERIES], delta[QUERIES];
+            Matrix P = matrix(p, keys, n), dS = matrix(ds, keys, n);
+            for (size_t j = 0; j < n; j++) {
+                lse2[j] = (float)(M_LOG2E * t.lse[j * heads]);
+                delta[j] = inner(d.o.p + j * d.o.down, t.o.p + j * t.o.down, head_dim);
+            }
+            matmul(P, NOTHING, t.k, turned(t.q));
+            matmul(dS, NOTHING, t.v, turned(d.o));
+            for (size_t i = 0; i < keys * n; i += n)
+                for (size_t j = 0; j < n; j++) {
+                    p[i + j] = exp2_fast(c * p[i + j] - lse2[j]);
+                    ds[i + j] = p[i + j] * (ds[i + j] - delta[j]) * scale;
+                }
+            matmul(d.q, NOTHING, turned(dS), t.k);
+            matmul(d.k, first ? d.k : NOTHING, dS, t.q);
+            matmul(d.v, first ? d.v : NOTHING, P, d.o);
+            free(p);
+        }
+    }
 }
 
 // ---- HiF8 ------------------------------------------------------------------------------------------------
