@@ -498,8 +498,7 @@ static void check_words(void) {
 static void check_elementwise(void) {
     size_t n = 10007;
     Given x = given(n), z = given(n), y = blank(n), scaled = blank(n), d = blank(n);
-    Given silu = mapped(silu_of, x, NULL), dsilu = mapped(silu_of, x, z.wide);
-    Given dgelu = mapped(gelu_of, x, z.wide);
+    Given s = mapped(silu_of, x, NULL), ds = mapped(silu_of, x, z.wide), dg = mapped(gelu_of, x, z.wide);
     double squares = 0, distance = 0;
     for (size_t i = 0; i < n; i++) {
         double apart = x.wide[i] - z.wide[i];
@@ -512,9 +511,9 @@ static void check_elementwise(void) {
     note("sum of squares", fabs(sum_squares(x.f, NULL, n) / squares - 1));
     note("squared distance", fabs(sum_squares(x.f, z.f, n) / distance - 1));
     note("mse", fabs(mse(d.f, x.f, z.f, n) * (double)n / distance - 1)), judge("d mse", d);
-    silu_forward(silu.f, x.f, n), judge("silu", silu);
-    dsilu.f = z.f, silu_backward(z.f, z.f, x.f, n), judge("silu backward", dsilu);
-    dgelu.a = z.a, gelu_backward(z.a, z.a, x.a, n), judge_act("gelu backward", dgelu);
+    silu_forward(s.f, x.f, n), judge("silu", s);
+    ds.f = z.f, silu_backward(z.f, z.f, x.f, n), judge("silu backward", ds);
+    dg.a = z.a, gelu_backward(z.a, z.a, x.a, n), judge_act("gelu backward", dg);
     worst_row(1e-6, "lincomb, sums, mse, SiLU, GELU,");
 }
 
