@@ -1537,7 +1537,7 @@ enum { LANES = 4, TILE_M = 6 };
 enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
-    TASK_M = 480,           // rows of a product that one task computes with each panel, whole tiles
+    TASK_M = 528,           // rows of a product that one task computes with each panel, whole tiles
     SUM_ROWS = 64,          // rows that a sum over rows takes at a time
     QUERIES = 128,          // attention: queries that a task takes at a time
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
