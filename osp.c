@@ -1538,7 +1538,7 @@ enum { LANES = 4, TILE_M = 6 };
 enum {
     TILE_N = 2 * LANES,
     TILE_K = 256,           // depth of a packed panel: TILE_K·TILE_N floats live in the L1 cache
-    TASK_M = 480,           // rows of a product that one task computes with each panel, whole tiles
+    TASK_M = 528,           // rows of a product that one task computes with each panel, whole tiles
     SUM_ROWS = 64,          // rows that a sum over rows takes at a time
     QUERIES = 128,          // attention: queries that a task takes at a time
     PARALLEL = 1 << 14      // less work than this is not worth waking threads
@@ -1635,8 +1635,8 @@ static void pack(float *panel, Matrix b) {
                     panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]; start: NOTHING, a bias for all rows, or c itself. Turned matrices make it
-// the forward product, dx and dw alike. Within a task of attention it runs on that task's thread alone. A sum
+// c[M, N] = start + a[M, K]·b[K, N]; start: NOTHING, a bias for all rows, or c. Turned matrices make it
+// the forward product, dx and dw alike. In attention's tasks it runs on one thread. A sum
 // runs over k from 0 to K−1, TILE_K terms at a time.
 static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
     size_t panels = (c.columns + TILE_N - 1) / TILE_N, tasks = (c.rows + TASK_M - 1) / TASK_M * panels;
