@@ -251,7 +251,7 @@ static void check_codes(int rows, int columns, float s) {
     float *want = nearest_tensor(x.h, n, s), unit = *down(f.unit, 1), wrong = 0;
     for (size_t i = 0; i < n; i++) {
         double size = fabs(want[i]) / unit, off = fabs(x.wide[i] - want[i]) / unit;
-        wrong += !(off <= (size < 0x1p-6 ? 0x1p-10 : 1e-6 * size));
+        wrong += !(off <= (size < 0x1p-6 ? 0x1.001p-10 : 1e-6 * size));
     }
     for (size_t i = 0; i < columns * padded; i++) {
         size_t r = i % padded, c = i / padded;
