@@ -1635,26 +1635,35 @@ static void pack(float *panel, Matrix b) {
                     panel[k * TILE_N + j] = b.p[k * b.down + j * b.right];
 }
 
-// c[M, N] = start + a[M, K]·b[K, N]; start: NOTHING, a bias for all rows, or c. Turned matrices make it
-// the forward product, dx and dw alike. In attention's tasks it runs on one thread. A sum
-// runs over k from 0 to K−1, TILE_K terms at a time.
-static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
-    size_t panels = (c.columns + TILE_N - 1) / TILE_N, tasks = (c.rows + TASK_M - 1) / TASK_M * panels;
-    #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
-    for (size_t task = 0; task < tasks; task++) {
-        float panel[TILE_K * TILE_N];
-        size_t j = task % panels * TILE_N, top = task / panels * TASK_M, end = least(top + TASK_M, c.rows);
-        for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
-            pack(panel, slice(b, k, j, TILE_K, TILE_N));
-            for (size_t i = top; i < end; i += TILE_M) {
-                Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
-                Matrix left = slice(a, i, k, TILE_M, TILE_K);
-                if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
-                else if (to.columns == LANES) tile(to, from, left, panel, LANES);
-                else tile(to, from, left, panel, to.columns);
-            }
+// c[M, N] = start + a[M, K]·b[K, N]: start is NOTHING, or a bias for all rows, or c itself. Turned matrices
+// make this the forward product, dx and dw alike; slices make it attention. A sum runs over k from 0 to K−1,
+// TILE_K terms at a time. A task computes TILE_N columns of TASK_M rows.
+static size_t matmul_tasks(Matrix c) {
+    return (c.rows + TASK_M - 1) / TASK_M * ((c.columns + TILE_N - 1) / TILE_N);
+}
+static void matmul_task(Matrix c, Matrix start, Matrix a, Matrix b, size_t task) {
+    float panel[TILE_K * TILE_N];
+    size_t panels = (c.columns + TILE_N - 1) / TILE_N, j = task % panels * TILE_N;
+    size_t top = task / panels * TASK_M, end = least(top + TASK_M, c.rows);
+    for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
+        pack(panel, slice(b, k, j, TILE_K, TILE_N));
+        for (size_t i = top; i < end; i += TILE_M) {
+            Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
+            Matrix left = slice(a, i, k, TILE_M, TILE_K);
+            if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
+            else if (to.columns == LANES) tile(to, from, left, panel, LANES);
+            else tile(to, from, left, panel, to.columns);
         }
     }
+}
+
+// On the thread that calls it, and on all.
+static void multiply(Matrix c, Matrix start, Matrix a, Matrix b) {
+    for (size_t task = 0; task < matmul_tasks(c); task++) matmul_task(c, start, a, b, task);
+}
+static void matmul(Matrix c, Matrix start, Matrix a, Matrix b) {
+    #pragma omp parallel for schedule(dynamic) if (c.rows * c.columns * a.columns > 8 * PARALLEL)
+    for (size_t task = 0; task < matmul_tasks(c); task++) matmul_task(c, start, a, b, task);
 }
 
 // sum_b[dim] += Σ a·x̂ over the rows of sample b, x̂ = (x − mean)·rstd; stat NULL: x̂ = x; x NULL: x̂ = 1.
@@ -1873,7 +1882,7 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
             size_t n = t.q.rows, keys = t.k.rows;
             float *p = (float *)scratch(4 * n * keys), top[QUERIES], sum[QUERIES] = {0};
             Matrix P = matrix(p, keys, n);
-            matmul(P, NOTHING, t.k, turned(t.q));
+            multiply(P, NOTHING, t.k, turned(t.q));
             for (size_t j = 0; j < n; j++) top[j] = -INFINITY;
             for (size_t i = 0; i < keys * n; i += n)
                 for (size_t j = 0; j < n; j++) top[j] = c * p[i + j] > top[j] ? c * p[i + j] : top[j];
@@ -1882,7 +1891,7 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
                     p[i + j] = exp2_fast(c * p[i + j] - top[j]);
                     sum[j] += p[i + j];
                 }
-            matmul(t.o, NOTHING, turned(P), t.v);
+            multiply(t.o, NOTHING, turned(P), t.v);
             for (size_t j = 0; j < n && keys; j++) {
                 for (size_t d = 0; d < t.o.columns; d++) t.o.p[j * t.o.down + d] /= sum[j];
                 if (lse) t.lse[j * heads] = (float)((top[j] + log2((double)sum[j])) / M_LOG2E);
@@ -1912,16 +1921,16 @@ static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const
                 lse2[j] = (float)(M_LOG2E * t.lse[j * heads]);
                 delta[j] = inner(d.o.p + j * d.o.down, t.o.p + j * t.o.down, head_dim);
             }
-            matmul(P, NOTHING, t.k, turned(t.q));
-            matmul(dS, NOTHING, t.v, turned(d.o));
+            multiply(P, NOTHING, t.k, turned(t.q));
+            multiply(dS, NOTHING, t.v, turned(d.o));
             for (size_t i = 0; i < keys * n; i += n)
                 for (size_t j = 0; j < n; j++) {
                     p[i + j] = exp2_fast(c * p[i + j] - lse2[j]);
                     ds[i + j] = p[i + j] * (ds[i + j] - delta[j]) * scale;
                 }
-            matmul(d.q, NOTHING, turned(dS), t.k);
-            matmul(d.k, first ? d.k : NOTHING, dS, t.q);
-            matmul(d.v, first ? d.v : NOTHING, P, d.o);
+            multiply(d.q, NOTHING, turned(dS), t.k);
+            multiply(d.k, first ? d.k : NOTHING, dS, t.q);
+            multiply(d.v, first ? d.v : NOTHING, P, d.o);
             free(p);
         }
     }
