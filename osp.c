@@ -1065,9 +1065,9 @@ static double train_shift(int tokens) { return exp(0.5 + (1.15 - 0.5) * (tokens 
 // Numbers of one sample's latent or clip, x[C, T, 2H, 2W].
 static size_t latent_size(const Run *r) { return (size_t)r->m->c.out_dim * r->N * 4; }
 
-// A batch's text on the host: words of captions, or rows of UMT5 embeddings.
+// A batch's text on the host: words of captions (NULL: empty ones), or rows of UMT5 embeddings.
 typedef struct { const int *ids; const float *rows; } Text;  // [B·text_len] or [B·text_len, text_dim]
-
+static const Text NO_TEXT = {NULL, NULL};
 static void text_set(Run *r, Text text);  // to r->ids or r->text
 
 // ---- sampling --------------------------------------------------------------------------------------------
@@ -1326,7 +1326,7 @@ typedef struct {
     Run *make, *learn;
     int V;
     int *caption;                               // [V]
-    int *ids, *batch_ids, *no_ids;              // words of all videos, of a batch, of empty captions
+    int *ids, *batch_ids;                       // words of all videos, of a batch
     double *reward, *advantage, *logp, *sigma;  // [V], [V], [W, V], [S + 1]
     double *batch_advantage, *batch_logp;       // [B] each
     float *x, *mean_ref;                        // device: [W + 1, V, ...], [W, V, ...]
@@ -1357,7 +1357,7 @@ static void rollout(Policy *p, int first, uint64_t update) {
     Run *r = p->make;
     size_t one = latent_size(r), count = r->B * one, bytes = count * sizeof(float);
     float *host = floats(count), *x = p->batch[0], *v = p->batch[3];
-    Text cond = {p->ids + (size_t)first * r->m->c.text_len, NULL}, uncond = {p->no_ids, NULL};
+    Text cond = {p->ids + (size_t)first * r->m->c.text_len, NULL};
     for (int i = -1; i < p->o->steps; i++) {
         for (int b = 0; b < r->B && i < p->o->window; b++) { // the group's first noise, then each video's own
             uint64_t n = update * p->V + first + b, name = i < 0 ? n / p->o->group : n;
@@ -1367,7 +1367,7 @@ static void rollout(Policy *p, int first, uint64_t update) {
         if (i < 0) { upload(x, host, bytes); continue; }
         double sigma = p->sigma[i], next = p->sigma[i + 1];
         SdeStep s = sde_step(sigma, next);
-        guided_velocity(r, v, x, sigma, cond, uncond, p->o->guidance);
+        guided_velocity(r, v, x, sigma, cond, NO_TEXT, p->o->guidance);
         if (i >= p->o->window) { lincomb(x, 1, x, (float)(next - sigma), v, count); continue; }
         copy(kept(p, p->x, i, first), x, bytes);
         lincomb(v, (float)s.a, x, (float)s.b, v, count);  // the mean
@@ -1391,7 +1391,7 @@ static void reference(Policy *p) {
     for (int first = 0; first < p->V; first += r->B)
         for (int i = 0; i < p->o->window; i++) {
             PolicyBatch a = {p->sigma[i], p->sigma[i + 1], {p->ids + (size_t)first * r->m->c.text_len, NULL},
-                             {p->no_ids, NULL}, kept(p, p->x, i, first), NULL, NULL, NULL, NULL};
+                             NO_TEXT, kept(p, p->x, i, first), NULL, NULL, NULL, NULL};
             policy_mean(r, kept(p, p->mean_ref, i, first), &a, p->o->guidance);
         }
     r->m->lora->scale = scale, weights_prepare(r->m);
@@ -1404,7 +1404,7 @@ static void micro_batch(Policy *p, const int *video, bool learn, PolicyFigures *
     Run *r = p->learn;
     int W = p->o->window, L = r->m->c.text_len;
     size_t one = latent_size(r), bytes = one * sizeof(float);
-    PolicyBatch a = {0, 0, {p->batch_ids, NULL}, {p->no_ids, NULL}, p->batch[0], p->batch[1], p->batch[2],
+    PolicyBatch a = {0, 0, {p->batch_ids, NULL}, NO_TEXT, p->batch[0], p->batch[1], p->batch[2],
                      p->batch_advantage, p->batch_logp};
     for (int b = 0; b < r->B; b++)
         memcpy(p->batch_ids + b * L, p->ids + (size_t)video[b] * L, L * sizeof(int));
@@ -2043,7 +2043,7 @@ static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + 
 static void config_check(const Config *c, const char *where) {
     int L = c->num_layers, F = c->num_full_blocks;
     if (c->dim % (2 * c->num_heads) || c->H_l % 2 || c->W_l % 2)
-        die("%s: dim %d, %d heads, latent %dx%d: dim / heads and the latent's sides must be even", where, c->dim,
+        die("%s: dim %d, %d heads, latent %dx%d: dim / heads and both sides must be even", where, c->dim,
             c->num_heads, c->H_l, c->W_l);
     if (F != L && (F % 4 || F > L / 2 || L % 2))
         die("%s: num_full_blocks %d of %d layers: want all, or a multiple of 4 up to half of an even number",
@@ -2298,7 +2298,12 @@ static Run *run_new(Model *m, Ranks *ranks, int B, bool training) {
 // ---- what learning and sampling need beside a run --------------------------------------------------------
 static void text_set(Run *r, Text text) {
     size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
-    if (r->m->c.vocab) { upload(r->ids, text.ids, rows * sizeof(int)); return; }
+    if (r->m->c.vocab) {
+        int *none = (int *)memset(xalloc(rows, sizeof(int)), -1, rows * sizeof(int));       // padding alone
+        upload(r->ids, text.ids ? text.ids : none, rows * sizeof(int));
+        free(none);
+        return;
+    }
     float *room = (float *)to_device(text.rows, count);
     to_act(r->text, room, count);
     device_free(room);
@@ -2331,8 +2336,7 @@ static Policy *policy_new(Run *make, Run *learn, const PolicyOptions *o, const T
     size_t V = (size_t)o->prompts * o->group;
     p->o = o, p->train = train, p->make = make, p->learn = learn, p->V = (int)V;
     p->caption = (int *)xalloc(V, sizeof(int)), p->out = (Surrogate *)xalloc(B, sizeof(Surrogate));
-    p->ids = (int *)xalloc((V + 2 * B) * L, sizeof(int)), p->batch_ids = p->ids + V * L;
-    p->no_ids = (int *)memset(p->batch_ids + B * L, -1, B * L * sizeof(int));
+    p->ids = (int *)xalloc((V + B) * L, sizeof(int)), p->batch_ids = p->ids + V * L;
     p->reward = (double *)xalloc((2 + W) * V + 2 * B + o->steps + 1, sizeof(double));
     p->advantage = p->reward + V, p->logp = p->advantage + V, p->batch_advantage = p->logp + W * V;
     p->batch_logp = p->batch_advantage + B, p->sigma = p->batch_logp + B;
@@ -2393,13 +2397,6 @@ static void caption_ids(int *ids, int text_len, const char *text) {
         ids[n++] = id;
     }
     while (n < text_len) ids[n++] = -1;
-}
-
-static Text caption_batch(const Model *m, const char *const *captions, int count) { // NULL: the empty caption
-    int L = m->c.text_len, *ids = (int *)xalloc(count * L, sizeof(int));
-    for (int b = 0; b < count; b++) caption_ids(ids + b * L, L, captions ? captions[b] : "");
-    Text t = {ids, NULL};
-    return t;
 }
 
 // A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
@@ -2846,7 +2843,8 @@ static void output_abandon(void) {                // for who ends a run early, t
 }
 
 static Output *output_fail(const char *path, const char *why) {
-    snprintf(output_error, sizeof output_error, "cannot write '%s': %.99s; mend that or choose another path", path, why);
+    const char *format = "cannot write '%s': %.99s; mend that or choose another path";
+    snprintf(output_error, sizeof output_error, format, path, why);
     return NULL;
 }
 
@@ -3551,16 +3549,18 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
 // clip[count], one behind the other on the host: of a caption each or of --text, each alone in its batch.
 static void sample_clips(float **clip, Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
-    size_t size = latent_size(r), rows = (size_t)c->text_len * c->text_dim;
+    size_t size = latent_size(r), L = c->text_len;
     float *x = o->noise ? numbers_of(o->noise, "noise", count * size) : floats(count * size);
-    Text cond = {NULL, c->vocab ? NULL : numbers_of(o->embeddings, "text_cond", rows)};
-    Text uncond = {NULL, c->vocab ? NULL : numbers_of(o->embeddings, "text_uncond", rows)};
-    if (c->vocab) cond = caption_batch(r->m, o->captions, count), uncond = caption_batch(r->m, NULL, 1);
+    int *ids = (int *)xalloc(count * L, sizeof(int));
+    Text cond = {ids, NULL}, uncond = NO_TEXT;
+    for (int i = 0; i < count && c->vocab; i++) caption_ids(ids + i * L, (int)L, o->captions[i]);
+    if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", L * c->text_dim);
+    if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", L * c->text_dim);
     if (!o->noise) noise_fill(x, count * size, o->seed, SAMPLE_STREAM, 0);
     for (int i = 0; i < count; i++) {
         clip[i] = x + i * size;
         sample(r, clip[i], cond, uncond, o->steps, o->shift, o->guidance);
-        if (c->vocab) cond.ids += c->text_len;
+        cond.ids += L;
     }
 }
 
@@ -3629,13 +3629,13 @@ static void evaluate(Figure *score, Run *r, int clips, int steps, double shift, 
     size_t size = latent_size(r);
     float *x = floats(r->B * size), seen[N_SCORES];
     double *v = (double *)xalloc(clips * (N_SCORES + 1), sizeof(double)), *clip = v;
-    Text cond = {ids, NULL}, uncond = caption_batch(r->m, NULL, r->B);
+    Text cond = {ids, NULL};
     for (int i = 0; i < clips; i++, clip += N_SCORES + 1) {
         int b = i % r->B;
         for (int j = 0; j < r->B && b == 0; j++)
             caption_ids(ids + j * L, L, caption_text(held_out_caption(start, i + j)));
         if (b == 0) noise_fill(x, r->B * size, seed, SAMPLE_STREAM, i * size);
-        if (b == 0) sample(r, x, cond, uncond, steps, shift, guidance);
+        if (b == 0) sample(r, x, cond, NO_TEXT, steps, shift, guidance);
         shapes_score(seen, x + b * size, held_out_caption(start, i), r->T, 2 * r->H, 2 * r->W, soft);
         for (int s = 0; s < N_SCORES; s++) {
             clip[s] = 100.0 * seen[s];
@@ -3643,7 +3643,7 @@ static void evaluate(Figure *score, Run *r, int clips, int steps, double shift, 
         }
     }
     figures(score, v, N_SCORES + 1, clips);
-    free(ids), free(x), free(v), free((void *)uncond.ids);
+    free(ids), free(x), free(v);
 }
 
 // The loss that training lowers, mean (v − (ε − x0))², on captions held out: each clip at one σ of each of
@@ -3744,8 +3744,8 @@ static void cmd_grpo(const Options *o, Ranks *k) {
         PolicyFigures f = policy_update(policy, &opt);
         if (speaks(k))
             printf("update %d/%d reward %.4f spread %.4f ratio %.6f %.6f %.6f clipped %.4f kl %.3e "
-                   "grad %.3e steps %d in %.2f s\n", opt.update, p->updates, f.reward, f.spread,
-                   f.ratio_min, f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, seconds() - began);
+                   "grad %.3e steps %d in %.2f s\n", opt.update, p->updates, f.reward, f.spread, f.ratio_min,
+                   f.ratio_mean, f.ratio_max, f.clipped, f.kl, f.norm, f.steps, seconds() - began);
         if (o->every && opt.update % o->every == 0) policy_evaluate(make, &opt, o, speaks(k));
     }
 }

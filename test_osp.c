@@ -1611,17 +1611,21 @@ static double timed(Run *r, int i, int part) {
 
 // block: a full one, the first sparse one, the next, which is of the other kind.
 static void print_parts(Run *r, const int *block, const double *ms) {
+    double products[2] = {0, 0};                             // linear layers and HiF8
     printf("%-28s | full block:  ms  share      rate | sparse block:  ms  share      rate\n", "forward");
     for (int part = 0; part < (r->training ? PARTS : BACK_LINEARS); part++) {
         printf("%-28s |", PART[part].name);
         for (int k = 0; k < 2; k++) {
             double t = PART[part].calls * timed(r, block[k], part);
+            bool product = PART[part].unit == 'F' && part != SELF_ATTENTION && part != CROSS_ATTENTION;
+            if (product || part == ROUNDING) products[k] += t;
             printf("%15.3f %5.1f%% %9.1f %c%s", t, 100 * t / ms[k], part_work(r, block[k], part) / t / 1e6,
                    PART[part].unit, k ? "\n" : " |");
         }
     }
     printf("%-28s |%15.3f   F = GFLOP/s      |%15.3f   B = GB/s   (of the other kind %.3f ms)\n",
            "whole block, forward", ms[0], ms[1], ms[2]);
+    printf("%-28s |%15.3f                    |%15.3f\n", "linear layers and HiF8", products[0], products[1]);
 }
 
 // passes: a forward's FLOPs count once, a training step's three times.
