@@ -1503,7 +1503,7 @@ static PolicyFigures policy_update(Policy *p, Optimizer *opt) {
 // 2^x with a relative error of 1e-7: x = n + f, |f| <= 1/2; a polynomial for 2^f, n into the exponent. Below
 // 2^-126 it gives 0, above 2^126 that; NaN stays. No branches: loops vectorise.
 EVERYWHERE float exp2_fast(float x) {
-    float y = x > 126.0f ? 126.0f : x, shifted = y + 12582912.0f;           // + 1.5·2^23 rounds to an integer
+    float y = x > 126.0f ? 126.0f : x, shifted = y + 12582912.0f;  // + 1.5·2^23 rounds to an integer
     float f = y - (shifted - 12582912.0f);
     float p = ((1.54531634e-4f * f + 1.33908633e-3f) * f + 9.61808302e-3f) * f + 5.55035695e-2f;
     p = ((p * f + 2.40226507e-1f) * f + 6.93147182e-1f) * f + 1.0f;
@@ -1519,7 +1519,7 @@ EVERYWHERE float gelu_slope(float u) {
     float s = gelu_gate(u);
     return s + u * s * (1.0f - s) * (1.5957691f * (1.0f + 3.0f * 0.044715f * u * u));
 }
-EVERYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }         // few values: exact
+EVERYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }  // few values: exact
 EVERYWHERE float silu(float x) { return x / (1.0f + expf(-x)); }
 EVERYWHERE float silu_slope(float x) { float s = sigmoid(x); return s + x * s * (1.0f - s); }
 
@@ -1562,7 +1562,7 @@ static void device_start(const char *dtype, int rank) {
     if (dtype && strcmp(dtype, "f32")) die("--device-dtype %.40s: a CPU has f32; osp_cuda has bf16", dtype);
 }
 static void wait_device(void) {}
-static void *scratch(size_t bytes) {                   // working memory, not zeroed, a cache line's alignment
+static void *scratch(size_t bytes) {  // working memory, not zeroed, a cache line's alignment
     void *p;
     if (posix_memalign(&p, 64, bytes)) die("no memory for %zu bytes: use a smaller size or batch", bytes);
     return p;
@@ -1582,13 +1582,13 @@ static void   to_float(float *y, const act *x, size_t n) { copy(y, x, 4 * n); }
 // Element [i, j] stands at p[i·down + j·right]: a matrix, a turned one, a part of one.
 typedef struct { float *p; size_t rows, columns, down, right; } Matrix;
 static float ZEROS[TILE_N];
-static const Matrix NOTHING = {ZEROS, 0, 0, 0, 0};      // zeros of any size
+static const Matrix NOTHING = {ZEROS, 0, 0, 0, 0};  // zeros of any size
 static Matrix matrix(const float *p, size_t rows, size_t columns) {
     Matrix m = {(float *)p, rows, columns, columns, 1};
     return m;
 }
 static Matrix turned(Matrix m) { Matrix t = {m.p, m.columns, m.rows, m.right, m.down}; return t; }
-static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {         // from [i, j] on
+static Matrix slice(Matrix m, size_t i, size_t j, size_t rows, size_t columns) {  // from [i, j] on
     m.p += i * m.down + j * m.right;
     m.rows = least(rows, m.rows - i), m.columns = least(columns, m.columns - j);
     return m;
@@ -2282,7 +2282,7 @@ static Run *run_new(Model *m, Ranks *ranks, int B, bool training) {
     run_place(r, device_alloc(run_place(r, NULL)));
     for (int i = 0; i < PATTERNS; i++) {
         Pattern *p = &r->pattern[i];
-        bool all = i == FULL || ranks->ulysses;              // of the pattern's sequences, of some heads
+        bool all = i == FULL || ranks->ulysses;  // of the pattern's sequences, of some heads
         int R = all ? 1 : ranks->size, rank = all ? 0 : ranks->rank, first = p->count * rank / R;
         int *start = p->start + first, n[] = {0, (int)r->n[i]}, words[] = {0, c->text_len};
         skiparse_order(p, i, r->T, r->H, r->W, c->sparse_ratio);
@@ -2299,7 +2299,7 @@ static Run *run_new(Model *m, Ranks *ranks, int B, bool training) {
 static void text_set(Run *r, Text text) {
     size_t rows = (size_t)r->B * r->m->c.text_len, count = rows * r->m->c.text_dim;
     if (r->m->c.vocab) {
-        int *none = (int *)memset(xalloc(rows, sizeof(int)), -1, rows * sizeof(int));       // padding alone
+        int *none = (int *)memset(xalloc(rows, sizeof(int)), -1, rows * sizeof(int));  // padding alone
         upload(r->ids, text.ids ? text.ids : none, rows * sizeof(int));
         free(none);
         return;
@@ -2358,15 +2358,15 @@ static const char *const WORDS[VOCAB] = {
 static const float PAINT[COLORS][3] = {{0.95, 0.1, 0.1}, {0.1, 0.85, 0.15}, {0.2, 0.35, 1}, {1, 0.95, 0.1},
                                        {0.95, 0.2, 0.95}, {0.1, 0.9, 1}, {1, 1, 1}, {1, 0.55, 0.05}};
 static const float GROUND[BACKGROUNDS][3] = {{0, 0, 0}, {0.4, 0.4, 0.4}, {0.05, 0.05, 0.45}};
-static const float STEP[][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}, {0, 0}};            // (x, y), y downwards
+static const float STEP[][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}, {0, 0}};  // (x, y), y downwards
 
-typedef struct { int size, color, shape, motion, background; } Scene;                 // in the order of WORDS
+typedef struct { int size, color, shape, motion, background; } Scene;  // in the order of WORDS
 static Scene scene_of(int caption) {
     Scene s = {caption / 480, caption / 60 % 8, caption / 15 % 4, caption / 3 % 5, caption % 3};
     return s;
 }
 
-static const char *caption_text(int caption) {           // until this thread asks for the next
+static const char *caption_text(int caption) {  // until this thread asks for the next
     static __thread char text[128];
     Scene s = scene_of(caption);
     bool still = s.motion == STILL;
@@ -2376,7 +2376,7 @@ static const char *caption_text(int caption) {           // until this thread as
     return text;
 }
 
-static int parse_caption(const char *text) {             // −1: may be sampled, but not scored
+static int parse_caption(const char *text) {  // −1: may be sampled, but not scored
     int caption = CAPTIONS - 1;
     while (caption >= 0 && strcasecmp(caption_text(caption), text)) caption--;
     return caption;
@@ -2402,7 +2402,7 @@ static void caption_ids(int *ids, int text_len, const char *text) {
 // A tenth (96) is never trained on: new combinations of words, each of which is often seen in training.
 static bool held_out(int caption) { return rng_bits(19511, 0x48454c44, caption) % 10 == 0; }
 
-static int held_out_caption(int start, int n) {          // the n-th on a walk through all
+static int held_out_caption(int start, int n) {  // the n-th on a walk through all
     for (n %= CAPTIONS / 10; n >= 0; n--)
         do start = (start + 7) % CAPTIONS; while (!held_out(start));
     return start;
@@ -2416,7 +2416,7 @@ static int training_caption(uint64_t seed, uint64_t k) { // the first of draw k 
 }
 
 // ---- drawing: lengths in pixels; a shape has the area πr² and its centre of mass at its position ---------
-static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }         // NaN becomes 0
+static float clamp01(float v) { return v > 0 ? (v < 1 ? v : 1) : 0; }  // NaN becomes 0
 static float length_of(float x, float y) { return sqrtf(x * x + y * y); }
 static float shape_radius(int size, int H, int W) { return (size ? 0.205f : 0.13f) * (H < W ? H : W); }
 
@@ -2445,7 +2445,7 @@ static float scene_speed(Scene s, int T, int H, int W) {
 static void draw_clip(float *x, int caption, uint64_t seed, uint64_t index, int T, int H, int W) {
     Scene s = scene_of(caption);
     float r = shape_radius(s.size, H, W), speed = scene_speed(s, T, H, W), start[2], velocity[2];
-    for (int i = 0; i < 2; i++) {                             // x, then y: anywhere that keeps the way inside
+    for (int i = 0; i < 2; i++) {  // x, then y: anywhere that keeps the way inside
         velocity[i] = speed * STEP[s.motion][i];
         float way = velocity[i] * (T - 1);
         float low = 1 + r * REACH[s.shape][i] - fminf(way, 0), u = rng_uniform(seed, 0x504c41, 2 * index + i);
@@ -2538,7 +2538,7 @@ static void watch(Look mean, const float *x, int T, int H, int W) {
         for (int i = 0; i < 2; i++) velocity[i] += dt * now[AT + i];
         for (int k = FIT; k < FIT + SHAPES; k++) shape = fmaxf(shape, fabsf(now[k] - mean[k]));
         spread += dt * dt;
-        quality[0] += clamp01(1.2f - paint - area - 2 * shape) / T;            // 0.2: what pixels may do
+        quality[0] += clamp01(1.2f - paint - area - 2 * shape) / T;  // 0.2: what pixels may do
         if (t < 2 || !looks[t - 1][FOUND] || !looks[t - 2][FOUND]) continue;
         for (int i = 0; i < 2; i++) bend[i] = now[AT + i] - 2 * looks[t - 1][AT + i] + looks[t - 2][AT + i];
         quality[1] += clamp01(1.2f - length_of(bend[0], bend[1]) / full_speed(H, W));
@@ -2568,7 +2568,7 @@ static void shapes_score(float score[N_SCORES], const float *x, int caption, int
         if (k != asked.shape) other = fmaxf(other, look[FIT + k]);
         if (look[FIT + k] > look[FIT + saw.shape]) saw.shape = k;
     }
-    saw.size = look[AREA] > (float)M_PI * small * large;                   // the geometric mean of both areas
+    saw.size = look[AREA] > (float)M_PI * small * large;  // the geometric mean of both areas
     int axis = fabsf(v[0]) <= fabsf(v[1]);
     saw.motion = 2 * axis + (v[axis] > 0);
     if (fabsf(v[axis]) < 0.5f * scene_speed(saw, T, H, W)) saw.motion = STILL;
@@ -2636,7 +2636,7 @@ static double reward_of(const float *x, int caption, const Run *r, const char *r
 // ==========================================================================================================
 static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses", "full<->sparse", "gradients",
                                            "HiF8 maxima", "output", "guidance"};
-static int world_rank, ranks_here = 1;       // this process among all; how many run on this machine
+static int world_rank, ranks_here = 1;  // this process among all; how many run on this machine
 
 #ifdef OSP_MPI
 static MPI_Comm sample_ranks = MPI_COMM_WORLD, guidance_pair;
@@ -2673,7 +2673,7 @@ static void ranks_start(Ranks *k) {
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
     MPI_Comm_size(here, &ranks_here);
     k->rank = world_rank, k->halves = 1;
-    int cores = omp_get_num_procs() / ranks_here;              // shared evenly, unless OMP_NUM_THREADS is set
+    int cores = omp_get_num_procs() / ranks_here;  // shared evenly, unless OMP_NUM_THREADS is set
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(cores > 1 ? cores : 1);
 }
 
@@ -2690,7 +2690,7 @@ static void ranks_end(int error) {
     else MPI_Finalize();
 }
 #else
-static void mpi_all_to_all(void *to, ...) { (void)to; }              // one rank has no one to call it for
+static void mpi_all_to_all(void *to, ...) { (void)to; }  // one rank has no one to call it for
 static uint64_t max_of_ranks(uint64_t x) { return x; }
 static void ranks_start(Ranks *k) { k->size = k->halves = 1; }
 static void ranks_split(Ranks *k, int halves) { (void)k, (void)halves; }
@@ -2704,7 +2704,7 @@ static void ranks_end(int error) { (void)error; }
 static void all_to_all(Ranks *k, void *to, const void *from, const int *receive, const int *send, bool same,
                        size_t row_bytes, int purpose) {
     int R = purpose == GUIDANCE ? k->halves : k->size, me = purpose == GUIDANCE ? k->half : k->rank;
-    wait_device();                                                 // so that the time is the transfer's alone
+    wait_device();  // so that the time is the transfer's alone
     double begin = seconds();
     device_all_to_all(to, from, receive, send, same, row_bytes, R, purpose);
     k->time[purpose] += seconds() - begin;
@@ -2718,7 +2718,7 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
     size_t R = k->size;
     if (R == 1) return;
     if (n > INT_MAX) die("%zu gradients are more than MPI's counts hold: train fewer, or on one rank", n);
-    int *slice = (int *)xalloc(2 * R, sizeof(int)), *mine = slice + R;        // mine: R times this rank's
+    int *slice = (int *)xalloc(2 * R, sizeof(int)), *mine = slice + R;  // mine: R times this rank's
     float *parts = device_floats(n + R);
     for (size_t s = 0; s < R; s++) slice[s] = (int)(n * (s + 1) / R - n * s / R);
     for (size_t s = 0; s < R; s++) mine[s] = slice[k->rank];
@@ -2731,7 +2731,7 @@ static void sum_over_ranks(Ranks *k, float *x, size_t n, bool only_first) {
 }
 
 static void max_over_ranks(Ranks *k, float *m) {
-    uint32_t most;                               // floats from 0 on are ordered as their bits are
+    uint32_t most;  // floats from 0 on are ordered as their bits are
     if (k->size == 1) return;
     download(&most, m, sizeof most);
     double begin = seconds();
@@ -2762,13 +2762,13 @@ static uint64_t hash_bytes(const void *data, size_t size, uint64_t h) {
 
 // All ranks must read the same bytes and have the same settings, or stop as one.
 static void ranks_agree(const Ranks *k, uint64_t hash) {
-    if (k->size > 1 && max_of_ranks(hash) != ~max_of_ranks(~hash))      // the largest and the smallest
+    if (k->size > 1 && max_of_ranks(hash) != ~max_of_ranks(~hash))  // the largest and the smallest
         die("ranks have different settings or files: start all alike on the same files");
 }
 // ==========================================================================================================
 // Tools: errors, memory, random numbers, time
 // ==========================================================================================================
-static void output_abandon(void);            // what was being written is removed
+static void output_abandon(void);  // what was being written is removed
 
 // One line that says what, where and what to do; exit code 2 (bad use or bad input).
 static void die(const char *format, ...) {
@@ -2780,7 +2780,7 @@ static void die(const char *format, ...) {
     fflush(stdout);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    for (char *c = line; *c; c++) if (iscntrl((uint8_t)*c)) *c = ' ';      // one line, whatever is in it
+    for (char *c = line; *c; c++) if (iscntrl((uint8_t)*c)) *c = ' ';  // one line, whatever is in it
     fprintf(stderr, "osp: %s\n", line);
     ranks_end(2);
     exit(2);
@@ -2803,7 +2803,7 @@ static double seconds(void) {
 
 static uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream * 0xD1B54A32D192ED03ull + 0x8CB92BA72F3D8DD7ull;
-    for (uint64_t round = 0; round < 2; round++) {           // splitmix64's finaliser; the index comes second
+    for (uint64_t round = 0; round < 2; round++) {  // splitmix64's finaliser; the index comes second
         z += round * (index + 1) * 0x9E3779B97F4A7C15ull;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
@@ -2816,7 +2816,7 @@ static double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return ((double)(rng_bits(seed, stream, index) >> 11) + 0.5) * 0x1p-53;
 }
 
-static float rng_normal(uint64_t seed, uint64_t stream, uint64_t index) {        // Box-Muller
+static float rng_normal(uint64_t seed, uint64_t stream, uint64_t index) {  // Box-Muller
     double u = rng_uniform(seed, stream, 2 * index), v = rng_uniform(seed, stream, 2 * index + 1);
     return (float)(sqrt(-2.0 * log(u)) * cos(2 * M_PI * v));
 }
@@ -2833,12 +2833,12 @@ static void show_progress(const char *what, int step, int steps, double began) {
 // disk: a stopped program leaves the old file or the new one.
 typedef struct {
     char path[PATH_MAX], target[PATH_MAX], temp[PATH_MAX + 4];
-    FILE *file;                                   // NULL: not open
+    FILE *file;  // NULL: not open
 } Output;
 static Output outputs[4];                         // no run has more open at a time
 static char output_error[PATH_MAX + 200];         // what the last failure was
 
-static void output_abandon(void) {                // for who ends a run early, the handler of a signal too
+static void output_abandon(void) {  // for who ends a run early, the handler of a signal too
     for (Output *o = outputs; o < outputs + 4; o++) if (o->file) unlink(o->temp);
 }
 
@@ -2855,7 +2855,7 @@ static Output *output_open(const char *path) {
     for (int i = 0; i < 4; i++) if (outputs[i].file && !strcmp(outputs[i].path, path)) return &outputs[i];
     while (o->file) o++;
     snprintf(o->path, sizeof o->path, "%s", path);
-    if (!realpath(path, o->target)) strcpy(o->target, o->path);      // a link stays
+    if (!realpath(path, o->target)) strcpy(o->target, o->path);  // a link stays
     snprintf(o->temp, sizeof o->temp, "%s.tmp", o->target);
     bool exists = !lstat(o->target, &old);
     bool fit = exists ? S_ISREG(old.st_mode) && (old.st_mode & 0222) && !access(path, W_OK) : *path;
@@ -2866,7 +2866,7 @@ static Output *output_open(const char *path) {
     bool gone = fstat(fd, &opened) || lstat(o->temp, &named) || opened.st_ino != named.st_ino;
     if (busy || gone || ftruncate(fd, 0)) return close(fd), output_fail(path, "another run is writing it");
     if (exists) fchmod(fd, old.st_mode & 0777);
-    signal(SIGXFSZ, SIG_IGN);                     // beyond a limit on file sizes fwrite fails
+    signal(SIGXFSZ, SIG_IGN);  // beyond a limit on file sizes fwrite fails
     o->file = fdopen(fd, "wb");
     return o;
 }
@@ -2881,7 +2881,7 @@ static const char *output_close(Output *o, const char *why) {
         why = strerror(errno);
     if (why) output_fail(o->path, why), unlink(o->temp);
     fclose(f), o->file = NULL;
-    int folder = open(dirname(o->temp), O_RDONLY);                   // it must remember the new name
+    int folder = open(dirname(o->temp), O_RDONLY);  // it must remember the new name
     fsync(folder), close(folder);
     return why ? output_error : NULL;
 }
@@ -2899,20 +2899,20 @@ static const char *const DTYPE_NAME[] = {"F32", "BF16", "I32", "U8"};
 static const size_t DTYPE_BYTES[] = {4, 2, 4, 1};
 
 typedef struct {
-    const char *name, *text;                      // text: a string of __metadata__; NULL: a tensor
+    const char *name, *text;  // text: a string of __metadata__; NULL: a tensor
     enum Dtype dtype;
     int rank;
     size_t shape[8], count, bytes;
-    const uint8_t *data;                          // data[bytes] are `count` values
+    const uint8_t *data;  // data[bytes] are `count` values
 } Entry;
 
 typedef struct {
     const char *path;
-    uint8_t *map, *data;                          // map[size] is the file, data[bytes] its end
+    uint8_t *map, *data;  // map[size] is the file, data[bytes] its end
     size_t size, bytes;
     Entry *entry;
     int count;
-    char *header, *at;                            // a copy in which strings end in 0; its reader's place
+    char *header, *at;  // a copy in which strings end in 0; its reader's place
 } File;
 
 static Entry *file_find(const File *f, const char *name) {
@@ -2949,7 +2949,7 @@ static bool json(File *f, const char *form, ...) {
 static bool json_tensor(File *f, Entry *t) {
     size_t at[2];
     const char *dtype;
-    double size = 1;                              // a double holds any product
+    double size = 1;  // a double holds any product
     int d = 0;
     if (!json(f, "{\"dtype\":$,\"shape\":[", &dtype)) return false;
     for (; !json(f, "]") && t->rank < 8; json(f, ",")) json(f, "#", &t->shape[t->rank++]);
@@ -2985,7 +2985,7 @@ static void file_open(File *f, const char *path) {
     uint64_t n = 0;
     memset(f, 0, sizeof *f);
     f->path = path;
-    int fd = open(path, O_RDONLY | O_NONBLOCK);                      // a pipe must not stop it
+    int fd = open(path, O_RDONLY | O_NONBLOCK);  // a pipe must not stop it
     if (fd < 0 || fstat(fd, &s)) die("%s: %s; check the path", path, strerror(errno));
     f->size = S_ISREG(s.st_mode) ? (size_t)s.st_size : 0;
     f->map = (uint8_t *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -2996,7 +2996,7 @@ static void file_open(File *f, const char *path) {
         die("%s: not a safetensors file, or cut short to %zu bytes; copy it again", path, f->size);
     f->data = f->map + 8 + n, f->bytes = f->size - 8 - n;
     f->header = f->at = (char *)xalloc(n + 1, 1);
-    f->entry = (Entry *)xalloc(n / 5 + 1, sizeof(Entry));            // one takes at least 5 characters: "":""
+    f->entry = (Entry *)xalloc(n / 5 + 1, sizeof(Entry));  // one takes at least 5 characters: "":""
     memcpy(f->header, f->map + 8, n);
     bool good = json_object(f, false);
     for (int i = 0; i < f->count; i++) n += f->entry[i].bytes;
@@ -3017,13 +3017,13 @@ static float *file_read(const File *f, const Entry *t) {
     for (size_t i = 0; i < t->count; i++) {
         if (t->dtype == U8) out[i] = value[t->data[i]];
         else if (t->dtype == F32) memcpy(&out[i], t->data + 4 * i, 4);
-        else memcpy((char *)&out[i] + 2, t->data + 2 * i, 2);        // the upper half of a float
+        else memcpy((char *)&out[i] + 2, t->data + 2 * i, 2);  // the upper half of a float
         if (!isfinite(out[i])) die("%s: tensor %.99s has %g; use an earlier file", f->path, t->name, out[i]);
     }
     return out;
 }
 
-static char *shape_text(char text[200], int rank, const size_t *shape) {         // [64, 3, 2]
+static char *shape_text(char text[200], int rank, const size_t *shape) {  // [64, 3, 2]
     char *end = text + sprintf(text, "[");
     for (int i = 0; i < rank; i++) end += sprintf(end, "%s%zu", i ? ", " : "", shape[i]);
     return strcpy(end, "]"), text;
@@ -3064,7 +3064,7 @@ static const char *file_write(const char *path, const Param *param, int count, c
     char shape[200];
     bool finite = true;
     if (!o) return output_error;
-    output_bytes(o, &n, 8);                       // not known yet
+    output_bytes(o, &n, 8);  // not known yet
     fprintf(o->file, "{\"__metadata__\":{");
     va_start(args, metadata);
     vfprintf(o->file, metadata, args);
@@ -3124,12 +3124,12 @@ static void weights_check(const Param *param, int count, const File *f) {
         if (t) shape_text(have, t->rank, t->shape);
         if (strcmp(shape_text(want, p->rank, p->shape), have))
             die("%s: tensor %s is %s, expected %s; export it again", f->path, p->name, have, want);
-        used += t->bytes + (t->dtype == U8 ? 4 : 0);                // codes have a scale
+        used += t->bytes + (t->dtype == U8 ? 4 : 0);  // codes have a scale
     }
     if (used != f->bytes) die("%s: other tensors are there, too; export it again", f->path);
 }
 
-static void weights_read(Model *m, Param *param, int count, const File *f) {         // m NULL: a run's state
+static void weights_read(Model *m, Param *param, int count, const File *f) {  // m NULL: a run's state
     weights_check(param, count, f);
     for (Param *p = param; p < param + count; p++) {
         const Entry *t = file_find(f, p->name);
@@ -3199,11 +3199,11 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // ==========================================================================================================
 // Pictures: clips as an animated PNG and as a sheet of their frames
 // ==========================================================================================================
-#include <arpa/inet.h>                            // htonl: PNG has the most significant byte first
+#include <arpa/inet.h>  // htonl: PNG has the most significant byte first
 #define STB_IMAGE_WRITE_IMPLEMENTATION
 #define STBIW_ASSERT(ok) ((ok) ? (void)0 : die("out of memory for a picture; use smaller or fewer clips"))
 #if __has_include(<stb/stb_image_write.h>)
-#include <stb/stb_image_write.h>                  // Debian, Ubuntu: apt install libstb-dev
+#include <stb/stb_image_write.h>  // Debian, Ubuntu: apt install libstb-dev
 #else
 #include <stb_image_write.h>
 #endif
@@ -3211,7 +3211,7 @@ static bool state_load(const char *path, Optimizer *o, const char *run) {
 // Clips x[count][3, T, H, W] in [-1, 1] with their captions; a pixel is drawn as scale x scale pixels.
 typedef struct { int T, H, W, count, scale; float **x; const char *const *captions; } Clips;
 
-typedef struct { size_t width, height; uint8_t *rgb; } Picture;       // rgb[height, width, 3]
+typedef struct { size_t width, height; uint8_t *rgb; } Picture;  // rgb[height, width, 3]
 static uint8_t *pixel_at(const Picture *p, size_t x, size_t y) { return p->rgb + 3 * (y * p->width + x); }
 
 // The letters a to z, 5x7 pixels: 7 characters each, one a row, whose pixels are the bits of c − '0'.
@@ -3270,12 +3270,12 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
     Picture p = picture_draw(k, sheet);
     Output *o = output_open(path);
     int frames = sheet ? 1 : k->T, width = p.width, height = p.height / frames, size;
-    uint32_t animation[] = {htonl(0x6163544C), htonl(frames), 0};       // acTL: is played 0 times, for ever
+    uint32_t animation[] = {htonl(0x6163544C), htonl(frames), 0};  // acTL: is played 0 times, for ever
     uint32_t control[] = {htonl(0x6663544C), 0, htonl(width), htonl(height), 0, 0, htonl(1 << 16 | 8), 0};
-    uint32_t data[] = {htonl(0x66644154), 0};          // fdAT, before it fcTL: a number; at (0, 0), 1/8 s
+    uint32_t data[] = {htonl(0x66644154), 0};  // fdAT, before it fcTL: a number; at (0, 0), 1/8 s
     char text[2000];
     int used = snprintf(text, sizeof text, "tEXtosp%c%.1900s", 0, comment);
-    stbi_write_force_png_filter = 0;                                        // none
+    stbi_write_force_png_filter = 0;  // none
     for (int t = 0; t < frames; t++) {
         uint8_t *png = stbi_write_png_to_mem(pixel_at(&p, 0, (size_t)t * height), 0, width, height, 3, &size);
         STBIW_ASSERT(png);
@@ -3285,7 +3285,7 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
         if (t == 0 && frames > 1) png_chunk(o, animation, 12);
         if (frames > 1) png_chunk(o, control, 30);
         if (t == 0) output_bytes(o, png + 33, size - 45);
-        else png_chunk(o, memcpy(png + 33, data, 8), size - 49);            // for IDAT and its length
+        else png_chunk(o, memcpy(png + 33, data, 8), size - 49);  // for IDAT and its length
         if (t == frames - 1) output_bytes(o, png + size - 12, 12);
         free(png);
     }
@@ -3315,9 +3315,9 @@ typedef struct {
     const char *commands, *name;             // letters of the commands that take it
     char kind;                               // i int, d double, b switch, s text, f file, c choice, m many
     void *value;
-    const char *text;                        // what is said; at first the default, a/b: one for each command
+    const char *text;  // what is said; at first the default, a/b: one for each command
     double least, most;
-    const char *help;                        // of a choice: "f32|bf16|hif8: ..."
+    const char *help;  // of a choice: "f32|bf16|hif8: ..."
 } Option;
 
 // An argument without a name is the value of the command's first row.
@@ -3405,7 +3405,7 @@ static void parse_options(int argc, char **argv, const char *example) {
     }
     end->name = NULL;
     for (int i = 0; i < argc; i++) {
-        bool plain = *argv[i] != '-', help = !plain && strstr("--help", argv[i]);         // or -h
+        bool plain = *argv[i] != '-', help = !plain && strstr("--help", argv[i]);  // or -h
         if (help) printf("example: %s\n", example);
         for (o = OPTIONS; o->name && help; o++)
             printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
@@ -3439,11 +3439,11 @@ static void ranks_arrange(Ranks *k, const Options *o, const Config *c) {
 // As trained, or as asked. A model without words makes Wan's latents: a quarter of the frames (the first is
 // alone), an eighth of height and width.
 static void config_override(Config *c, const Options *o) {
-    int side = c->vocab ? 2 : 16, frames = c->vocab ? 1 : 4;                // of a patch, of a latent
+    int side = c->vocab ? 2 : 16, frames = c->vocab ? 1 : 4;  // of a patch, of a latent
     if (o->height % side || o->width % side || (o->frames && (o->frames - 1) % frames))
         die("--frames %d --height %d --width %d: sides must be multiples of %d, frames less 1 one of %d",
             o->frames, o->height, o->width, side, frames);
-    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;                        // 81 frames of 1280x720
+    if (!c->T) c->T = 21, c->H_l = 90, c->W_l = 160;  // 81 frames of 1280x720
     if (o->frames) c->T = (o->frames - 1) / frames + 1;
     if (o->height) c->H_l = o->height / side * 2;
     if (o->width) c->W_l = o->width / side * 2;
@@ -3461,7 +3461,7 @@ static void plan_memory(Model *m, Ranks *k, int B, int beside, bool training) {
     double machine = device_memory() / ranks_here, GiB = 0x1p30;
     double weights = (double)model_place(m, NULL, training), run = (double)run_place(plan, NULL);
     if (beside) run += (double)run_place(run_plan(m, k, beside, false), NULL);
-    if (training) weights += m->lora ? 20.0 * m->lora->n : 12.0 * m->count;      // moments, average; adapter
+    if (training) weights += m->lora ? 20.0 * m->lora->n : 12.0 * m->count;  // moments, average; adapter
     if (speaks(k))
         fprintf(stderr, "memory: weights%s %.3f GiB + activations %.3f GiB; %d x %zu tokens\n",
                 training ? ", gradients, moments" : "", weights / GiB, run / GiB, B, plan->N);
@@ -3482,7 +3482,7 @@ static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
     device_start(o->device, k->rank);
     ranks_arrange(k, o, &c);
     Model *m = model_layout(&c);
-    if (o->weights) weights_check(m->param, m->params, &f);              // before anything is allocated
+    if (o->weights) weights_check(m->param, m->params, &f);  // before anything is allocated
     if (o->lora) lora_load(m, o->lora);
     if (o->rank) lora_new(m, o->rank, o->alpha, o->seed);
     plan_memory(m, k, B, beside, o->training);
@@ -3495,10 +3495,10 @@ static Run *run_open(const Options *o, Ranks *k, int B, int beside) {
 }
 
 // ---- a run that learns, and may have been stopped before: its state is kept beside its output ------------
-static volatile sig_atomic_t learning, stopped;      // to be ended after a step; the signal that asked for it
-static double began_at, saved_at;                     // when learning began; when the state was saved last
+static volatile sig_atomic_t learning, stopped;  // to be ended after a step; the signal that asked for it
+static double began_at, saved_at;  // when learning began; when the state was saved last
 
-static void stop(int number) {                        // a second one ends the program at once
+static void stop(int number) {  // a second one ends the program at once
     if (!learning || stopped) output_abandon(), _exit(128 + number);
     stopped = number;
 }
@@ -3599,7 +3599,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     for (int i = 0; i < count && vocab; i++) {
         float score[N_SCORES];
         int caption = parse_caption(o->captions[i]);
-        if (caption < 0) continue;                                          // none of the world's
+        if (caption < 0) continue;  // none of the world's
         shapes_score(score, clip[i], caption, r->T, 2 * r->H, 2 * r->W, false);
         printf("%s:", o->captions[i]);
         for (int s = 0; s < N_SCORES; s++) printf(" %s %.0f", SCORE_NAMES[s], 100 * (double)score[s]);
@@ -3610,9 +3610,9 @@ static void cmd_sample(const Options *o, Ranks *k) {
 }
 
 // ---- osp eval: ShapesBench on captions that training never saw -------------------------------------------
-typedef struct { double mean, error; } Figure;           // over clips; its standard error
+typedef struct { double mean, error; } Figure;  // over clips; its standard error
 
-static void figures(Figure *f, const double *v, int count, int clips) {       // v[clips, count]
+static void figures(Figure *f, const double *v, int count, int clips) {  // v[clips, count]
     for (int k = 0; k < count; k++) {
         double sum = 0, squares = 0;
         for (const double *at = v + k; at < v + clips * count; at += count) sum += *at, squares += *at * *at;
@@ -3702,7 +3702,7 @@ static void cmd_train(const Options *o, Ranks *k) {
         for (int i = 0; opt.step > 0 && i < m->params; i++) m->param[i].codes = false;  // weights have moved
         double lr = learning_rate(&o->train, opt.step), loss = train_step(r, &batch);
         int step = opt.step + 1;
-        batch_fill(&batch, r, &o->train, step);       // while a GPU is still at work it gets its next batch
+        batch_fill(&batch, r, &o->train, step);  // while a GPU is still at work it gets its next batch
         double norm = optimizer_step(&opt, k, &o->train, lr);
         double ms = 1e3 * (seconds() - began_at) / (step - first);
         if (!isfinite(loss + norm)) die("step %d: loss %g, gradient %g; lower --lr", step, loss, norm);
@@ -3731,7 +3731,7 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     Optimizer opt;
     if (p->window >= p->steps) die("--window %d: want fewer than the %d steps of -n", p->window, p->steps);
     if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
-    while (together > 32 || V % together) together--;             // videos made at a time
+    while (together > 32 || V % together) together--;  // videos made at a time
     Run *learn = run_open(o, k, p->micro, together);
     Model *m = learn->m;
     Run *make = run_new(m, k, together, false);
@@ -3761,7 +3761,7 @@ static void cmd_info(const Options *o, Ranks *k) {
     for (const Entry *t = f.entry; t < f.entry + f.count; t++) {
         printf("  %-44s %-5s %.200s\n", t->name, t->text ? "" : DTYPE_NAME[t->dtype],
                t->text ? t->text : shape_text(shape, t->rank, t->shape));
-        parameters += t->count - (t->dtype == U8);                            // codes have a scale beside
+        parameters += t->count - (t->dtype == U8);  // codes have a scale beside
     }
     printf("%zu bytes of tensors in a file of %zu\n", f.bytes, f.size);
     if (!file_meta(&f, "dim")) return;
@@ -3809,7 +3809,7 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     }
     for (int i = 0; i < o->captions_said; i++) fprintf(f, "-p '%s' ", o->captions[i]);
     fclose(f);
-    for (char *c = o->settings; *c; c++)                          // what JSON must escape
+    for (char *c = o->settings; *c; c++)  // what JSON must escape
         if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
 }
 
@@ -3818,7 +3818,7 @@ static int osp_main(int argc, char **argv) {
     const Command *c = COMMANDS;
     static Ranks ranks;
     ranks_start(&ranks);
-    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);        // what a run prints is seen at once
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);  // what a run prints is seen at once
     signal(SIGINT, stop);
     signal(SIGTERM, stop);
     while (c->name && strcmp(name, c->name)) c++;
