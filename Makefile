@@ -6,7 +6,7 @@
 # make torture  kills, full disks, hostile files: at most 20 minutes on two cores
 # make osp_mpi, make osp_cuda                    other builds, where mpicc and nvcc work
 # OMP=0 leaves OpenMP out; CC=clang, NATIVE=0 (no -march=native), GOLDEN=dir, ARCH="80 90a" (the cards of osp_cuda),
-# MPI=1 (osp_cuda with ranks)
+# MPI=1 (osp_cuda with ranks); after a change of these: make -B
 
 CC     ?= cc
 NATIVE ?= 1
@@ -76,7 +76,7 @@ train-tiny: report osp tiny.safetensors
 OSP ?= ./osp_cuda
 TOY ?= .
 EVAL = $(OSP) eval -n 256 --batch 64 --json
-train-toy:
+train-toy: $(OSP)
 	$(OSP) train --preset toy --full --height 16 --width 16 --batch 128 --steps 3000 -o $(TOY)/toy_16.safetensors >$(TOY)/toy_16.log
 	$(EVAL) -w $(TOY)/toy_16.safetensors
 	$(OSP) train --preset toy --init $(TOY)/toy_16.safetensors --height 32 --width 32 --steps 2500 --lr 1e-3 -o $(TOY)/toy_full.safetensors >$(TOY)/toy_full.log
@@ -93,7 +93,7 @@ grpo-tiny: report osp
 	./osp grpo --init tiny_700.safetensors --seed $(SEED) --eval 10 -o tiny_lora.safetensors | tee tiny_grpo.log
 	./osp eval -w tiny_700.safetensors -n 192 --batch 32 --steps 12 --soft
 	./osp eval -w tiny_700.safetensors --lora tiny_lora.safetensors -n 192 --batch 32 --steps 12 --soft
-grpo-toy:
+grpo-toy: $(OSP)
 	$(OSP) train --preset toy --full --height 16 --width 16 --batch 128 --steps 450 -o $(TOY)/toy_450.safetensors >$(TOY)/toy_450.log
 	$(OSP) grpo --init $(TOY)/toy_450.safetensors --seed $(SEED) --steps 60 --micro 4 -o $(TOY)/toy_lora.safetensors >$(TOY)/toy_grpo.log
 	$(EVAL) -w $(TOY)/toy_450.safetensors

@@ -653,7 +653,7 @@ typedef struct {
     float *word_pos;                              // [text_len, text_dim]
     act *patches, *tokens, *h, *y, *y_all;        // h: the head's input; y: its output; y_all: of all ranks
     float *head_stat, *out;                       // out[B, out_dim, T, 2H, 2W]
-    float *dx, *dx2;                              // gradient of the residual stream; in sampling that itself
+    float *dx, *dx2;                              // gradient of the residual stream; in sampling, the stream
     float *de, *de0, *de_e, *dhead_e, *dt;        // gradients of the modulations; dt[B, dim]
     act *d1, *dout, *dq, *dk, *dv, *dff, *dcontext, *dtext;
     Factor g;                                     // room for codes: of a gradient, of a block's inputs
@@ -800,7 +800,7 @@ static void linear(act *y, Factor x, const Linear *l, size_t rows) {
 static void linear_back(Run *r, act *dx, act *dy, Factor x, const Linear *l, size_t rows, bool add) {
     int out = (int)l->w->shape[0], in = (int)(l->w->count / l->w->shape[0]);
     bool quant = r->m->c.quant && l->w->block_matrix;
-    Factor g = quant ? r->g : x;
+    Factor g = quant ? r->g : x;  // of x only `exact`
     g.x = dy;
     if (quant) quantize(r, g, dy, rows, out, 224);
     linear_backward(dx, l->w->dw, l->b->dw, g, x, l->w->compute, rows, out, in, add);
@@ -1139,7 +1139,7 @@ typedef struct {
     double *t;                               // [B]: 1000σ
 } Batch;
 
-// The samples of one step, on the device, too: a caption, its clip x0, σ = sigmoid(normal), shifted, noise ε.
+// The samples of one step, on host and device: a caption, its clip x0, σ = sigmoid(normal), shifted, noise ε.
 // A tenth of the captions is left out, so that the model also learns the unconditional velocity that guidance
 // needs.
 static void batch_fill(Batch *a, Run *r, const TrainOptions *o, int step);
@@ -1519,6 +1519,11 @@ EVERYWHERE float gelu_slope(float u) {
     float s = gelu_gate(u);
     return s + u * s * (1.0f - s) * (1.5957691f * (1.0f + 3.0f * 0.044715f * u * u));
 }
+static int longest(const int *start, int count) {  // of sequences
+    int n = 0;
+    for (int i = 0; i < count; i++) if (start[i + 1] - start[i] > n) n = start[i + 1] - start[i];
+    return n;
+}
 EVERYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }  // few values: exact
 EVERYWHERE float silu(float x) { return x / (1.0f + expf(-x)); }
 EVERYWHERE float silu_slope(float x) { float s = sigmoid(x); return s + x * s * (1.0f - s); }
@@ -1637,7 +1642,7 @@ static void pack(float *panel, Matrix b) {
 
 // c[M, N] = start + a[M, K]·b[K, N]: start is NOTHING, or a bias for all rows, or c itself. Turned matrices
 // make this the forward product, dx and dw alike; slices make it attention. A sum runs over k from 0 to K−1,
-// TILE_K terms at a time. A task computes TILE_N columns of TASK_M rows.
+// TILE_K terms at a time; start is added after the first. A task computes TILE_N columns of TASK_M rows.
 static size_t matmul_tasks(Matrix c) {
     return (c.rows + TASK_M - 1) / TASK_M * ((c.columns + TILE_N - 1) / TILE_N);
 }
@@ -1851,8 +1856,9 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 }
 
 // ---- attention -------------------------------------------------------------------------------------------
-// A task takes one head of a sequence and QUERIES of its queries, and asks all keys at once. Scores stand
-// transposed, s[keys, n]: maximum, sum and exp run down the keys, with the queries side by side in the lanes.
+// QUERIES queries of one head of a sequence ask all keys at once: a task forward; backward a task does all
+// queries of its head in turn. Scores stand transposed, [keys, n]: maximum, sum and exp run down the keys, with
+// the queries side by side in the lanes.
 
 // One head of one sequence in each tensor: all its keys, and at most QUERIES queries after the first `skip`.
 typedef struct { Matrix q, k, v, o; float *lse; } Head;
@@ -1871,13 +1877,11 @@ static Head head_of(const float *q, const float *k, const float *v, const float 
 // P = 2^(c·s − top), c = log2(e)/√dim.
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
-    int longest = 0;
+    int most = longest(s->q, s->count);
     float c = (float)(M_LOG2E / sqrt((double)head_dim));
-    for (int i = 0; i < s->count; i++)
-        if (s->q[i + 1] - s->q[i] > longest) longest = s->q[i + 1] - s->q[i];
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int task = 0; task < s->count * heads; task++)
-        for (int first = 0; first < longest; first += QUERIES) {
+        for (int first = 0; first < most; first += QUERIES) {
             Head t = head_of(q.x, k.x, v, o, lse, s, task, heads, head_dim, first);
             size_t n = t.q.rows, keys = t.k.rows;
             float *p = (float *)scratch(4 * n * keys), top[QUERIES], sum[QUERIES] = {0};
@@ -1907,7 +1911,8 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
-    float scale = (float)(1.0 / sqrt((double)head_dim)), c = (float)(M_LOG2E / sqrt((double)head_dim));
+    double root = sqrt(head_dim);
+    float scale = (float)(1 / root), c = (float)(M_LOG2E / root);
     #pragma omp parallel for schedule(dynamic)
     for (int task = 0; task < s->count * heads; task++) {
         int queries = s->q[task / heads + 1] - s->q[task / heads];
@@ -2042,18 +2047,19 @@ static int *config_field(Config *c, int i) { return (int *)(void *)((char *)c + 
 // What numbers in their ranges must satisfy together; `where` names the file or option they came from.
 static void config_check(const Config *c, const char *where) {
     int L = c->num_layers, F = c->num_full_blocks;
-    if (c->dim % (2 * c->num_heads) || c->H_l % 2 || c->W_l % 2)
-        die("%s: dim %d, %d heads, latent %dx%d: dim / heads and both sides must be even", where, c->dim,
-            c->num_heads, c->H_l, c->W_l);
+    if (c->dim % (2 * c->num_heads) || c->freq_dim % 2 || c->H_l % 2 || c->W_l % 2)
+        die("%s: dim %d, %d heads, freq_dim %d, latent %dx%d: dim / heads and the last three must be even",
+            where, c->dim, c->num_heads, c->freq_dim, c->H_l, c->W_l);
     if (F != L && (F % 4 || F > L / 2 || L % 2))
         die("%s: num_full_blocks %d of %d layers: want all, or a multiple of 4 up to half of an even number",
             where, F, L);
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------
-// All buffers of a model or a run lie in one piece of memory. One pass places them from `base` on and returns
-// their bytes; with base NULL that is all it is for.
-// take: each pointer whose address is given, up to NULL, gets the next `bytes` from *at on.
+// The weights of a model lie in one piece of memory, and so do the activations of a run. A pass (model_place,
+// run_place) gives every pointer its place from `base` on and returns the bytes; with base NULL it only counts.
+
+// Each pointer whose address is given, up to NULL, gets the next `bytes` from *at on.
 static void take(uintptr_t *at, size_t bytes, ...) {
     va_list pointers;
     va_start(pointers, bytes);
@@ -2132,13 +2138,13 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
     for (Param *p = m->param; p < m->param + m->params; p++) {
         if (!p->block_matrix || !strstr(p->name, "attn")) continue;
         p->lora = ab;
-        for (size_t i = ab - l->param; ab < p->lora + 2; i++, ab++) {
+        for (size_t k = 0, i = ab - l->param; k < 2; k++, i++, ab++) {  // A, then B
             int length = (int)(strlen(p->name) - strlen("weight"));
-            snprintf(ab->name, sizeof ab->name, "%.*slora_%c.weight", length, p->name, "AB"[i % 2]);
-            ab->rank = 2, ab->count = size, ab->shape[i % 2] = (size_t)rank, ab->shape[1 - i % 2] = D;
+            snprintf(ab->name, sizeof ab->name, "%.*slora_%c.weight", length, p->name, "AB"[k]);
+            ab->rank = 2, ab->count = size, ab->shape[k] = (size_t)rank, ab->shape[1 - k] = D;
             ab->offset = i * step, ab->w = l->w + ab->offset, ab->dw = l->dw + ab->offset;
             for (size_t j = 0; j < size; j++)
-                host[j] = i % 2 ? 0 : rng_normal(seed, LORA_STREAM + i / 2, j) / (float)rank;
+                host[j] = k ? 0 : rng_normal(seed, LORA_STREAM + i / 2, j) / (float)rank;
             upload(ab->w, host, size * sizeof(float));
         }
     }
@@ -2149,10 +2155,10 @@ static void lora_new(Model *m, int rank, double alpha, uint64_t seed) {
 // A factor x[rows, D]. Codes, and what they are made from, live no longer than a branch of a block:
 // all share those of `room` (NULL: it has its own). Training keeps the turned ones.
 static void take_factor(uintptr_t *at, const Run *r, Factor *f, const Factor *room, size_t rows, size_t D) {
-    bool codes = coded(r->m);
-    if (room) *f = *room;
-    if (!room || !codes) take(at, rows * D * act_size(), &f->x, NULL);
-    if (!room && codes) take(at, rows * D, &f->code, NULL);
+    bool codes = coded(r->m), own = !room || !codes;
+    if (!own) *f = *room;
+    if (own) take(at, rows * D * act_size(), &f->x, NULL);
+    if (own && codes) take(at, rows * D, &f->code, NULL);
     if (codes) take(at, sizeof(float), &f->unit, NULL);
     if (codes && r->training) take(at, D * (rows + 15), &f->turned, NULL);
 }
@@ -2204,7 +2210,8 @@ static size_t run_place(Run *r, void *base) {
     if (c->quant) take_factor(at, r, &r->context_q, NULL, text, D);
     if (coded(r->m)) take_factor(at, r, &r->g, NULL, both, widest);
     if (r->training) take(at, words, &r->text_pre, &r->dcontext, &r->dtext, NULL);
-    if (r->training) take(at, both * widest * A, &r->d1, &r->dff, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
+    if (r->training) take(at, both * D * A, &r->d1, &r->dout, &r->dq, &r->dk, &r->dv, NULL);
+    if (r->training) take(at, rows * c->ffn_dim * A, &r->dff, NULL);
     uintptr_t begin = here;
     for (int i = 0; i <= c->num_layers; i++) {
         Saved *s = &r->saved[i];
@@ -2260,9 +2267,10 @@ static Run *run_plan(Model *m, Ranks *ranks, int B, bool training) {
     int R = ranks->size;
     r->m = m, r->ranks = ranks, r->training = training;
     r->B = B, r->T = c->T, r->H = c->H_l / 2, r->W = c->W_l / 2, r->N = (size_t)r->T * r->H * r->W;
-    if (c->num_heads % R || r->N < (size_t)R || larger(r->N, c->text_len) * B > INT_MAX / 2)
-        die("%d ranks cannot share %d heads, or index %d samples of %zu tokens and %d words: use fewer", R,
-            c->num_heads, B, r->N, c->text_len);
+    if (!r->N || larger(r->N, c->text_len) * B > INT_MAX / 2)
+        die("%d samples of %zu tokens, %d words: want 1 to %d in all", B, r->N, c->text_len, INT_MAX / 2);
+    if (c->num_heads % R || r->N < (size_t)R)
+        die("%d ranks cannot share %d heads and %zu tokens: use fewer ranks", R, c->num_heads, r->N);
     for (int p = 0; p < PATTERNS; p++) {
         skiparse_lengths(&r->pattern[p], p, r->T, r->H, r->W, c->sparse_ratio, R);
         r->n[p] = (size_t)(r->pattern[p].first[ranks->rank + 1] - r->pattern[p].first[ranks->rank]);
@@ -2639,6 +2647,10 @@ static const char *const PURPOSE_NAME[] = {"exchange (SSP)", "Ulysses", "full<->
 static int world_rank, ranks_here = 1;  // this process among all; how many run on this machine
 
 #ifdef OSP_MPI
+#ifndef _OPENMP
+static int omp_get_num_procs(void) { return 1; }
+static void omp_set_num_threads(int n) { (void)n; }
+#endif
 static MPI_Comm sample_ranks = MPI_COMM_WORLD, guidance_pair;
 static MPI_Comm ranks_of(int purpose) { return purpose == GUIDANCE ? guidance_pair : sample_ranks; }
 
@@ -2737,7 +2749,7 @@ static void max_over_ranks(Ranks *k, float *m) {
     double begin = seconds();
     most = (uint32_t)max_of_ranks(most);
     k->time[MAXIMA] += seconds() - begin;
-    k->calls[MAXIMA]++;
+    k->calls[MAXIMA]++, k->bytes[MAXIMA] += (k->size - 1) * sizeof most;
     upload(m, &most, sizeof most);
 }
 
@@ -2843,7 +2855,7 @@ static void output_abandon(void) {  // for who ends a run early, the handler of 
 }
 
 static Output *output_fail(const char *path, const char *why) {
-    const char *format = "cannot write '%s': %.99s; mend that or choose another path";
+    const char *format = "cannot write '%s' (%.99s): mend that, or choose another path";
     snprintf(output_error, sizeof output_error, format, path, why);
     return NULL;
 }
@@ -2858,7 +2870,7 @@ static Output *output_open(const char *path) {
     if (!realpath(path, o->target)) strcpy(o->target, o->path);  // a link stays
     snprintf(o->temp, sizeof o->temp, "%s.tmp", o->target);
     bool exists = !lstat(o->target, &old);
-    bool fit = exists ? S_ISREG(old.st_mode) && (old.st_mode & 0222) && !access(path, W_OK) : *path;
+    bool fit = exists ? S_ISREG(old.st_mode) && (old.st_mode & 0222) && !access(path, W_OK) : *path != 0;
     if (!fit) return output_fail(path, "no plain file, or read-only");
     int fd = open(o->temp, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0666);
     if (fd < 0) return output_fail(path, strerror(errno));
@@ -2877,8 +2889,9 @@ static void output_bytes(Output *o, const void *data, size_t size) { fwrite(data
 // why: what is wrong with the content, or NULL. Returns NULL, or why the old file still stands there.
 static const char *output_close(Output *o, const char *why) {
     FILE *f = o->file;
+    errno = 0;
     if (!why && (fflush(f) || ferror(f) || fsync(fileno(f)) || rename(o->temp, o->target)))
-        why = strerror(errno);
+        why = errno ? strerror(errno) : "the disk is full, or fails";
     if (why) output_fail(o->path, why), unlink(o->temp);
     fclose(f), o->file = NULL;
     int folder = open(dirname(o->temp), O_RDONLY);  // it must remember the new name
@@ -2933,8 +2946,9 @@ static bool json(File *f, const char *form, ...) {
     va_start(args, form);
     for (; *form; form++) {
         at += strspn(at, " \t\n\r");
+        if (*form == '#' ? !isdigit((uint8_t)*at) : *at != (*form == '$' ? '"' : *form)) break;
         if (*form == '#') *va_arg(args, size_t *) = strtoull(at, &at, 10);
-        else if (*at++ != (*form == '$' ? '"' : *form)) break;
+        else at++;
         if (*form != '$') continue;
         *va_arg(args, const char **) = at;
         for (; *at != '"' && !iscntrl((uint8_t)*at); at++) if (*at == '\\' && !iscntrl((uint8_t)at[1])) at++;
@@ -2952,8 +2966,8 @@ static bool json_tensor(File *f, Entry *t) {
     double size = 1;  // a double holds any product
     int d = 0;
     if (!json(f, "{\"dtype\":$,\"shape\":[", &dtype)) return false;
-    for (; !json(f, "]") && t->rank < 8; json(f, ",")) json(f, "#", &t->shape[t->rank++]);
-    if (!json(f, ",\"data_offsets\":[#,#]}", &at[0], &at[1])) return false;
+    while (t->rank < 8 && json(f, "#", &t->shape[t->rank]) && ++t->rank && json(f, ",")) {}
+    if (!json(f, "],\"data_offsets\":[#,#]}", &at[0], &at[1])) return false;
     while (d < DTYPE_COUNT && strcmp(dtype, DTYPE_NAME[d])) d++;
     if (d == DTYPE_COUNT || at[0] > at[1] || at[1] > f->bytes) return false;
     for (int i = 0; i < t->rank; i++) size *= (double)t->shape[i];
@@ -3010,7 +3024,7 @@ static float *file_read(const File *f, const Entry *t) {
     char name[320];
     snprintf(name, sizeof name, "%.300s.scale", t->name);
     const Entry *scale = file_find(f, name);
-    if (t->dtype == U8 && scale && scale->bytes == 4) memcpy(&k, scale->data, 4);
+    if (t->dtype == U8 && scale && scale->dtype == F32 && scale->bytes == 4) memcpy(&k, scale->data, 4);
     if (t->dtype == I32 || !(k > 0 && isfinite(k)))
         die("%s: tensor %.99s: found I32, or U8 without a .scale above 0; export it again", f->path, t->name);
     for (int code = 0; code < 256; code++) value[code] = hif8_decode((uint8_t)code) / k;
@@ -3083,7 +3097,7 @@ static const char *file_write(const char *path, const Param *param, int count, c
         finite &= write_values(o, p, arena ? arena + p->offset : p->w, stored_as(p, dtype));
     fseek(o->file, 0, SEEK_SET);
     output_bytes(o, &n, 8);
-    return output_close(o, finite ? NULL : "a value is NaN or too large: lower --lr or write f32");
+    return output_close(o, finite ? NULL : "a value is NaN or too large for its type; lower --lr");
 }
 
 // ---- checkpoints: tensors under the names of spec §2, the config in the metadata -------------------------
@@ -3100,6 +3114,7 @@ static double number_in(const char *where, const char *name, const char *text, d
 // standard: where the key is missing; "": it must be there. A range from a whole number on asks for one.
 static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
     const char *text = file_meta(f, key);
+    if (!text && !*standard) die("%s: no %s in its metadata: another kind of file? see osp info", f->path, key);
     return number_in(f->path, key, text ? text : standard, least, most, least == floor(least));
 }
 
@@ -3280,9 +3295,11 @@ static const char *save_png(const char *path, const Clips *k, bool sheet, const 
         uint8_t *png = stbi_write_png_to_mem(pixel_at(&p, 0, (size_t)t * height), 0, width, height, 3, &size);
         STBIW_ASSERT(png);
         control[1] = htonl(t ? 2 * t - 1 : 0), data[1] = htonl(2 * t);
-        if (t == 0) output_bytes(o, png, 33);
-        if (t == 0) png_chunk(o, text, used);
-        if (t == 0 && frames > 1) png_chunk(o, animation, 12);
+        if (t == 0) {
+            output_bytes(o, png, 33);
+            png_chunk(o, text, used);
+            if (frames > 1) png_chunk(o, animation, 12);
+        }
         if (frames > 1) png_chunk(o, control, 30);
         if (t == 0) output_bytes(o, png + 33, size - 45);
         else png_chunk(o, memcpy(png + 33, data, 8), size - 49);  // for IDAT and its length
@@ -3323,8 +3340,8 @@ typedef struct {
 // An argument without a name is the value of the command's first row.
 static Option OPTIONS[] = {
     {"s", "-p", 'm', said.captions, NULL, 0, 0, "what to draw, in quotes; several: side by side"},
-    {"ise", "-w", 'f', &said.weights, NULL, 0, 0, "checkpoint (info: or adapter, latent, state)"},
-    {"tTg", "--init", 'f', &said.weights, NULL, 0, 0, "checkpoint to start from; train needs none"},
+    {"ise", "-w", 'f', &said.weights, NULL, 0, 0, "checkpoint; info: any file of osp"},
+    {"tTg", "--init", 'f', &said.weights, NULL, 0, 0, "checkpoint to start from; train can do without"},
     {"tT", "--preset", 'c', &said.preset, "tiny", 0, 0, "tiny|toy: 4 frames of 16x16, or 8 of 32x32"},
     {"se", "--lora", 'f', &said.lora, NULL, 0, 0, "adapter from osp grpo, merged while loading"},
     {"s", "--text", 'f', &said.embeddings, NULL, 0, 0, "for a model without words, of weights_export.py"},
@@ -3332,12 +3349,12 @@ static Option OPTIONS[] = {
     {"sg", "-n", 'i', &said.steps, "20/8", 1, 1000, "sampling steps (paper: 50; grpo: 25)"},
     {"e", "-n", 'i', &said.clips, "96", 1, 100000, "clips"},
     {"e", "--steps", 'i', &said.steps, "20", 1, 1000, "sampling steps"},
-    {"tTg", "--steps", 'i', &said.train.steps, "1300/5000/40", 0, 1e8, "AdamW steps, or GRPO's updates"},
+    {"tTg", "--steps", 'i', &said.train.steps, "1300/5000/40", 0, 1e8, "AdamW steps; of grpo: updates"},
     {"etT", "--batch", 'i', &said.train.batch, "8/8/64", 1, 65536, "clips at a time"},
     {"g", "--prompts", 'i', &said.policy.prompts, "8", 1, 1024, "captions an update (released recipe: 2)"},
     {"g", "--group", 'i', &said.policy.group, "8", 2, 1024, "videos of a caption (paper: 4)"},
     {"g", "--micro", 'i', &said.policy.micro, "2", 1, 1024, "videos of an AdamW step (released recipe: 2)"},
-    {"g", "--window", 'i', &said.policy.window, "2", 1, 253, "so many SDE steps at the start (paper: 10)"},
+    {"g", "--window", 'i', &said.policy.window, "2", 1, 127, "so many SDE steps at the start (paper: 10)"},
     {"seg", "-g", 'd', &said.guidance, "4/4/3", 0, 100, "guidance (paper: 5); 1: none"},
     {"seg", "--shift", 'd', &said.shift, "3/3/1", 0.01, 100, "shift of the schedule (paper: 7; grpo: 1)"},
     {"g", "--clip", 'd', &said.policy.clip, "5e-3", 1e-9, 1, "range of the ratio (code: 5e-3; 14B: 1e-4)"},
@@ -3348,7 +3365,7 @@ static Option OPTIONS[] = {
     {"g", "--alpha", 'd', &said.alpha, "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
     {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "first learning rate (GRPO paper: 2e-5)"},
     {"tT", "--warmup", 'i', &said.train.warmup, "100/200", 0, 1e8, "steps of rising learning rate"},
-    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 1, "decay of the average that is written"},
+    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 0.99999, "decay of the average that is written"},
     {"tT", "--drop", 'd', &said.train.drop, "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
     {"stTge", "--seed", 'i', &said.seed, "1", 0, INT_MAX, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', &said.frames, "0", 0, 4096, "of a clip; 0: as trained"},
@@ -3362,7 +3379,7 @@ static Option OPTIONS[] = {
     {"e", "--soft", 'b', &said.soft, NULL, 0, 1, "the continuous scores that GRPO is rewarded with"},
     // up to here the settings, which a resumed run must have in common with the stopped one
     {"s", "-o", 's', &said.out, "out.png", 0, 0, "NAME.png (and NAME_sheet.png), or NAME.safetensors"},
-    {"tTg", "-o", 's', &said.out, NULL, 0, 0, "file to write: checkpoint, or adapter"},
+    {"tTg", "-o", 's', &said.out, NULL, 0, 0, "must be given: checkpoint, or adapter, to write"},
     {"tT", "--dtype", 'c', &said.dtype, "f32", 0, 0, "f32|bf16|hif8: what the file holds"},
     {"tTg", "--save", 'd', &said.save, "15", 0, 1e9, "seconds between saved states, for resuming"},
     {"g", "--eval", 'i', &said.every, "0", 0, 1e6, "updates between held-out scores; 0: none"},
@@ -3381,18 +3398,22 @@ static void option_set(Option *o, const char *text) {
     if (o->kind == 'd') *(double *)o->value = v;
     else if (number) *(int *)o->value = (int)v;
     else if (o->kind != 'm') *(const char **)o->value = text;
-    else if (said.captions_said == MOST_CAPTIONS) die("more than %d captions", MOST_CAPTIONS);
+    else if (!strchr(text + strspn(text, " "), ' ')) die("-p \"%.60s\": want a sentence, in quotes", text);
+    else if (said.captions_said == MOST_CAPTIONS) die("more than %d captions: run again", MOST_CAPTIONS);
     else said.captions[said.captions_said++] = text;
     o->text = text;
 }
 
 __attribute__((noreturn)) static void finish(int code) {
-    if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s", strerror(errno));
+    if (fflush(stdout) || ferror(stdout)) die("cannot write to stdout: %s; mend that", strerror(errno));
     ranks_end(0);
     exit(code);
 }
 
-// The command's rows come to the table's front, with its defaults; then argv from after its name on is read.
+static bool asks_help(const char *text) { return !strcmp(text, "-h") || !strcmp(text, "--help"); }
+
+// The command's rows come to the table's front, with its defaults: of "a/b" the one that stands where the
+// command's letter does. Then argv from after its name on is read.
 static void parse_options(int argc, char **argv, const char *example) {
     Option *o, *end = OPTIONS;
     for (o = OPTIONS; o->name; o++) {
@@ -3405,7 +3426,7 @@ static void parse_options(int argc, char **argv, const char *example) {
     }
     end->name = NULL;
     for (int i = 0; i < argc; i++) {
-        bool plain = *argv[i] != '-', help = !plain && strstr("--help", argv[i]);  // or -h
+        bool plain = *argv[i] != '-', help = asks_help(argv[i]);
         if (help) printf("example: %s\n", example);
         for (o = OPTIONS; o->name && help; o++)
             printf(o->text ? "  %-15s %s [%s]\n" : "  %-15s %s\n", o->name, o->help, o->text);
@@ -3414,6 +3435,7 @@ static void parse_options(int argc, char **argv, const char *example) {
         if (!o->name) die("unknown option \"%.60s\"; -h lists the options", argv[i]);
         const char *text = plain ? argv[i] : o->kind == 'b' ? "1" : argv[++i];
         if (!text || !*text) die("%s needs a value; -h lists the options", o->name);
+        if (o->kind == 'f' && o->text) die("%s %.60s: it is %.60s already", o->name, text, o->text);
         option_set(o, text);
     }
 }
@@ -3524,19 +3546,23 @@ static bool learning_more(bool more, const Optimizer *opt, const Model *m, const
         if (asked) printf("stopped at step %d; run the same command to go on\n", opt->step);
         saved_at = seconds();
     }
-    if (more && asked) output_abandon(), finish(128 + asked);
+    if (more && asked) {
+        output_abandon();
+        finish(128 + asked);
+    }
     if (more || !speaks(k)) return more;
     const char *why = m->lora ? lora_save(o->out, m->lora, opt->ema)
                               : model_save(o->out, m, opt->ema, o->dtype);
-    if (why) why = strdup(why), state_save(o->state, opt, o->settings);
-    if (why) die("%s; then run the same command to go on", why);
+    if (why) why = strdup(why);
+    const char *lost = why ? state_save(o->state, opt, o->settings) : NULL;
+    if (why) die("%s; %s %s", why, o->state, lost ? "may hold an earlier step" : "holds the last step");
     unlink(o->state);
     printf("wrote %s: %d steps, %.1f s\n", o->out, opt->step, seconds() - began_at);
     return false;
 }
 
 // ---- osp sample ------------------------------------------------------------------------------------------
-static float *numbers_of(const char *path, const char *name, size_t count) {
+static float *tensor_of(const char *path, const char *name, size_t count) {
     File f;
     file_open(&f, path);
     const Entry *t = file_find(&f, name);
@@ -3550,12 +3576,12 @@ static float *numbers_of(const char *path, const char *name, size_t count) {
 static void sample_clips(float **clip, Run *r, const Options *o, int count) {
     const Config *c = &r->m->c;
     size_t size = latent_size(r), L = c->text_len;
-    float *x = o->noise ? numbers_of(o->noise, "noise", count * size) : floats(count * size);
+    float *x = o->noise ? tensor_of(o->noise, "noise", count * size) : floats(count * size);
     int *ids = (int *)xalloc(count * L, sizeof(int));
     Text cond = {ids, NULL}, uncond = NO_TEXT;
     for (int i = 0; i < count && c->vocab; i++) caption_ids(ids + i * L, (int)L, o->captions[i]);
-    if (!c->vocab) cond.rows = numbers_of(o->embeddings, "text_cond", L * c->text_dim);
-    if (!c->vocab) uncond.rows = numbers_of(o->embeddings, "text_uncond", L * c->text_dim);
+    if (!c->vocab) cond.rows = tensor_of(o->embeddings, "text_cond", L * c->text_dim);
+    if (!c->vocab) uncond.rows = tensor_of(o->embeddings, "text_uncond", L * c->text_dim);
     if (!o->noise) noise_fill(x, count * size, o->seed, SAMPLE_STREAM, 0);
     for (int i = 0; i < count; i++) {
         clip[i] = x + i * size;
@@ -3586,6 +3612,7 @@ static void cmd_sample(const Options *o, Ranks *k) {
     int vocab = r->m->c.vocab, count = vocab ? o->captions_said : 1;
     if (!count) die("no caption given: osp sample \"a small green square moving up on a navy background\"");
     if (!vocab && (!o->embeddings || !latent)) die("this model wants --text FILE and -o NAME.safetensors");
+    if (vocab && o->embeddings) die("--text: this model has words of its own; give captions");
     float *clip[MOST_CAPTIONS];
     Clips clips = {r->T, 2 * r->H, 2 * r->W, count, r->W <= 8 ? 8 : r->W <= 32 ? 4 : 1, clip, o->captions};
     if (!latent) check_pictures(&clips);
@@ -3632,10 +3659,12 @@ static void evaluate(Figure *score, Run *r, int clips, int steps, double shift, 
     Text cond = {ids, NULL};
     for (int i = 0; i < clips; i++, clip += N_SCORES + 1) {
         int b = i % r->B;
-        for (int j = 0; j < r->B && b == 0; j++)
-            caption_ids(ids + j * L, L, caption_text(held_out_caption(start, i + j)));
-        if (b == 0) noise_fill(x, r->B * size, seed, SAMPLE_STREAM, i * size);
-        if (b == 0) sample(r, x, cond, NO_TEXT, steps, shift, guidance);
+        if (b == 0) {
+            for (int j = 0; j < r->B; j++)
+                caption_ids(ids + j * L, L, caption_text(held_out_caption(start, i + j)));
+            noise_fill(x, r->B * size, seed, SAMPLE_STREAM, i * size);
+            sample(r, x, cond, NO_TEXT, steps, shift, guidance);
+        }
         shapes_score(seen, x + b * size, held_out_caption(start, i), r->T, 2 * r->H, 2 * r->W, soft);
         for (int s = 0; s < N_SCORES; s++) {
             clip[s] = 100.0 * seen[s];
@@ -3729,8 +3758,9 @@ static void cmd_grpo(const Options *o, Ranks *k) {
     const PolicyOptions *p = &o->policy;
     int V = p->prompts * p->group, together = V;
     Optimizer opt;
+    if (!(p->guidance > 0)) die("-g 0: the gradient is -g times the conditional velocity's; want more");
     if (p->window >= p->steps) die("--window %d: want fewer than the %d steps of -n", p->window, p->steps);
-    if (p->micro > V) die("--micro %d: a rollout has only %d videos", p->micro, V);
+    if (p->micro > V) die("--micro %d: want at most a rollout's %d videos", p->micro, V);
     while (together > 32 || V % together) together--;  // videos made at a time
     Run *learn = run_open(o, k, p->micro, together);
     Model *m = learn->m;
@@ -3780,6 +3810,11 @@ static const Command COMMANDS[] = {
     {"eval", cmd_eval, "osp eval -w tiny.safetensors --lora lora.safetensors"},
     {"info", cmd_info, "osp info tiny.safetensors"}, {}};
 
+static bool same_file(const char *a, const char *b) {
+    struct stat s, t;
+    return !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+}
+
 static void options_read(Options *o, int argc, char **argv, const Command *command, const Ranks *k) {
     bool grpo = command->run == cmd_grpo;
     TrainOptions *t = &o->train;
@@ -3792,6 +3827,9 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     if (o->training && !o->out) die("no output given: -o FILE.safetensors");
     if (o->out && !strcmp(o->out, "-")) die("-o -: stdout takes no files; give a name");
     if (o->out && k->rank == 0) check_writable(o->out);
+    for (const Option *row = OPTIONS; row->name && o->out; row++)
+        if (row->kind == 'f' && row->text && same_file(row->text, o->out))
+            die("-o %s: it would replace the file that %s reads; give another name", o->out, row->name);
     if (o->training) snprintf(o->state, sizeof o->state, "%s.resume", o->out);
     t->seed = o->seed, t->clip = 1, t->eps = 1e-8, t->beta1 = 0.9, t->beta2 = grpo ? 0.999 : 0.99;
     t->weight_decay = grpo ? 0 : 0.01, t->ema_warmup = !grpo;
@@ -3810,7 +3848,7 @@ static void options_read(Options *o, int argc, char **argv, const Command *comma
     for (int i = 0; i < o->captions_said; i++) fprintf(f, "-p '%s' ", o->captions[i]);
     fclose(f);
     for (char *c = o->settings; *c; c++)  // what JSON must escape
-        if ((unsigned char)*c < ' ' || *c == '"' || *c == '\\') *c = '\'';
+        if (iscntrl((uint8_t)*c) || *c == '"' || *c == '\\') *c = '\'';
 }
 
 static int osp_main(int argc, char **argv) {
@@ -3828,7 +3866,7 @@ static int osp_main(int argc, char **argv) {
         if (speaks(&ranks)) ranks_report(&ranks);
         finish(0);
     }
-    if (*name && !strstr("--help", name)) die("\"%.40s\" is no command; osp -h shows all", name);
+    if (*name && !asks_help(name)) die("\"%.40s\" is no command; osp -h shows all", name);
     printf("OSP-Next, a sparse video diffusion transformer in one file of C. Examples (-h lists options):\n");
     for (c = COMMANDS; c->name; c++) printf("  %s\n", c->example);
     finish(*name ? 0 : 2);

@@ -14,6 +14,7 @@
 //     lines (fold_kernel). No atomic float addition anywhere: the same input gives the same bytes always.
 #define OSP_CUDA
 #include <stddef.h>
+// osp.c's all_to_all calls this one.
 static void device_all_to_all(void *to, const void *from, const int *receive, const int *send, bool same,
                               size_t row_bytes, int R, int purpose);
 #include "osp.c"
@@ -2200,12 +2201,6 @@ template <typename E> static CUtensorMap tensor_map(const E *x, int rows, int he
 }
 
 // ---- which kernel, and its launch ------------------------------------------------------------------------
-static int longest(const int *start, int count) {
-    int n = 0;
-    for (int i = 0; i < count; i++) if (start[i + 1] - start[i] > n) n = start[i + 1] - start[i];
-    return n;
-}
-
 template <typename A, int F> static void simple_forward(const Forward<A> &a, const Sequences *s) {
     dim3 grid(blocks(longest(s->q, s->count), 64), a.heads, s->count);
     LAUNCH_SHARED((attention_simple<A, F>), grid, 256, simple_bytes<F>(64 + 32), a);

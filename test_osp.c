@@ -49,6 +49,7 @@ static char *shell(int *code, const char *command) {
     FILE *p = popen(command, "r");
     if (!p) die("no shell: %s", strerror(errno));
     said[fread(said, 1, (1 << 16) - 1, p)] = 0;
+    while (fgetc(p) != EOF) {}                           // what finds no room
     int status = pclose(p);
     *code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
     return said;
