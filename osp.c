@@ -1857,8 +1857,8 @@ static void rmsnorm_rope_backward(act *dx, float *dw, const act *dy, const act *
 
 // ---- attention -------------------------------------------------------------------------------------------
 // QUERIES queries of one head of a sequence ask all keys at once: a task forward; backward a task does all
-// queries of its head in turn. Scores stand transposed, [keys, n]: maximum, sum and exp run down the keys, with
-// the queries side by side in the lanes.
+// queries of its head in turn. Scores stand transposed, [keys, n]: maximum, sum and exp run down the keys,
+// with the queries side by side in the lanes.
 
 // One head of one sequence in each tensor: all its keys, and at most QUERIES queries after the first `skip`.
 typedef struct { Matrix q, k, v, o; float *lse; } Head;
@@ -2057,7 +2057,7 @@ static void config_check(const Config *c, const char *where) {
 
 // ---- memory ----------------------------------------------------------------------------------------------
 // The weights of a model lie in one piece of memory, and so do the activations of a run. A pass (model_place,
-// run_place) gives every pointer its place from `base` on and returns the bytes; with base NULL it only counts.
+// run_place) gives every pointer its place from `base` on and returns the bytes; base NULL: it only counts.
 
 // Each pointer whose address is given, up to NULL, gets the next `bytes` from *at on.
 static void take(uintptr_t *at, size_t bytes, ...) {
@@ -3114,7 +3114,7 @@ static double number_in(const char *where, const char *name, const char *text, d
 // standard: where the key is missing; "": it must be there. A range from a whole number on asks for one.
 static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
     const char *text = file_meta(f, key);
-    if (!text && !*standard) die("%s: no %s in its metadata: another kind of file? see osp info", f->path, key);
+    if (!text && !*standard) die("%s: its metadata has no %s; see what it is: osp info", f->path, key);
     return number_in(f->path, key, text ? text : standard, least, most, least == floor(least));
 }
 
@@ -3365,7 +3365,7 @@ static Option OPTIONS[] = {
     {"g", "--alpha", 'd', &said.alpha, "16", 1e-6, 1e6, "of the LoRA (paper: 64)"},
     {"tTg", "--lr", 'd', &said.train.lr, "3e-3/2e-3/5e-4", 0, 10, "first learning rate (GRPO paper: 2e-5)"},
     {"tT", "--warmup", 'i', &said.train.warmup, "100/200", 0, 1e8, "steps of rising learning rate"},
-    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 0.99999, "decay of the average that is written"},
+    {"tTg", "--ema", 'd', &said.train.ema, "0.99/0.999/0.9", 0, 0.99999, "decay of the average written"},
     {"tT", "--drop", 'd', &said.train.drop, "0.1", 0, 1, "share of captions left out (paper: 0.1)"},
     {"stTge", "--seed", 'i', &said.seed, "1", 0, INT_MAX, "of weights, captions, clips, noise"},
     {"stT", "--frames", 'i', &said.frames, "0", 0, 4096, "of a clip; 0: as trained"},
