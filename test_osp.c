@@ -2408,8 +2408,8 @@ static const char *const OPTIONS_BAD[][32] = {
      "--steps 5 -o other.st", "--steps 5 -o torn.st", "--steps 5 -o old.st", "--sparse none"},
     {"eval -w base.st", "-n 0", "-w text", "-w ''", "--steps 0"},
     {"grpo", "-o new.st", "--init base.st", "--init base.st -o base.st"},
-    {"grpo -o new.st --init base.st", "--init missing", "-g 0", "--ema 1", "--group 1", "-n 5 --window 5", "--rank 64",
-     "--clip 0", "--reward nothing", "-o grpo.st --group 2 --prompts 1"}, {NULL}};
+    {"grpo -o new.st --init base.st", "--init missing", "-g 0", "--ema 1", "--group 1", "-n 5 --window 5",
+     "--rank 64", "--clip 0", "--reward nothing", "-o grpo.st --group 2 --prompts 1"}, {NULL}};
 
 static int bad_input(const char *osp) {
     const char *scratch = scratch_folder("bad"), *path = realpath(osp, NULL);
