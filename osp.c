@@ -1652,12 +1652,14 @@ static void matmul_task(Matrix c, Matrix start, Matrix a, Matrix b, size_t task)
     size_t top = task / panels * TASK_M, end = least(top + TASK_M, c.rows);
     for (size_t k = 0; k == 0 || k < a.columns; k += TILE_K) {
         pack(panel, slice(b, k, j, TILE_K, TILE_N));
+        Matrix to = slice(c, top, j, end - top, TILE_N), from = slice(k ? c : start, top, j, 0, 0);
+        Matrix left = slice(a, top, k, end - top, TILE_K);
         for (size_t i = top; i < end; i += TILE_M) {
-            Matrix to = slice(c, i, j, TILE_M, TILE_N), from = slice(k ? c : start, i, j, 0, 0);
-            Matrix left = slice(a, i, k, TILE_M, TILE_K);
             if (to.columns == TILE_N) tile(to, from, left, panel, TILE_N);
             else if (to.columns == LANES) tile(to, from, left, panel, LANES);
             else tile(to, from, left, panel, to.columns);
+            to.p += TILE_M * to.down, from.p += TILE_M * from.down, left.p += TILE_M * left.down;
+            to.rows -= TILE_M;
         }
     }
 }
