@@ -1340,7 +1340,7 @@ typedef struct {
     double reward, spread, ratio_min, ratio_mean, ratio_max, clipped, kl, norm, loss;
 } PolicyFigures;
 
-// The small world's: the k-th caption for training; its words; how well a clip shows it, 0..1.
+// The small world's: number of the k-th caption for training; its sentence; its words; how well x shows it.
 static int training_caption(uint64_t seed, uint64_t k);
 static const char *caption_text(int caption);
 static void caption_ids(int *ids, int text_len, const char *text);
@@ -1519,14 +1519,16 @@ EVERYWHERE float gelu_slope(float u) {
     float s = gelu_gate(u);
     return s + u * s * (1.0f - s) * (1.5957691f * (1.0f + 3.0f * 0.044715f * u * u));
 }
-static int longest(const int *start, int count) {  // of sequences
+EVERYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }  // few values: exact
+EVERYWHERE float silu(float x) { return x / (1.0f + expf(-x)); }
+EVERYWHERE float silu_slope(float x) { float s = sigmoid(x); return s + x * s * (1.0f - s); }
+
+// The longest of sequences s, [start[s], start[s + 1]).
+static int longest(const int *start, int count) {
     int n = 0;
     for (int i = 0; i < count; i++) if (start[i + 1] - start[i] > n) n = start[i + 1] - start[i];
     return n;
 }
-EVERYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }  // few values: exact
-EVERYWHERE float silu(float x) { return x / (1.0f + expf(-x)); }
-EVERYWHERE float silu_slope(float x) { float s = sigmoid(x); return s + x * s * (1.0f - s); }
 
 #ifndef OSP_CUDA
 // float32 throughout. OpenMP splits rows, tiles or heads, but never a sum: any number of threads gives the
@@ -1876,7 +1878,7 @@ static Head head_of(const float *q, const float *k, const float *v, const float 
     return t;
 }
 
-// P = 2^(c·s − top), c = log2(e)/√dim.
+// P = 2^(c·s − top), c = log2(e)/√head_dim, top the maximum over the keys; o = P·v / Σ P.
 static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor k, const act *v,
                               const Sequences *s, int heads, int head_dim) {
     int most = longest(s->q, s->count);
@@ -1909,7 +1911,7 @@ static void attention_forward(act *o, float *lse, float *amax, Factor q, Factor 
 
 // With P = exp(S − lse), delta = Σ_d dout·o:
 //   dv = P^T·dout,  dP = dout·v^T,  dS = P·(dP − delta)/√head_dim,  dq = dS·k,  dk = dS^T·q.
-// P is computed again for QUERIES queries at a time; dk and dv are sums over them.
+// P is computed again for QUERIES queries at a time; dk and dv are sums over them. P, dS are [keys, n].
 static void attention_backward(act *dq, act *dk, act *dv, const act *dout, const act *q, const act *k,
                                const act *v, const act *o, const float *lse, const Sequences *s, int heads,
                                int head_dim) {
@@ -3113,7 +3115,7 @@ static double number_in(const char *where, const char *name, const char *text, d
     return v;
 }
 
-// standard: where the key is missing; "": it must be there. A range from a whole number on asks for one.
+// standard: where the key is missing; "": it must be there. Where `least` is whole the value must be, too.
 static double meta_number(const File *f, const char *key, const char *standard, double least, double most) {
     const char *text = file_meta(f, key);
     if (!text && !*standard) die("%s: its metadata has no %s; see what it is: osp info", f->path, key);
